@@ -1,0 +1,36 @@
+# Every target works on a fresh machine: it makes .venv where no virtual environment is active.
+.PHONY: help install quickstart test quality style
+
+ifdef VIRTUAL_ENV
+BIN := $(VIRTUAL_ENV)/bin
+else
+BIN := .venv/bin
+endif
+PYTHON ?= python3
+INSTALLED := $(BIN)/.hf-devft-installed
+SOURCES := src recipes tests examples benchmarks
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## Install the package, its test tools and pinned torch
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(BIN)/..
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: install  ## Run the main job: federated tuning in stages on the embedded base
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/devft.py
+
+test: install  ## Run the tests
+	$(BIN)/python -m pytest
+
+quality: install  ## Check style without changing anything
+	$(BIN)/ruff check $(wildcard $(SOURCES))
+	$(BIN)/ruff format --check $(wildcard $(SOURCES))
+
+style: install  ## Mend style
+	$(BIN)/ruff check --fix $(wildcard $(SOURCES))
+	$(BIN)/ruff format $(wildcard $(SOURCES))

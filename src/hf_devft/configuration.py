@@ -1,0 +1,330 @@
+"""What a run is: `DevFTConfig` (what the user says) and `StageConfig` (what one stage came to)."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from transformers import TrainingArguments
+
+
+STAGE_CONFIG_NAME = "stage_config.json"
+
+# The names that configs may use. The rules themselves stand in `stages` and `federation`, whose registries
+# a test holds against these; this module knows nobody.
+GROUPINGS = ("deconfliction", "even", "random", "calibrated")
+FUSIONS = ("differential", "mean", "sum", "anchor")
+TRANSFERS = ("broadcast", "anchor", "split")
+PARTITIONS = ("iid", "dirichlet", "natural")
+FEDERATED_METHODS = ("fedit",)
+CLIENT_PLACEMENTS = ("client_parallel",)
+
+# Options of `TrainingArguments` that have no meaning here, the value that says nothing, and what to use instead.
+_UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "num_train_epochs": (3.0, "an epoch is a stage here: set `stage_layers` and `stage_rounds`"),
+    "push_to_hub": (False, "pushing is not implemented yet: upload `output_dir` with `hf upload`"),
+    "deepspeed": (None, "sharded training is not implemented yet"),
+    "fsdp": (None, "sharded training is not implemented yet"),
+    "auto_find_batch_size": (False, "lower `per_device_train_batch_size` and raise `gradient_accumulation_steps`"),
+    "train_sampling_strategy": ("random", "clients shuffle their own rows"),
+    "neftune_noise_alpha": (None, "noise on the embeddings is not implemented"),
+    "torch_compile": (False, "compiled submodels are not implemented yet"),
+    "use_liger_kernel": (False, "Liger kernels are not implemented"),
+    "debug": ([], "use `torch.autograd.set_detect_anomaly`"),
+}
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}.")
+
+
+def _one_or_many(name: str, value: Any, count: int) -> list:
+    """`value` as a list of one entry per stage."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(values) not in (1, count):
+        raise ValueError(f"{name}={values} has {len(values)} entries: give one for all, or one for each of {count} stages.")
+    return values * count if len(values) == 1 else values
+
+
+@dataclass
+class DevFTConfig(TrainingArguments):
+    """
+    Arguments of a developmental federated run: those of [`~transformers.TrainingArguments`] and the following.
+
+    The Trainer's *step* is a communication round and its *epoch* a stage, so `logging_steps`, `eval_steps`,
+    `save_steps`, `max_steps`, `warmup_steps` and `lr_scheduler_type` count or act on rounds, and the `"epoch"`
+    strategies act at the ends of stages. `learning_rate`, the batch size, accumulation, clipping and the
+    optimiser are those of local training.
+
+    > Parameters that control the stages
+
+        stage_layers (`list[int]`, *optional*):
+            Layers of each stage's submodel, increasing, the last one the model's depth L. By default derived
+            from `initial_layers` and `growth_factor`.
+        initial_layers (`int`, *optional*, defaults to `4`):
+            Layers of the first stage where `stage_layers` is not given (the paper starts at 4).
+        growth_factor (`float`, *optional*, defaults to `2.0`):
+            Growth from stage to stage where `stage_layers` is not given, ending at L (paper: doubling).
+        stage_rounds (`int` or `list[int]`, *optional*, defaults to `75`):
+            Rounds of each stage: one value, or one per stage.
+        stage_learning_rates (`float` or `list[float]`, *optional*, defaults to `learning_rate`):
+            Learning rate of each stage before the schedule: one value, or one per stage.
+
+    > Parameters that control the rules of a stage
+
+        grouping (`str`, *optional*, defaults to `"deconfliction"`):
+            Which layers share a group: `"deconfliction"` (paper), `"even"`, `"random"`, `"calibrated"`.
+        calibration_samples (`int`, *optional*, defaults to `32`):
+            Texts that `"calibrated"` grouping measures the loss on, from `calibration_dataset`, else `eval_dataset`.
+        fusion (`str`, *optional*, defaults to `"differential"`):
+            A group's representative: `"differential"` (paper), `"mean"`, `"sum"`, `"anchor"`.
+        fusion_beta (`float`, *optional*, defaults to `0.1`):
+            β of differential fusion (paper: 0.1).
+        transfer (`str`, *optional*, defaults to `"broadcast"`):
+            Who in a group receives its adapter: `"broadcast"` (paper), `"anchor"`, `"split"`.
+        adapter_fusion (`str`, *optional*, defaults to `fusion`):
+            How a stage's adapter starts from those of a group's members; the names of `fusion`.
+
+    > Parameters that control the federation
+
+        num_clients (`int`, *optional*):
+            Clients that the dataset is partitioned over; by default 20 (paper), or as many as a natural or given
+            partition has.
+        clients_per_round (`int`, *optional*, defaults to `2`):
+            Clients sampled for a round (paper: 2).
+        local_steps (`int`, *optional*, defaults to `10`):
+            Optimiser steps of a client in a round (paper: 10).
+        partition (`str`, *optional*, defaults to `"iid"`):
+            How one dataset is cut into clients: `"iid"`, `"dirichlet"` over `partition_column`, or `"natural"`, one
+            client for each value of `partition_column`.
+        partition_column (`str`, *optional*):
+            Column for `"dirichlet"` and `"natural"`.
+        dirichlet_alpha (`float`, *optional*, defaults to `0.5`):
+            Concentration: the smaller, the more the clients differ.
+        federated_method (`str`, *optional*, defaults to `"fedit"`):
+            What travels and how it is combined.
+        client_placement (`str`, *optional*, defaults to `"client_parallel"`):
+            How work is placed on processes: each process trains its share of the round's clients. One process so far.
+
+    > Parameters that control the model and the evaluation
+
+        model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments of `AutoModelForCausalLM.from_pretrained` where the model is given by name.
+        max_length (`int`, *optional*, defaults to `512`):
+            Tokens that a prompt with its completion is cut to (paper: 512).
+        max_eval_samples (`int`, *optional*):
+            Evaluate on the first so many rows only.
+        predict_with_generate (`bool`, *optional*, defaults to `False`):
+            Also measure exact match by greedy generation, at full depth, at the end of each stage.
+        generation_max_new_tokens (`int`, *optional*, defaults to `64`):
+            Longest generated answer.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of local training."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many rounds."})
+    save_steps: float = field(default=10, metadata={"help": "Checkpoint every so many rounds."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Integrations to report to."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule over all rounds."})
+
+    stage_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers of each stage, increasing, ending at the model's depth."}
+    )
+    initial_layers: int = field(default=4, metadata={"help": "Layers of the first stage, without stage_layers."})
+    growth_factor: float = field(default=2.0, metadata={"help": "Growth per stage, without stage_layers."})
+    stage_rounds: list[int] = field(
+        default_factory=lambda: [75], metadata={"help": "Rounds of each stage: one value, or one per stage."}
+    )
+    stage_learning_rates: list[float] | None = field(
+        default=None, metadata={"help": "Learning rate of each stage: one value, or one per stage."}
+    )
+    grouping: str = field(default="deconfliction", metadata={"help": f"Which layers share a group: {GROUPINGS}."})
+    calibration_samples: int = field(default=32, metadata={"help": "Texts for calibrated grouping."})
+    fusion: str = field(default="differential", metadata={"help": f"A group's representative: {FUSIONS}."})
+    fusion_beta: float = field(default=0.1, metadata={"help": "Beta of differential fusion."})
+    transfer: str = field(default="broadcast", metadata={"help": f"Who receives a group's adapter: {TRANSFERS}."})
+    adapter_fusion: str | None = field(
+        default=None, metadata={"help": "How a stage's adapter starts; the names of fusion. Default: fusion."}
+    )
+    num_clients: int | None = field(default=None, metadata={"help": "Clients; default 20, or as the data says."})
+    clients_per_round: int = field(default=2, metadata={"help": "Clients sampled for a round."})
+    local_steps: int = field(default=10, metadata={"help": "Optimiser steps of a client in a round."})
+    partition: str = field(default="iid", metadata={"help": f"How a dataset is cut into clients: {PARTITIONS}."})
+    partition_column: str | None = field(default=None, metadata={"help": "Column for dirichlet and natural."})
+    dirichlet_alpha: float = field(default=0.5, metadata={"help": "Concentration of the Dirichlet partition."})
+    federated_method: str = field(default="fedit", metadata={"help": f"Federated method: {FEDERATED_METHODS}."})
+    client_placement: str = field(
+        default="client_parallel", metadata={"help": f"Placement of work on processes: {CLIENT_PLACEMENTS}."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained, as JSON."}
+    )
+    max_length: int = field(default=512, metadata={"help": "Tokens that a prompt with its completion is cut to."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    predict_with_generate: bool = field(
+        default=False, metadata={"help": "Measure exact match by generation at each stage's end."}
+    )
+    generation_max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer, in tokens."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.adapter_fusion = self.adapter_fusion or self.fusion
+        _choice("grouping", self.grouping, GROUPINGS)
+        _choice("fusion", self.fusion, FUSIONS)
+        _choice("adapter_fusion", self.adapter_fusion, FUSIONS)
+        _choice("transfer", self.transfer, TRANSFERS)
+        _choice("partition", self.partition, PARTITIONS)
+        _choice("federated_method", self.federated_method, FEDERATED_METHODS)
+        _choice("client_placement", self.client_placement, CLIENT_PLACEMENTS)
+        for name, (neutral, instead) in _UNSUPPORTED.items():
+            if (value := getattr(self, name)) and value != neutral:
+                raise ValueError(f"{name}={value!r} cannot be used with federated stages: {instead}.")
+        if self.world_size > 1:
+            raise ValueError(f"{self.world_size} processes were launched, but a run has one so far: use one process.")
+        self._check_numbers()
+        self._check_partition()
+        if self.stage_layers is not None:
+            self.stage_layers = list(self.stage_layers)
+            self.resolve_stages(self.stage_layers[-1] if self.stage_layers else 0)
+
+    def _check_numbers(self) -> None:
+        minima = {
+            "initial_layers": 1, "calibration_samples": 1, "num_clients": 1, "clients_per_round": 1,
+            "local_steps": 1, "max_length": 2, "max_eval_samples": 1, "generation_max_new_tokens": 1,
+        }  # fmt: skip
+        for name, minimum in minima.items():
+            if (value := getattr(self, name)) is not None and value < minimum:
+                raise ValueError(f"{name}={value} is too small: give {minimum} or more.")
+        if self.growth_factor <= 1:
+            raise ValueError(f"growth_factor={self.growth_factor} does not grow: give a factor above 1.")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate}: give a rate above 0.")
+        if self.dirichlet_alpha <= 0:
+            raise ValueError(f"dirichlet_alpha={self.dirichlet_alpha}: give a concentration above 0.")
+        if self.num_clients is not None and self.clients_per_round > self.num_clients:
+            raise ValueError(
+                f"clients_per_round={self.clients_per_round} is more than num_clients={self.num_clients}: lower the one "
+                "or raise the other."
+            )
+
+    def _check_partition(self) -> None:
+        if self.partition in ("dirichlet", "natural") and self.partition_column is None:
+            raise ValueError(f'partition="{self.partition}" needs `partition_column`, the column to partition over.')
+        if self.partition == "iid" and self.partition_column is not None:
+            raise ValueError(
+                f'partition_column={self.partition_column!r} is not used by partition="iid": set partition to '
+                '"dirichlet" or "natural", or leave the column out.'
+            )
+
+    def resolve_stages(self, num_layers: int) -> list["StageConfig"]:
+        """The stages of a run on a model of `num_layers` layers.
+
+        Raises:
+            ValueError: capacities that do not increase from at least 1 to exactly `num_layers`, or a list of rounds
+                or learning rates that is neither one value nor one per stage.
+        """
+        layers = self.stage_layers or self._derived_layers(num_layers)
+        if any(a >= b for a, b in zip([0, *layers], layers, strict=False)) or layers[-1] != num_layers:
+            raise ValueError(
+                f"stage_layers={layers} must increase from 1 or more and end at the model's {num_layers} layers, "
+                f"such as {self._derived_layers(num_layers)}."
+            )
+        rounds = _one_or_many("stage_rounds", self.stage_rounds, len(layers))
+        rates = _one_or_many("stage_learning_rates", self.stage_learning_rates or self.learning_rate, len(layers))
+        if min(rounds) < 1:
+            raise ValueError(f"stage_rounds={rounds}: give each stage 1 round or more.")
+        if min(rates) <= 0:
+            raise ValueError(f"stage_learning_rates={rates}: give each stage a rate above 0.")
+        return [
+            StageConfig(
+                stage=index + 1,
+                num_stages=len(layers),
+                num_layers=layers[index],
+                full_layers=num_layers,
+                rounds=rounds[index],
+                learning_rate=rates[index],
+                grouping=self.grouping,
+                fusion=self.fusion,
+                fusion_beta=self.fusion_beta,
+                transfer=self.transfer,
+                adapter_fusion=self.adapter_fusion,
+                federated_method=self.federated_method,
+            )
+            for index in range(len(layers))
+        ]
+
+    def _derived_layers(self, num_layers: int) -> list[int]:
+        layers, size = [], float(min(self.initial_layers, num_layers))
+        while round(size) < num_layers:
+            layers.append(round(size))
+            size = max(size * self.growth_factor, size + 1)
+        return [*layers, num_layers]
+
+
+@dataclass
+class StageConfig:
+    """The record of one stage, saved beside its adapter as `stage_config.json`.
+
+    Attributes:
+        stage, num_stages: this stage (from 1) of how many.
+        num_layers, full_layers: layers of the submodel (L_s) and of the base (L).
+        rounds, learning_rate: communication rounds, and the learning rate before the schedule.
+        grouping, fusion, fusion_beta, transfer, adapter_fusion: the rules; see `DevFTConfig`.
+        federated_method: how updates were combined.
+        groups: the layers of the base in each group, as they were found.
+        base_model_name_or_path, base_model_revision: the base.
+        rounds_done: rounds that ran; fewer than `rounds` where the stage ended early.
+        metrics: full-depth evaluation at the stage's end (`eval_full_loss`, ...).
+        totals: the ledger's totals of this stage: bytes, tokens, FLOPs, seconds, peak memory.
+    """
+
+    stage: int
+    num_stages: int
+    num_layers: int
+    full_layers: int
+    rounds: int
+    learning_rate: float
+    grouping: str = "deconfliction"
+    fusion: str = "differential"
+    fusion_beta: float = 0.1
+    transfer: str = "broadcast"
+    adapter_fusion: str = "differential"
+    federated_method: str = "fedit"
+    groups: list[list[int]] | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    rounds_done: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `stage_config.json` into a folder."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{STAGE_CONFIG_NAME}.tmp"
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        temporary.replace(folder / STAGE_CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, subfolder: str | None = None, revision: str | None = None
+    ) -> "StageConfig":
+        """Read `stage_config.json` from a folder or a Hub repository. Keys of newer versions are ignored.
+
+        Raises:
+            OSError: the file is not there.
+            ValueError: it is not a stage's record.
+        """
+        if Path(name_or_path).is_dir():
+            path = Path(name_or_path) / (subfolder or "") / STAGE_CONFIG_NAME
+        else:
+            path = hf_hub_download(str(name_or_path), STAGE_CONFIG_NAME, subfolder=subfolder, revision=revision)
+        try:
+            content = json.loads(Path(path).read_text())
+            known = {item.name for item in fields(cls)}
+            return cls(**{key: value for key, value in content.items() if key in known})
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is not a stage's record: {error}") from error

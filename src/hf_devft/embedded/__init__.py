@@ -1,0 +1,17 @@
+"""What ships with the package, so that it works with no network: a small base model and a task generator."""
+
+from pathlib import Path
+
+from hf_devft.embedded.tasks import task_dataset
+
+
+EMBEDDED = "embedded"
+BASE_PATH = Path(__file__).parent / "base"
+
+
+def resolve_model_name(name: str) -> str:
+    """The path of the embedded base for "embedded"; any other name as it is."""
+    return str(BASE_PATH) if name == EMBEDDED else name
+
+
+__all__ = ["BASE_PATH", "EMBEDDED", "resolve_model_name", "task_dataset"]

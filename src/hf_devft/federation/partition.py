@@ -1,0 +1,115 @@
+"""A dataset -> clients: one dataset in client order, and each client's rows in it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+
+DEFAULT_NUM_CLIENTS = 20  # paper, §4.1
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """The rows of all clients.
+
+    Attributes:
+        dataset: every client's rows.
+        rows: {client's name: indices into `dataset`}, none empty, none shared.
+    """
+
+    dataset: Dataset
+    rows: dict[str, np.ndarray]
+
+    def __post_init__(self):
+        if not self.rows:
+            raise ValueError("there is no client: pass a dataset, or {client: dataset} with at least one client.")
+        if empty := [name for name, rows in self.rows.items() if len(rows) == 0]:
+            raise ValueError(
+                f"{len(empty)} of {len(self.rows)} clients have no rows ({', '.join(empty[:5])}): leave them out, or use "
+                "fewer clients or more data."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.rows)
+
+
+def from_mapping(clients: Mapping[str, Dataset]) -> ClientData:
+    """Clients as given: {name: dataset}."""
+    if not clients:
+        return ClientData(Dataset.from_dict({}), {})
+    ends = np.cumsum([len(dataset) for dataset in clients.values()])
+    starts = [0, *ends[:-1]]
+    rows = {str(name): np.arange(*span) for name, span in zip(clients, zip(starts, ends, strict=True), strict=True)}
+    return ClientData(concatenate_datasets([dataset for dataset in clients.values() if len(dataset)]), rows)
+
+
+def from_partitioner(partitioner: Any, dataset: Dataset) -> ClientData:
+    """Clients of any object with flwr-datasets' `Partitioner` interface (`dataset`, `num_partitions`, `load_partition`)."""
+    partitioner.dataset = dataset
+    count = partitioner.num_partitions
+    return from_mapping({f"client-{index}": partitioner.load_partition(index) for index in range(count)})
+
+
+def partition_dataset(
+    dataset: Dataset,
+    kind: str = "iid",
+    num_clients: int | None = None,
+    column: str | None = None,
+    alpha: float = 0.5,
+    seed: int = 0,
+) -> ClientData:
+    """Cut one dataset into clients.
+
+    Args:
+        dataset: rows of all clients.
+        kind: "iid" (shuffled, equal sizes), "dirichlet" (each value of `column` spread over the clients by a draw
+            from Dirichlet(alpha): Hsu et al. 2019, arXiv 1909.06335) or "natural" (one client per value).
+        num_clients: number of clients; default 20, or the number of values for "natural".
+        column: the column for "dirichlet" and "natural".
+        alpha: concentration; small is far from IID.
+        seed: same seed, same clients.
+
+    Raises:
+        ValueError: an unknown column, more clients than rows, or a count that a natural partition does not have.
+    """
+    if column is not None and column not in dataset.column_names:
+        raise ValueError(f"partition_column={column!r} is not in the dataset: its columns are {dataset.column_names}.")
+    if kind == "natural":
+        return _natural(dataset, column, num_clients)
+    count = DEFAULT_NUM_CLIENTS if num_clients is None else num_clients
+    if count > len(dataset):
+        raise ValueError(f"num_clients={count} is more than the dataset's {len(dataset)} rows: use fewer clients.")
+    rng = np.random.default_rng(seed)
+    if kind == "iid":
+        parts = np.array_split(rng.permutation(len(dataset)), count)
+    else:
+        parts = _dirichlet(np.asarray(dataset[column]), count, alpha, rng)
+    return ClientData(dataset, {f"client-{index}": np.sort(part) for index, part in enumerate(parts)})
+
+
+def _natural(dataset: Dataset, column: str, num_clients: int | None) -> ClientData:
+    values, owners = np.unique(np.asarray(dataset[column]).astype(str), return_inverse=True)
+    if num_clients not in (None, len(values)):
+        raise ValueError(
+            f"num_clients={num_clients}, but column {column!r} has {len(values)} values, one client each: leave "
+            "num_clients out."
+        )
+    return ClientData(dataset, {value: np.flatnonzero(owners == index) for index, value in enumerate(values)})
+
+
+def _dirichlet(labels: np.ndarray, count: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Rows per client; a client that drew none takes one from the largest, so that every client can be sampled."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        cuts = (np.cumsum(rng.dirichlet([alpha] * count))[:-1] * len(rows)).astype(int)
+        for part, chunk in zip(parts, np.split(rows, cuts), strict=True):
+            part.extend(chunk.tolist())
+    for part in parts:
+        if not part:
+            part.append(max(parts, key=len).pop())
+    return [np.array(part) for part in parts]

@@ -1,0 +1,34 @@
+"""Writing that is never seen half done: to a temporary name, then rename."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """A new, empty folder that takes the name `target` when the block ends without an error.
+
+    What stood there before stays until then. A folder left behind by an interrupted write is cleared.
+    """
+    target = Path(target)
+    temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_files(source: Path, target: Path) -> None:
+    """Move every file of the folder `source` over its namesake in `target`, one rename each."""
+    for file in source.iterdir():
+        file.replace(target / file.name)

@@ -1,0 +1,95 @@
+"""Adapters as PEFT folders: save, load, validate. safetensors only."""
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from hf_devft.configuration import StageConfig
+from hf_devft.files import atomic_folder, replace_files
+
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SUBMODEL = "submodel"
+PLOT = "loss.png"
+LEDGER = "ledger.json"
+
+
+def save_adapter(folder: str | Path, peft_config: LoraConfig, state: dict[str, torch.Tensor]) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, loadable with plain PEFT."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(peft_config)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    # Layers that share a broadcast adapter share its tensors: safetensors wants each with memory of its own.
+    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def load_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The config and the tensors of an adapter folder.
+
+    Raises:
+        ValueError: a file is missing or broken, or the adapter is not LoRA.
+    """
+    weights = Path(folder) / ADAPTER_WEIGHTS
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        state = load_file(weights)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no readable adapter: {error}") from error
+    check_lora(config)
+    return config, state
+
+
+def check_lora(config: PeftConfig) -> None:
+    """Refuse adapters that stages cannot carry from depth to depth.
+
+    Raises:
+        ValueError: not LoRA, trained biases, or options that name single layers.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"{type(config).__name__} is not supported: stages carry LoRA adapters, pass a `peft.LoraConfig`."
+        )
+    if config.bias != "none":
+        raise ValueError(f'LoraConfig(bias="{config.bias}") trains parameters of the base: use bias="none".')
+    by_layer = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "layer_replication")
+    if given := [name for name in by_layer if getattr(config, name, None)]:
+        raise ValueError(f"LoraConfig({', '.join(given)}) names single layers, which stages renumber: leave it out.")
+
+
+def save_stage(
+    output_dir: str | Path,
+    stage: StageConfig,
+    peft_config: LoraConfig,
+    full: dict[str, torch.Tensor],
+    sub: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+    write_extras,
+) -> Path:
+    """Write `output_dir/stage-N/` in one move, then the same at the root: full-depth adapter, record, `submodel/`.
+
+    Args:
+        full, sub: full-depth and compact adapter, PEFT state dicts.
+        write_extras: called with the folder and the stage's name in it, to add card, plot and the like.
+    """
+    output_dir = Path(output_dir)
+    name = f"stage-{stage.stage}"
+    for target, subfolder in ((output_dir / name, name), (output_dir / ".root", None)):
+        with atomic_folder(target) as folder:
+            save_adapter(folder, peft_config, full)
+            stage.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            write_extras(folder, subfolder)
+            if subfolder:
+                save_adapter(folder / SUBMODEL, peft_config, sub)
+    replace_files(output_dir / ".root", output_dir)
+    (output_dir / ".root").rmdir()
+    return output_dir / name

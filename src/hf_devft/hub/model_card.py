@@ -1,0 +1,71 @@
+"""A model card from a template, with the run's own numbers."""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_devft.configuration import StageConfig
+
+
+@dataclass(frozen=True)
+class CardContext:
+    """What a card tells beside the stages' records.
+
+    Attributes:
+        model_name: title.
+        plot: file name of the plot, in the card's folder.
+        setup: {what: value} of the federation.
+        table: (titles, rows) of the finished stages.
+        evaluation: what the metrics were measured on.
+    """
+
+    model_name: str
+    plot: str
+    setup: dict[str, object]
+    table: tuple[list[str], list[list[str]]]
+    evaluation: str
+
+
+_METRICS = {"eval_full_loss": ("loss", "loss"), "eval_full_exact_match": ("exact_match", "exact match")}
+
+
+def model_card(stages: list[StageConfig], context: CardContext, location: str, subfolder: str | None) -> ModelCard:
+    """The card of the newest of the finished `stages`.
+
+    Args:
+        location: folder or repository that the snippet loads from.
+        subfolder: the stage's folder in it, None at the root.
+    """
+    stage = stages[-1]
+    base = stage.base_model_name_or_path
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="federated",
+            dataset_name=context.evaluation,
+            metric_type=kind,
+            metric_name=f"{name} at full depth",
+            metric_value=stage.metrics[key],
+        )
+        for key, (kind, name) in _METRICS.items()
+        if key in stage.metrics
+    ]
+    data = ModelCardData(
+        base_model=None if base is None or Path(base).exists() else base,  # the Hub knows no local paths
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["devft", "federated-learning", "lora", "base_model:adapter"],
+        model_name=context.model_name,
+        eval_results=results or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=files("hf_devft.hub").joinpath("model_card_template.md").read_text(),
+        stage=stage,
+        context=context,
+        location=location,
+        subfolder=subfolder,
+        sizes=[len(group) for group in stage.groups or []],
+    )

@@ -1,0 +1,33 @@
+"""The curve of a run."""
+
+from matplotlib.figure import Figure
+
+from hf_devft.configuration import StageConfig
+from hf_devft.federation.ledger import Ledger
+
+
+def plot_run(log_history: list[dict], ledger: Ledger, stages: list[StageConfig]) -> Figure:
+    """Loss against megabytes sent: each stage's submodel as a line, full depth at the stages' ends as points.
+
+    Args:
+        log_history: the Trainer's (`step` is the round).
+        ledger: for the bytes sent until a round.
+        stages: the finished stages.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    sent = lambda rows: [ledger.bytes_until(row["step"]) / 1e6 for row in rows]  # noqa: E731
+    for stage in stages:
+        rows = [row for row in log_history if row.get("stage") == stage.stage]
+        for key, style in (("loss", {"alpha": 0.35, "lw": 1}), ("eval_loss", {"marker": ".", "lw": 2})):
+            points = [row for row in rows if key in row]
+            name = "training" if key == "loss" else "evaluation"
+            label = f"stage {stage.stage}: {stage.num_layers} layers, {name}" if points else None
+            axes.plot(sent(points), [row[key] for row in points], color=f"C{stage.stage - 1}", label=label, **style)
+    if full := [row for row in log_history if "eval_full_loss" in row]:
+        losses = [row["eval_full_loss"] for row in full]
+        axes.plot(sent(full), losses, "k*", markersize=11, label="full depth, evaluation")
+    axes.set(xlabel="MB sent (adapters, both ways)", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure

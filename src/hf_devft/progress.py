@@ -1,0 +1,95 @@
+"""What a person sees of a run: one bar over all rounds, one table at each stage's end."""
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+
+from hf_devft.configuration import StageConfig
+
+
+class RoundProgressCallback(TrainerCallback):
+    """A bar over all rounds that names stage and round and shows the newest losses. Logs are not printed."""
+
+    def __init__(self, stages: list[StageConfig]):
+        self.stages = stages
+        self.bar = None
+        self.prediction_bar = None
+        self.shown = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="round", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            stage = self.stages[max(math.ceil(state.epoch), 1) - 1]
+            done = round((state.epoch - stage.stage + 1) * stage.rounds)
+            self.bar.set_description(
+                f"stage {stage.stage}/{stage.num_stages} ({stage.num_layers} layers) round {done}/{stage.rounds}",
+                refresh=False,
+            )
+            self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is not None and logs:
+            self.shown |= {key: f"{logs[key]:.3f}" for key in ("loss", "eval_loss") if key in logs}
+            self.bar.set_postfix(self.shown)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if state.is_world_process_zero and has_length(eval_dataloader):
+            if self.prediction_bar is None:
+                self.prediction_bar = tqdm(total=len(eval_dataloader), desc="evaluating", leave=False)
+            self.prediction_bar.update(1)
+
+    def _close_prediction_bar(self, *args, **kwargs):
+        if self.prediction_bar is not None:
+            self.prediction_bar.close()
+            self.prediction_bar = None
+
+    on_evaluate = on_predict = _close_prediction_bar
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+# Title of a column -> its value for a stage; columns without any value are left out.
+_COLUMNS = {
+    "stage": lambda stage: f"{stage.stage}/{stage.num_stages}",
+    "layers": lambda stage: str(stage.num_layers),
+    "rounds": lambda stage: str(stage.rounds_done),
+    "loss, submodel": lambda stage: _number(stage.metrics.get("eval_loss"), ".3f"),
+    "loss, full depth": lambda stage: _number(stage.metrics.get("eval_full_loss"), ".3f"),
+    "exact match": lambda stage: _number(stage.metrics.get("eval_full_exact_match"), ".1%"),
+    "MB sent": lambda stage: _number(stage.totals["bytes"] / 1e6, ".2f"),
+    "TFLOPs": lambda stage: _number(stage.totals["flops"] / 1e12, ".2f"),
+    "seconds": lambda stage: _number(stage.totals["seconds"], ".1f"),
+    "peak MB": lambda stage: _number(stage.totals["peak_memory"] / 1e6, ".0f"),
+}
+
+
+def _number(value: float | None, style: str) -> str | None:
+    return None if value is None else format(value, style)
+
+
+def stage_rows(stages: list[StageConfig]) -> tuple[list[str], list[list[str]]]:
+    """(titles, one row of text per stage)."""
+    cells = {title: [value(stage) for stage in stages] for title, value in _COLUMNS.items()}
+    cells = {title: column for title, column in cells.items() if any(cell is not None for cell in column)}
+    return list(cells), [[cell or "" for cell in row] for row in zip(*cells.values(), strict=True)]
+
+
+def print_stages(stages: list[StageConfig]) -> None:
+    """Print the table of the finished stages."""
+    titles, rows = stage_rows(stages)
+    table = Table(title=f"stage {stages[-1].stage}/{stages[-1].num_stages} finished", title_justify="left")
+    for title in titles:
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

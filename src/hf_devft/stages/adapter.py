@@ -1,0 +1,59 @@
+"""Put a LoRA adapter on a base, and take it off again."""
+
+import copy
+import warnings
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import PreTrainedModel
+
+from hf_devft.stages.transfer import State
+
+
+def new_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """`base` (changed in place) with a new adapter, as `get_peft_model`."""
+    with warnings.catch_warnings():
+        # PEFT still reads an alias that transformers 5 has renamed.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        return get_peft_model(base, config)
+
+
+def attach_adapter(base: PreTrainedModel, config: LoraConfig, state: State) -> PeftModel:
+    """`base` (changed in place) with a trainable adapter that holds `state`. Draws no random numbers.
+
+    Raises:
+        ValueError: the adapter's tensors are not those of this base and config.
+    """
+    with torch.random.fork_rng():
+        model = new_adapter(base, copy.deepcopy(config))
+    load_adapter_state(model, state)
+    return model
+
+
+def detach_adapter(model: PeftModel) -> PreTrainedModel:
+    """The base as it was before `attach_adapter`; `model` is of no use afterwards."""
+    return model.unload()
+
+
+def adapter_state(model: PeftModel) -> State:
+    """A copy of the adapter: {PEFT key: tensor}."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {key: tensor.detach().clone() for key, tensor in state.items()}
+
+
+def load_adapter_state(model: PeftModel, state: State) -> None:
+    """Write `state` into the model's adapter, in place.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wrong = sorted(set(expected) ^ set(state)) or [
+        key for key in state if state[key].shape != expected[key].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"the adapter does not fit the model: {len(wrong)} tensors differ in name or shape, such as {wrong[0]!r}. "
+            "Use the base and the LoRA config that it was made with."
+        )
+    set_peft_model_state_dict(model, state)

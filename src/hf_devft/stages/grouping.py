@@ -1,0 +1,164 @@
+"""Which layers share a group: deconfliction-guided layer grouping (arXiv 2508.00041, §3.2) and its rivals.
+
+A grouping is a list of groups, a group an ascending list of layer indices. Groups are ordered by their
+first layer (the anchor), every layer is in exactly one, none is empty, and all layers of a group are of
+one kind. A new rule is one function and one line in `GROUPINGS`.
+"""
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.cluster import SpectralClustering
+
+from hf_devft.stages.layer_stack import LayerStack
+from hf_devft.stages.quantization import dense
+
+
+Groups = list[list[int]]
+
+
+@dataclass(frozen=True)
+class GroupingTask:
+    """What a grouping rule may look at.
+
+    Attributes:
+        kinds: L values; layers may share a group only if theirs are equal.
+        capacity: number of groups, from the number of distinct kinds to L.
+        seed: for k-means and random groups.
+        similarity: () -> L x L cosine similarity of the layers' base weights.
+        loss_of: kept layer indices -> loss of the model with only those, on calibration texts; or None.
+    """
+
+    kinds: Sequence[Hashable]
+    capacity: int
+    seed: int = 0
+    similarity: Callable[[], torch.Tensor] | None = None
+    loss_of: Callable[[list[int]], float] | None = None
+
+
+def layer_similarity(stack: LayerStack) -> torch.Tensor:
+    """W_ij = cos(vec θ_i, vec θ_j) over the layers' base weights: L x L, float32, on the CPU (§3.2, eq. 3).
+
+    One Gram matrix per parameter name, so at most L tensors of one name are held twice. Layers of
+    different kinds have similarity 0.
+    """
+    gram = torch.zeros(len(stack), len(stack), dtype=torch.float64)
+    for members in _by_kind(stack.kinds).values():
+        index = torch.tensor(members)
+        for parameters in zip(*(stack.layers[member].parameters() for member in members), strict=True):
+            flat = torch.stack([dense(parameter).detach().flatten().float() for parameter in parameters])
+            gram[index[:, None], index] += (flat @ flat.T).double().cpu()
+    norms = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
+    return (gram / torch.outer(norms, norms)).float()
+
+
+def _by_kind(kinds: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+    members: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        members.setdefault(kind, []).append(index)
+    return members
+
+
+def _allocate(capacity: int, sizes: list[int]) -> list[int]:
+    """Groups per kind: at least one each, the rest in proportion to the kinds' sizes."""
+    counts = [1] * len(sizes)
+    for _ in range(capacity - len(sizes)):
+        room = [(size / (count + 1) if count < size else 0) for size, count in zip(sizes, counts, strict=True)]
+        counts[int(np.argmax(room))] += 1
+    return counts
+
+
+def _per_kind(rule: Callable[[GroupingTask, list[int], int], Groups]) -> Callable[[GroupingTask], Groups]:
+    """A rule for all kinds from a rule (task, members of one kind, number of groups) -> groups."""
+
+    def grouping(task: GroupingTask) -> Groups:
+        kinds = list(_by_kind(task.kinds).values())
+        counts = _allocate(task.capacity, [len(members) for members in kinds])
+        groups = [group for members, count in zip(kinds, counts, strict=True) for group in rule(task, members, count)]
+        return sorted(sorted(group) for group in groups)
+
+    return grouping
+
+
+def _deconfliction(task: GroupingTask, members: list[int], count: int) -> Groups:
+    """Spectral clustering: normalised Laplacian of the similarity graph, k-means on its eigenvectors (§3.2)."""
+    if count == len(members) or count == 1:
+        return [[member] for member in members] if count > 1 else [members]
+    weights = task.similarity().numpy()[np.ix_(members, members)].clip(min=0)
+    clustering = SpectralClustering(count, affinity="precomputed", random_state=task.seed)
+    with warnings.catch_warnings():
+        # Layers whose weights point apart make a graph of several components: that is what is looked for.
+        warnings.filterwarnings("ignore", message="Graph is not fully connected")
+        labels = clustering.fit_predict(weights)
+    groups = [[members[i] for i in np.flatnonzero(labels == label)] for label in np.unique(labels)]
+    while len(groups) < count:  # k-means may return fewer clusters than asked for
+        largest = max(groups, key=len)
+        groups.remove(largest)
+        groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    return groups
+
+
+def _even(task: GroupingTask, members: list[int], count: int) -> Groups:
+    """Ablation: contiguous groups of equal size (the first ones larger by one where L is no multiple)."""
+    return [part.tolist() for part in np.array_split(members, count)]
+
+
+def _random(task: GroupingTask, members: list[int], count: int) -> Groups:
+    """Ablation: a random partition into non-empty groups."""
+    rng = np.random.default_rng([task.seed, count, members[0]])
+    shuffled = rng.permutation(members).tolist()
+    groups = [[member] for member in shuffled[:count]]
+    for member in shuffled[count:]:
+        groups[rng.integers(count)].append(member)
+    return groups
+
+
+def calibrated(task: GroupingTask) -> Groups:
+    """Drop one layer at a time, always the one whose loss suffers least (ours: DESIGN §2.7).
+
+    A dropped layer joins the group of the kept layer of its kind before it, so the first of each kind stays.
+
+    Raises:
+        ValueError: no calibration texts.
+    """
+    if task.loss_of is None:
+        raise ValueError('grouping="calibrated" needs calibration texts: pass `calibration_dataset` or `eval_dataset`.')
+    kept = list(range(len(task.kinds)))
+    first = {members[0] for members in _by_kind(task.kinds).values()}
+    while len(kept) > task.capacity:
+        candidates = [layer for layer in kept if layer not in first]
+        losses = [task.loss_of([layer for layer in kept if layer != candidate]) for candidate in candidates]
+        kept.remove(candidates[int(np.argmin(losses))])
+    groups = {layer: [layer] for layer in kept}
+    for layer, kind in enumerate(task.kinds):
+        if layer not in groups:
+            groups[max(k for k in kept if k < layer and task.kinds[k] == kind)].append(layer)
+    return list(groups.values())
+
+
+GROUPINGS: dict[str, Callable[[GroupingTask], Groups]] = {
+    "deconfliction": _per_kind(_deconfliction),
+    "even": _per_kind(_even),
+    "random": _per_kind(_random),
+    "calibrated": calibrated,
+}
+
+
+def group_layers(task: GroupingTask, rule: str = "deconfliction") -> Groups:
+    """The groups of one stage, by the named rule. At full capacity every layer is its own group.
+
+    Raises:
+        ValueError: a capacity that the layers cannot be cut into.
+    """
+    depth, kinds = len(task.kinds), len(set(task.kinds))
+    if not kinds <= task.capacity <= depth:
+        raise ValueError(
+            f"a stage of {task.capacity} layers cannot be made of {depth} layers of {kinds} kind(s): only layers of "
+            f"one kind share a group, so choose a capacity from {kinds} to {depth}."
+        )
+    if task.capacity == depth:
+        return [[layer] for layer in range(depth)]
+    return GROUPINGS[rule](task)

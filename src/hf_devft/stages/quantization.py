@@ -1,0 +1,30 @@
+"""Read and rebuild bitsandbytes 4-bit parameters; every other parameter passes through unchanged."""
+
+import torch
+
+
+def dense(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter's values: dequantised where it is a loaded bitsandbytes `Params4bit`, else itself."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return parameter
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, state)
+
+
+def like(values: torch.Tensor, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """A frozen parameter that stores `values` as `parameter` stores its own: dtype, device, quantisation."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return torch.nn.Parameter(values.to(parameter.dtype), requires_grad=False)
+    from bitsandbytes.nn import Params4bit
+
+    return Params4bit(
+        values.to(state.dtype),
+        requires_grad=False,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=parameter.quant_storage,
+    ).to(parameter.device)

@@ -1,0 +1,46 @@
+"""Groups and a fusion rule -> a model of as many layers as there are groups."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_devft.stages.fusion import fuse
+from hf_devft.stages.grouping import Groups
+from hf_devft.stages.layer_stack import LayerStack, with_layers
+from hf_devft.stages.quantization import dense, like
+
+
+def build_submodel(
+    model: PreTrainedModel, stack: LayerStack, groups: Groups, fusion: str = "differential", beta: float = 0.1
+) -> PreTrainedModel:
+    """The stage's model: one representative layer per group; everything else is `model`'s own, shared.
+
+    Args:
+        model: the full base, without adapters.
+        groups: see `grouping`.
+        fusion: a name in `FUSIONS`.
+        beta: weight of the differences in differential fusion (paper: 0.1).
+
+    Returns:
+        `model` itself where every layer is its own group, else a new model. Only fused tensors are new memory;
+        4-bit parameters are dequantised, fused and quantised again.
+    """
+    if len(groups) == len(stack):
+        return model
+    submodel = with_layers(model, stack, [group[0] for group in groups])
+    if fusion == "anchor":
+        return submodel
+    layers = submodel.get_submodule(stack.path)
+    for layer, group in zip(layers, groups, strict=True):
+        if len(group) > 1:
+            _fuse_into(layer, [stack.layers[index] for index in group], fusion, beta)
+    return submodel
+
+
+@torch.no_grad()
+def _fuse_into(layer: nn.Module, members: list[nn.Module], fusion: str, beta: float) -> None:
+    """Give `layer` (a copy of the anchor) the fused parameters of `members`, one parameter at a time."""
+    for name, anchor in list(layer.named_parameters()):
+        values = fuse([dense(member.get_parameter(name)) for member in members], fusion, beta)
+        parent, _, leaf = name.rpartition(".")
+        setattr(layer.get_submodule(parent), leaf, like(values, anchor))
