@@ -127,7 +127,7 @@ class DevFTConfig(TrainingArguments):
     learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of local training."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many rounds."})
     save_steps: float = field(default=10, metadata={"help": "Checkpoint every so many rounds."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Integrations to report to."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Integrations to report to."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule over all rounds."})
 
     stage_layers: list[int] | None = field(
@@ -172,6 +172,8 @@ class DevFTConfig(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.adapter_fusion = self.adapter_fusion or self.fusion
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch warns of it on every data loader
         _choice("grouping", self.grouping, GROUPINGS)
         _choice("fusion", self.fusion, FUSIONS)
         _choice("adapter_fusion", self.adapter_fusion, FUSIONS)

@@ -63,13 +63,13 @@ _COLUMNS = {
     "stage": lambda stage: f"{stage.stage}/{stage.num_stages}",
     "layers": lambda stage: str(stage.num_layers),
     "rounds": lambda stage: str(stage.rounds_done),
-    "loss, submodel": lambda stage: _number(stage.metrics.get("eval_loss"), ".3f"),
-    "loss, full depth": lambda stage: _number(stage.metrics.get("eval_full_loss"), ".3f"),
-    "exact match": lambda stage: _number(stage.metrics.get("eval_full_exact_match"), ".1%"),
-    "MB sent": lambda stage: _number(stage.totals["bytes"] / 1e6, ".2f"),
+    "loss\nsubmodel": lambda stage: _number(stage.metrics.get("eval_loss"), ".3f"),
+    "loss\nfull depth": lambda stage: _number(stage.metrics.get("eval_full_loss"), ".3f"),
+    "exact\nmatch": lambda stage: _number(stage.metrics.get("eval_full_exact_match"), ".1%"),
+    "MB\nsent": lambda stage: _number(stage.totals["bytes"] / 1e6, ".2f"),
     "TFLOPs": lambda stage: _number(stage.totals["flops"] / 1e12, ".2f"),
     "seconds": lambda stage: _number(stage.totals["seconds"], ".1f"),
-    "peak MB": lambda stage: _number(stage.totals["peak_memory"] / 1e6, ".0f"),
+    "peak\nMB": lambda stage: _number(stage.totals["peak_memory"] / 1e6, ".0f"),
 }
 
 
@@ -78,7 +78,7 @@ def _number(value: float | None, style: str) -> str | None:
 
 
 def stage_rows(stages: list[StageConfig]) -> tuple[list[str], list[list[str]]]:
-    """(titles, one row of text per stage)."""
+    """(titles, with a line break where they are long; one row of text per stage)."""
     cells = {title: [value(stage) for stage in stages] for title, value in _COLUMNS.items()}
     cells = {title: column for title, column in cells.items() if any(cell is not None for cell in column)}
     return list(cells), [[cell or "" for cell in row] for row in zip(*cells.values(), strict=True)]
@@ -92,4 +92,5 @@ def print_stages(stages: list[StageConfig]) -> None:
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    with tqdm.external_write_mode():  # not into the bar
+        Console().print(table)

@@ -128,7 +128,8 @@ class DevFTMixin:
         self._checkpoint: Checkpoint | None = None
         if not isinstance(self.model, PeftModel):
             raise ValueError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`.")
-        self.peft_config: LoraConfig = self.model.peft_config[self.model.active_adapter]
+        self.peft_config: LoraConfig = copy.deepcopy(self.model.peft_config[self.model.active_adapter])
+        self.peft_config.inference_mode = False
         check_lora(self.peft_config)
         self._full_adapter: State = adapter_state(self.model)
         stack = find_layer_stack(self.model.get_base_model())
@@ -600,10 +601,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
             raise ValueError(
                 "pass `peft_config` with a plain model, and a `PeftModel` without it: there must be one adapter."
             )
-        if isinstance(model, PeftModel):
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_("lora_" in name)
-        else:
+        if peft_config is not None:
             model = new_adapter(model, peft_config)
         prepare = functools.partial(_tokenized, tokenizer=processing_class, max_length=args.max_length)
         clients = _make_clients(args, train_dataset, partitioner)

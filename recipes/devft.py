@@ -1,0 +1,66 @@
+"""Developmental federated tuning, from a config.
+
+    accelerate launch recipes/devft.py                                    # the quickstart
+    accelerate launch recipes/devft.py --config recipes/configs/fedit.yaml --seed 1 --output_dir outputs/fedit
+
+Every key of a config is also a flag. Without data files, the tasks are made up by the package's generator.
+"""
+
+import sys
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, load_dataset
+from transformers.utils import logging
+
+from hf_devft import DevFTConfig, DevFTTrainer
+from hf_devft.arguments import RecipeArguments, parse_arguments
+from hf_devft.data import load_files
+from hf_devft.embedded import task_dataset
+from hf_devft.metrics import LanguageModelMetrics, reduce_logits
+
+
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+
+
+def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """(train, evaluation, calibration) rows; evaluation may be missing, calibration defaults to evaluation."""
+    if recipe.train_file:
+        return load_files(recipe.train_file), load_files(recipe.eval_file) if recipe.eval_file else None, None
+    if recipe.dataset_name:
+        splits = (recipe.dataset_train_split, recipe.dataset_eval_split)
+        train, evaluation = (load_dataset(recipe.dataset_name, split=split) if split else None for split in splits)
+        return train, evaluation, None
+    return (
+        task_dataset(recipe.task_rows, seed=args.seed),
+        task_dataset(recipe.task_eval_rows, split="test"),
+        task_dataset(args.calibration_samples, seed=args.seed + 1),
+    )
+
+
+def main(argv: list[str]) -> None:
+    recipe, args = parse_arguments(argv, QUICKSTART)
+    # The run has one bar and one table of its own.
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    train, evaluation, calibration = load_data(recipe, args)
+    trainer = DevFTTrainer(
+        recipe.model_name_or_path,
+        args,
+        peft_config=recipe.lora_config(),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        calibration_dataset=calibration,
+        compute_metrics=LanguageModelMetrics(),
+        preprocess_logits_for_metrics=reduce_logits,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.is_world_process_zero():
+        print(f"Adapters, model card and plot are in {args.output_dir}/")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

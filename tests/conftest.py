@@ -1,0 +1,89 @@
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the network
+
+import datasets
+import pytest
+from peft import LoraConfig
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers.utils import logging
+
+from hf_devft import DevFTConfig, DevFTTrainer
+from hf_devft.embedded import BASE_PATH, task_dataset
+
+
+datasets.disable_progress_bars()
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BASE_PATH)
+
+
+@pytest.fixture(scope="session")
+def tasks():
+    return task_dataset(120, seed=0)
+
+
+@pytest.fixture(scope="session")
+def eval_tasks():
+    return task_dataset(16, split="test", seed=0)
+
+
+def tiny_llama(layers: int = 4, seed: int = 0) -> LlamaForCausalLM:
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def lora(**kwargs) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | kwargs)
+
+
+def config(output_dir, **kwargs) -> DevFTConfig:
+    defaults = {
+        "stage_layers": [2, 4],
+        "stage_rounds": [2],
+        "num_clients": 4,
+        "local_steps": 2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return DevFTConfig(output_dir=str(output_dir), **defaults | kwargs)
+
+
+@pytest.fixture
+def make_trainer(tmp_path, tasks, tokenizer):
+    """A `DevFTTrainer` on a tiny model; keyword arguments of the trainer, the rest goes into its config."""
+
+    def make(*, model=None, train_dataset=None, peft_config=None, output_dir=None, cls=DevFTTrainer, **kwargs):
+        passed = {name: kwargs.pop(name) for name in list(kwargs) if name in _TRAINER_ARGUMENTS}
+        return cls(
+            model if model is not None else tiny_llama(),
+            config(output_dir or tmp_path / "run", **kwargs),
+            peft_config=lora() if peft_config is None else peft_config,
+            train_dataset=tasks if train_dataset is None else train_dataset,
+            processing_class=tokenizer,
+            **passed,
+        )
+
+    return make
+
+
+_TRAINER_ARGUMENTS = {"eval_dataset", "calibration_dataset", "callbacks", "partitioner", "optimizers", "model_init"}

@@ -1,0 +1,102 @@
+import re
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, tiny_model
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
+from hf_devft.stages.layer_stack import find_layer_stack, with_layers
+
+
+INPUT = torch.tensor([[3, 9, 27, 5, 12, 40, 33, 21, 8, 17]])
+KEPT = [0, 3, 4]
+
+
+def hand_built(model, stack, kept):
+    """A model of the kept layers made the plain way: a shorter config and a renamed state dict."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in kept]
+    config.num_hidden_layers = len(kept)
+    built = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    state = {}
+    for key, tensor in model.state_dict().items():
+        match = re.match(rf"({re.escape(stack.path)}\.)(\d+)(\..*)", key)
+        if match is None:
+            state[key] = tensor
+        elif int(match[2]) in kept:
+            state[f"{match[1]}{kept.index(int(match[2]))}{match[3]}"] = tensor
+    built.load_state_dict(state)
+    return built
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request):
+    return tiny_model(request.param)
+
+
+def test_the_stack_is_found_by_structure(model):
+    stack = find_layer_stack(model)
+    assert len(stack) == 6
+    assert model.get_submodule(stack.path) is stack.layers
+
+
+@torch.no_grad()
+def test_logits_equal_those_of_a_hand_built_model(model):
+    stack = find_layer_stack(model)
+    before = model(INPUT).logits
+    submodel = with_layers(model, stack, KEPT)
+    assert torch.equal(submodel(INPUT).logits, hand_built(model, stack, KEPT)(INPUT).logits)
+    assert torch.equal(model(INPUT).logits, before), "the full model must not change"
+
+
+@torch.no_grad()
+def test_generation_with_cache_equals_generation_without(model):
+    submodel = with_layers(model, find_layer_stack(model), KEPT)
+    generate = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    cached, plain = (submodel.generate(INPUT, use_cache=use_cache, **generate) for use_cache in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_all_tensors_are_shared_and_ties_kept(model):
+    stack = find_layer_stack(model)
+    submodel = with_layers(model, stack, KEPT)
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert all(parameter.data_ptr() in own for parameter in submodel.parameters())
+    head, embedding = submodel.get_output_embeddings(), submodel.get_input_embeddings()
+    assert (head.weight is embedding.weight) == (
+        model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    )
+
+
+def test_activation_checkpointing_gives_the_same_gradients(model):
+    submodel = with_layers(model, find_layer_stack(model), KEPT).train()
+
+    def gradients():
+        submodel.zero_grad()
+        submodel(input_ids=INPUT, labels=INPUT, use_cache=False).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in submodel.named_parameters()}
+
+    plain = gradients()
+    submodel.activation_checkpointing_enable()
+    checkpointed = gradients()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient)
+
+
+def test_attention_kinds_and_per_layer_lists_follow_the_layers():
+    model = tiny_model("gemma2")
+    stack = find_layer_stack(model)
+    assert len(set(stack.kinds)) == 2
+    submodel = with_layers(model, stack, [0, 1, 3])
+    assert submodel.config.layer_types == ["sliding_attention", "full_attention", "full_attention"]
+    assert submodel.config.num_hidden_layers == 3
+    assert model.config.num_hidden_layers == 6
+
+
+def test_two_stacks_are_refused():
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=32, d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=3, num_decoder_layers=3)
+    )
+    with pytest.raises(ValueError, match="decoder-only"):
+        find_layer_stack(model)

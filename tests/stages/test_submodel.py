@@ -1,0 +1,51 @@
+import copy
+
+import pytest
+import torch
+from architectures import tiny_model
+
+from hf_devft.stages.fusion import fuse
+from hf_devft.stages.layer_stack import find_layer_stack
+from hf_devft.stages.submodel import build_submodel
+
+
+INPUT = torch.tensor([[3, 9, 27, 5]])
+GROUPS = [[0, 2], [1], [3, 4, 5]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", ["differential", "mean", "sum"])
+def test_every_parameter_of_a_group_is_fused(fusion):
+    model = tiny_model("llama")
+    stack = find_layer_stack(model)
+    original = copy.deepcopy(model.state_dict())
+    submodel = build_submodel(model, stack, GROUPS, fusion, beta=0.1)
+    for index, group in enumerate(GROUPS):
+        for name, parameter in submodel.get_submodule(f"{stack.path}.{index}").named_parameters():
+            members = [stack.layers[layer].get_parameter(name) for layer in group]
+            assert torch.equal(parameter, fuse(members, fusion, 0.1)), name
+    assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items())
+
+
+def test_shared_parts_and_groups_of_one_cost_nothing():
+    model = tiny_model("llama")
+    stack = find_layer_stack(model)
+    submodel = build_submodel(model, stack, GROUPS)
+    assert submodel.get_input_embeddings().weight is model.get_input_embeddings().weight
+    single = submodel.get_submodule(f"{stack.path}.1")
+    assert all(parameter is stack.layers[1].get_parameter(name) for name, parameter in single.named_parameters())
+
+
+def test_full_capacity_is_the_model_itself():
+    model = tiny_model("llama")
+    assert build_submodel(model, find_layer_stack(model), [[index] for index in range(6)]) is model
+
+
+@torch.no_grad()
+def test_equal_layers_fuse_to_a_model_of_those_layers():
+    model = tiny_model("llama")
+    stack = find_layer_stack(model)
+    for layer in stack.layers:
+        layer.load_state_dict(stack.layers[0].state_dict())
+    fused, anchored = (build_submodel(model, stack, GROUPS, fusion) for fusion in ("differential", "anchor"))
+    assert torch.equal(fused(INPUT).logits, anchored(INPUT).logits)
