@@ -62,5 +62,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -1,0 +1,47 @@
+import torch
+from conftest import lora, tiny_llama
+from peft import get_peft_model
+
+from hf_devft.federation.ledger import Ledger, PeakMemory, RoundRecord, training_flops
+
+
+def record(round_number, stage, **kwargs):
+    defaults = {"clients": ["a", "b"], "dropped": [], "bytes_down": 10, "bytes_up": 6, "tokens": 100, "flops": 1e3,
+                "seconds": 2.0, "peak_memory": 50 * round_number, "loss": 1.0}  # fmt: skip
+    return RoundRecord(round=round_number, stage=stage, **defaults | kwargs)
+
+
+def test_totals_of_a_stage_and_of_all():
+    ledger = Ledger([record(1, 1), record(2, 1, dropped=["b"]), record(3, 2)])
+    assert ledger.totals()["bytes"] == 48
+    assert ledger.totals(1) == {"bytes_down": 20, "bytes_up": 12, "bytes": 32, "tokens": 200, "flops": 2e3,
+                                "seconds": 4.0, "peak_memory": 100, "dropped_clients": 1}  # fmt: skip
+    assert ledger.bytes_until(2) == 32
+
+
+def test_a_ledger_survives_json():
+    ledger = Ledger([record(1, 1), record(2, 1)])
+    assert Ledger.from_dicts(ledger.to_dicts()) == ledger
+
+
+def test_flops_count_every_matrix_once():
+    base = tiny_llama(2)
+    matrices = 2 * (16 * 16 * 2 + 16 * 8 * 2 + 16 * 24 * 3)  # q, o; k, v; gate, up, down
+    head = 2048 * 16  # tied to the embedding
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    assert training_flops(10, base) == 10 * 4 * (matrices + head)
+    model = get_peft_model(base, lora())
+    adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert training_flops(10, model) == 10 * (4 * (matrices + head) + 6 * adapter)
+
+
+def test_peak_memory_is_of_the_time_since_the_reset():
+    memory = PeakMemory(torch.device("cpu"))
+    memory.reset()
+    before = memory.read()
+    block = torch.ones(30_000_000)
+    assert memory.read() - before > 0.8 * block.nbytes
+    del block
+    memory.reset()
+    assert memory.read() - before < 60_000_000

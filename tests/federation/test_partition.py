@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_devft.federation.partition import from_mapping, partition_dataset
+
+
+@given(
+    rows=st.integers(1, 80), values=st.integers(1, 5), count=st.integers(1, 30), alpha=st.floats(0.01, 100),
+    kind=st.sampled_from(["iid", "dirichlet", "natural"]), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_every_row_has_one_client_and_every_client_a_row(rows, values, count, alpha, kind, seed):
+    dataset = Dataset.from_dict({"label": [str(i % values) for i in range(rows)]})
+    count = None if kind == "natural" else min(count, rows)
+    clients = partition_dataset(dataset, kind, count, "label", alpha, seed)
+    assert len(clients.rows) == (min(values, rows) if count is None else count)
+    assert all(len(part) for part in clients.rows.values())
+    assert sorted(np.concatenate(list(clients.rows.values()))) == list(range(rows))
+    again = partition_dataset(dataset, kind, count, "label", alpha, seed)
+    assert all(np.array_equal(part, again.rows[name]) for name, part in clients.rows.items())
+
+
+def test_a_small_alpha_makes_clients_differ():
+    dataset = Dataset.from_dict({"label": ["a", "b"] * 500})
+
+    def spread(alpha):
+        clients = partition_dataset(dataset, "dirichlet", 10, "label", alpha)
+        labels = np.array(dataset["label"])
+        return np.std([np.mean(labels[part] == "a") for part in clients.rows.values()])
+
+    assert spread(0.05) > 3 * spread(100)
+
+
+def test_natural_clients_are_named_by_their_value():
+    dataset = Dataset.from_dict({"source": ["x", "y", "x"]})
+    clients = partition_dataset(dataset, "natural", column="source")
+    assert {name: part.tolist() for name, part in clients.rows.items()} == {"x": [0, 2], "y": [1]}
+    with pytest.raises(ValueError, match="has 2 values"):
+        partition_dataset(dataset, "natural", 3, "source")
+
+
+def test_given_clients_keep_their_rows():
+    a, b = Dataset.from_dict({"n": [1, 2]}), Dataset.from_dict({"n": [3]})
+    clients = from_mapping({"a": a, "b": b})
+    assert {name: clients.dataset.select(part)["n"][:] for name, part in clients.rows.items()} == {"a": [1, 2], "b": [3]}

@@ -1,0 +1,85 @@
+"""The recipe as a user calls it: in processes of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "devft.py"
+LAUNCH = [
+    sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", str(RECIPE),
+]  # fmt: skip
+SHORT = [
+    "--stage_rounds", "1", "--local_steps", "2", "--task_rows", "100", "--task_eval_rows", "8", "--eval_steps", "1",
+    "--calibration_samples", "4",
+]  # fmt: skip
+
+
+def run(*command, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    output = tmp_path_factory.mktemp("quickstart")
+    result = run(*LAUNCH, *SHORT, "--output_dir", output)
+    assert result.returncode == 0, result.stderr
+    return output, result
+
+
+def test_the_quickstart_needs_no_argument_but_where_to_write(launched):
+    output, result = launched
+    assert "stage 3/3 finished" in result.stdout
+    assert "Warning" not in result.stderr, result.stderr
+    for folder in (output, output / "stage-1", output / "stage-2", output / "stage-3"):
+        assert (folder / "adapter_model.safetensors").exists()
+
+
+LOAD = """
+import sys
+assert "hf_devft" not in sys.modules
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+folder, stage = sys.argv[1:]
+model = AutoPeftModelForCausalLM.from_pretrained(f"{folder}/{stage}")
+base = AutoModelForCausalLM.from_pretrained(model.peft_config["default"].base_model_name_or_path)
+PeftModel.from_pretrained(base, folder, subfolder=stage)
+generate = pipeline("text-generation", model=f"{folder}/{stage}")
+text = generate("Write every word twice: red cat\\nAnswer:", max_new_tokens=5, return_full_text=False)
+assert isinstance(text[0]["generated_text"], str)
+assert "hf_devft" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("stage", ["stage-1", "stage-3"])
+def test_a_process_without_our_code_loads_a_stage(launched, stage):
+    result = run(sys.executable, "-c", LOAD, launched[0], stage)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_experiment_is_its_config(tmp_path):
+    rows = '{"question": "What is 1 + 1?", "answer": "2"}\n' * 12
+    for name in ("maths", "more", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    result = run(
+        sys.executable, RECIPE, "--config", RECIPE.parent / "configs" / "fedit.yaml", *SHORT,
+        "--train_file", tmp_path / "maths.jsonl", tmp_path / "more.jsonl", "--eval_file", tmp_path / "test.jsonl",
+        "--num_clients", "2", "--partition", "natural", "--partition_column", "source", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "stage 1/1 finished" in result.stdout
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--learning_rat", "1"], "Did you mean 'learning_rate'?"),
+    (["--stage_layers", "4", "64"], "end at the model's 16 layers"),
+    (["--train_file", "nowhere.json"], "nowhere.json is not a file"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(argv, message, tmp_path):
+    result = run(sys.executable, RECIPE, *argv, "--output_dir", tmp_path)
+    assert result.returncode == 1
+    assert message in result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr

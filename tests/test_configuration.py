@@ -1,0 +1,92 @@
+import json
+
+import pytest
+from conftest import config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_devft import StageConfig, configuration
+from hf_devft.federation.methods import METHODS
+
+
+def layers(stages):
+    return [stage.num_layers for stage in stages]
+
+
+def test_the_config_names_every_method():
+    assert set(configuration.FEDERATED_METHODS) == set(METHODS)
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(32, [4, 8, 16, 32]), (16, [4, 8, 16]), (24, [4, 8, 16, 24]), (3, [3])])
+def test_derived_capacities_double_up_to_the_depth(tmp_path, depth, expected):
+    assert layers(config(tmp_path, stage_layers=None).resolve_stages(depth)) == expected
+
+
+def test_the_papers_forty_layers(tmp_path):
+    assert layers(config(tmp_path, stage_layers=None, initial_layers=5).resolve_stages(40)) == [5, 10, 20, 40]
+
+
+@given(depth=st.integers(1, 100), initial=st.integers(1, 120), growth=st.floats(1.001, 10))
+@settings(deadline=None, max_examples=50)
+def test_derived_capacities_always_increase_and_end_at_the_depth(tmp_path_factory, depth, initial, growth):
+    run = config("unused", stage_layers=None, initial_layers=initial, growth_factor=growth)
+    found = layers(run.resolve_stages(depth))
+    assert found == sorted(set(found))
+    assert found[-1] == depth
+
+
+def test_one_value_or_one_per_stage(tmp_path):
+    stages = config(tmp_path, stage_rounds=[3, 5], stage_learning_rates=[1e-3, 2e-3]).resolve_stages(4)
+    assert [(stage.rounds, stage.learning_rate) for stage in stages] == [(3, 1e-3), (5, 2e-3)]
+    assert [stage.rounds for stage in config(tmp_path, stage_rounds=7).resolve_stages(4)] == [7, 7]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"stage_layers": [4, 2]}, "must increase"),
+    ({"stage_layers": [2, 2, 4]}, "must increase"),
+    ({"stage_layers": [0, 4]}, "must increase"),
+    ({"stage_rounds": [1, 2, 3]}, "one for each of 2 stages"),
+    ({"stage_rounds": [0]}, "1 round or more"),
+    ({"stage_learning_rates": [1e-3, -1e-3]}, "above 0"),
+    ({"grouping": "spectral"}, "choose one of deconfliction"),
+    ({"fusion": "max"}, "choose one of differential"),
+    ({"transfer": "none"}, "choose one of broadcast"),
+    ({"partition": "dirichlet"}, "needs `partition_column`"),
+    ({"partition_column": "family"}, "is not used"),
+    ({"clients_per_round": 5}, "more than num_clients=4"),
+    ({"local_steps": 0}, "too small"),
+    ({"growth_factor": 1.0}, "does not grow"),
+    ({"dirichlet_alpha": 0.0}, "above 0"),
+    ({"num_train_epochs": 5}, "stage_rounds"),
+    ({"push_to_hub": True}, "hf upload"),
+    ({"auto_find_batch_size": True}, "per_device_train_batch_size"),
+    ({"client_placement": "data_parallel"}, "choose one of client_parallel"),
+])  # fmt: skip
+def test_bad_values_say_what_to_change(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+def stage_config(**kwargs) -> StageConfig:
+    return StageConfig(**{"stage": 1, "num_stages": 2, "num_layers": 2, "full_layers": 4, "rounds": 3,
+                          "learning_rate": 1e-3, "groups": [[0, 1], [2, 3]], "metrics": {"loss": 1.5}} | kwargs)  # fmt: skip
+
+
+def test_stage_config_round_trip(tmp_path):
+    stage_config().save_pretrained(tmp_path / "stage-1")
+    assert StageConfig.from_pretrained(tmp_path / "stage-1") == stage_config()
+    assert StageConfig.from_pretrained(tmp_path, subfolder="stage-1") == stage_config()
+
+
+def test_stage_config_of_a_newer_version_is_read(tmp_path):
+    stage_config().save_pretrained(tmp_path)
+    path = tmp_path / "stage_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "blue"}))
+    assert StageConfig.from_pretrained(tmp_path) == stage_config()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "\xff"])
+def test_a_broken_stage_config_is_an_error(tmp_path, content):
+    (tmp_path / "stage_config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match="not a stage's record"):
+        StageConfig.from_pretrained(tmp_path)
