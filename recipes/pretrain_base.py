@@ -13,6 +13,7 @@ A phase that is finished is not repeated, and an unfinished one goes on from its
 """
 
 import ast
+import itertools
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -79,8 +80,8 @@ def docstrings(split: str) -> list[str]:
 
 def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerBase:
     """Byte-level BPE (any text encodes), digits one by one so that arithmetic has fixed columns."""
-    rows = generate(TASK_WEIGHTS, "train", seed)
-    texts = docstrings("train") + [row["prompt"] + row["completion"] for row, _ in zip(rows, range(40_000))]
+    rows = itertools.islice(generate(TASK_WEIGHTS, "train", seed), 40_000)
+    texts = docstrings("train") + [row["prompt"] + row["completion"] for row in rows]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

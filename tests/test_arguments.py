@@ -15,7 +15,9 @@ def write(path, text):
 
 @pytest.fixture
 def default(tmp_path):
-    text = "output_dir: out\nlearning_rate: 1e-3\nstage_layers: [2, 4]\nlora_r: 4\nmodel_init_kwargs: {dtype: float32}\n"
+    text = (
+        "output_dir: out\nlearning_rate: 1e-3\nstage_layers: [2, 4]\nlora_r: 4\nmodel_init_kwargs: {dtype: float32}\n"
+    )
     return write(tmp_path / "default.yaml", text)
 
 

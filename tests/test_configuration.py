@@ -17,7 +17,9 @@ def test_the_config_names_every_method():
     assert set(configuration.FEDERATED_METHODS) == set(METHODS)
 
 
-@pytest.mark.parametrize(("depth", "expected"), [(32, [4, 8, 16, 32]), (16, [4, 8, 16]), (24, [4, 8, 16, 24]), (3, [3])])
+@pytest.mark.parametrize(
+    ("depth", "expected"), [(32, [4, 8, 16, 32]), (16, [4, 8, 16]), (24, [4, 8, 16, 24]), (3, [3])]
+)
 def test_derived_capacities_double_up_to_the_depth(tmp_path, depth, expected):
     assert layers(config(tmp_path, stage_layers=None).resolve_stages(depth)) == expected
 
@@ -68,8 +70,8 @@ def test_bad_values_say_what_to_change(tmp_path, options, message):
 
 
 def stage_config(**kwargs) -> StageConfig:
-    return StageConfig(**{"stage": 1, "num_stages": 2, "num_layers": 2, "full_layers": 4, "rounds": 3,
-                          "learning_rate": 1e-3, "groups": [[0, 1], [2, 3]], "metrics": {"loss": 1.5}} | kwargs)  # fmt: skip
+    defaults = {"stage": 1, "num_stages": 2, "num_layers": 2, "full_layers": 4, "rounds": 3, "learning_rate": 1e-3}
+    return StageConfig(**defaults | {"groups": [[0, 1], [2, 3]], "metrics": {"loss": 1.5}} | kwargs)
 
 
 def test_stage_config_round_trip(tmp_path):

@@ -34,7 +34,9 @@ def test_labels_are_on_the_completion_only(tokenizer):
 
 @pytest.mark.parametrize("max_length", [2, 5, 10])
 def test_long_rows_keep_something_to_learn(tokenizer, max_length):
-    rows = Dataset.from_list([{"prompt": "a b c d e f g h", "completion": " " + "x y " * 9}, {"prompt": "a " * 50, "completion": "b"}])
+    rows = Dataset.from_list(
+        [{"prompt": "a b c d e f g h", "completion": " " + "x y " * 9}, {"prompt": "a " * 50, "completion": "b"}]
+    )
     for row in tokenize(rows, tokenizer, max_length):
         assert len(row["input_ids"]) == len(row["labels"]) <= max_length
         assert any(label != -100 for label in row["labels"])

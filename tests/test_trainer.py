@@ -44,7 +44,9 @@ def test_a_run_trains_every_stage_and_writes_it(make_trainer, eval_tasks):
 
 
 def test_losses_fall(make_trainer, eval_tasks):
-    trainer = make_trainer(eval_dataset=eval_tasks, eval_strategy="steps", eval_steps=1, local_steps=5, stage_rounds=[5])
+    trainer = make_trainer(
+        eval_dataset=eval_tasks, eval_strategy="steps", eval_steps=1, local_steps=5, stage_rounds=[5]
+    )
     trainer.train()
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     assert losses[-1] < losses[0] - 0.2
@@ -360,7 +362,10 @@ def test_a_final_adapter_is_the_start_of_a_new_run(make_trainer, tmp_path, tasks
     first.train()
     model = PeftModel.from_pretrained(tiny_llama(), first.args.output_dir)
     second = DevFTTrainer(
-        model, config(tmp_path / "second", learning_rate=1e-12), train_dataset=tasks, processing_class=tokenizer
+        model,
+        config(tmp_path / "second", stage_layers=[4], learning_rate=1e-12),
+        train_dataset=tasks,
+        processing_class=tokenizer,
     )
     second.train()
     for key, tensor in final_adapter(second).items():

@@ -5,5 +5,4 @@ from hf_devft.trainer import DevFTMixin, DevFTTrainer
 from hf_devft.version import __version__
 
 
-
 __all__ = ["DevFTConfig", "DevFTMixin", "DevFTTrainer", "StageConfig", "__version__"]

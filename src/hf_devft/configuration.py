@@ -44,7 +44,9 @@ def _one_or_many(name: str, value: Any, count: int) -> list:
     """`value` as a list of one entry per stage."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(values) not in (1, count):
-        raise ValueError(f"{name}={values} has {len(values)} entries: give one for all, or one for each of {count} stages.")
+        raise ValueError(
+            f"{name}={values} has {len(values)} entries: give one for all, or one for each of {count} stages."
+        )
     return values * count if len(values) == 1 else values
 
 
@@ -208,8 +210,8 @@ class DevFTConfig(TrainingArguments):
             raise ValueError(f"dirichlet_alpha={self.dirichlet_alpha}: give a concentration above 0.")
         if self.num_clients is not None and self.clients_per_round > self.num_clients:
             raise ValueError(
-                f"clients_per_round={self.clients_per_round} is more than num_clients={self.num_clients}: lower the one "
-                "or raise the other."
+                f"clients_per_round={self.clients_per_round} is more than num_clients={self.num_clients}: lower "
+                "the one or raise the other."
             )
 
     def _check_partition(self) -> None:

@@ -35,7 +35,11 @@ def generate_answers(
             {"input_ids": [prompts[index] for index in chosen]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
         tokens = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
         )
         texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(chosen, texts, strict=True):

@@ -1,6 +1,6 @@
 """Metrics as `evaluate.Metric` subclasses that ship with the package: nothing to download.
 
-    ExactMatch().compute(predictions=["4", "blue"], references=["4", "red"])  # {"exact_match": 0.5}
+ExactMatch().compute(predictions=["4", "blue"], references=["4", "red"])  # {"exact_match": 0.5}
 """
 
 import evaluate
@@ -47,7 +47,7 @@ class ExactMatch(evaluate.Metric):
 
 
 class Perplexity(evaluate.Metric):
-    """exp of the mean negative log-likelihood per token: `predictions` are nats, `references` the tokens (-100 ignored)."""
+    """exp of the mean negative log-likelihood per token: `predictions` in nats, `references` tokens (-100 ignored)."""
 
     def _info(self):
         return evaluate.MetricInfo(
@@ -58,13 +58,16 @@ class Perplexity(evaluate.Metric):
 
     def _compute(self, predictions, references):
         counted = np.asarray(references) != IGNORED
-        return {"perplexity": float(np.exp(np.asarray(predictions)[counted].mean())) if counted.any() else float("inf")}
+        return {
+            "perplexity": float(np.exp(np.asarray(predictions)[counted].mean())) if counted.any() else float("inf")
+        }
 
 
 def reduce_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For `preprocess_logits_for_metrics`: (token predicted, its label's negative log-likelihood), batch x (length - 1).
+    """For `preprocess_logits_for_metrics`: two numbers per token instead of the whole vocabulary.
 
-    Keeps two numbers per token instead of the whole vocabulary.
+    Returns:
+        The token predicted and its label's negative log-likelihood, each batch x (length - 1).
     """
     logits, labels = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1], labels[:, 1:]
     nll = torch.nn.functional.cross_entropy(

@@ -2,6 +2,7 @@
 
 import math
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
@@ -60,7 +61,7 @@ class RoundProgressCallback(TrainerCallback):
 
 # Title of a column -> its value for a stage; columns without any value are left out.
 _COLUMNS = {
-    "stage": lambda stage: f"{stage.stage}/{stage.num_stages}",
+    "stage": lambda stage: f"{stage.stage}/{stage.num_stages}" if stage.stage else "start",
     "layers": lambda stage: str(stage.num_layers),
     "rounds": lambda stage: str(stage.rounds_done),
     "loss\nsubmodel": lambda stage: _number(stage.metrics.get("eval_loss"), ".3f"),
@@ -87,7 +88,8 @@ def stage_rows(stages: list[StageConfig]) -> tuple[list[str], list[list[str]]]:
 def print_stages(stages: list[StageConfig]) -> None:
     """Print the table of the finished stages."""
     titles, rows = stage_rows(stages)
-    table = Table(title=f"stage {stages[-1].stage}/{stages[-1].num_stages} finished", title_justify="left")
+    title = f"stage {stages[-1].stage}/{stages[-1].num_stages} finished"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for title in titles:
         table.add_column(title, justify="right")
     for row in rows:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ from hf_devft.metrics import ExactMatch
 from hf_devft.plotting import plot_run
 from hf_devft.progress import RoundProgressCallback, print_stages, stage_rows
 from hf_devft.stages.adapter import adapter_state, attach_adapter, detach_adapter, load_adapter_state, new_adapter
-from hf_devft.stages.grouping import Groups, GroupingTask, group_layers, layer_similarity
+from hf_devft.stages.grouping import GroupingTask, Groups, group_layers, layer_similarity
 from hf_devft.stages.layer_stack import LayerStack, find_layer_stack, with_layers
 from hf_devft.stages.submodel import build_submodel
 from hf_devft.stages.transfer import State, expand_adapter, fuse_adapter
@@ -167,8 +167,9 @@ class DevFTMixin:
         self._tr_loss, self._total_loss_scalar = torch.zeros((), device=args.device), 0.0
 
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
-        if args.eval_on_start:
+        if args.eval_on_start and checkpoint is None:
             self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+            self._evaluate_full_depth(stage=0)
         for stage in self.stages[checkpoint.run.stage - 1 if checkpoint else 0 :]:
             self._enter_stage(stage, checkpoint)
             checkpoint = None
@@ -362,11 +363,11 @@ class DevFTMixin:
         self._use(attach_adapter(running.base, self.peft_config, self._full_adapter))
         self._running = self.optimizer = None
         if self.eval_dataset is not None:
-            stage.metrics |= self._evaluate_full_depth(stage)
+            stage.metrics |= self._evaluate_full_depth(stage.stage)
         if self.is_world_process_zero():
             self._write_stage(stage, sub)
             if not self.args.disable_tqdm:
-                print_stages(self.stages[: stage.stage])
+                print_stages(self._records(stage))
 
     def _use(self, model: PeftModel) -> None:
         """Make `model` the one that trains and is evaluated."""
@@ -418,7 +419,7 @@ class DevFTMixin:
             self.control.should_epoch_stop = True
         return metrics
 
-    def _evaluate_full_depth(self, stage: StageConfig) -> dict[str, float]:
+    def _evaluate_full_depth(self, stage: int) -> dict[str, float]:
         datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         metrics: dict[str, float] = {}
         for name, dataset in datasets.items():
@@ -433,7 +434,7 @@ class DevFTMixin:
             if self.args.predict_with_generate:
                 metrics[f"{prefix}_exact_match"] = self._exact_match(dataset)
             self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
-        self.log(metrics | {"stage": stage.stage})
+        self.log(metrics | {"stage": stage})
         return metrics
 
     def _exact_match(self, dataset: Dataset) -> float:
@@ -471,7 +472,7 @@ class DevFTMixin:
         stage.base_model_name_or_path = base.config._name_or_path or None
         stage.base_model_revision = getattr(base.config, "_commit_hash", None)
         context = CardContext(
-            model_name=Path(self.args.output_dir).name, plot=PLOT, setup=self._setup(), table=stage_rows(finished),
+            model_name=Path(self.args.output_dir).name, plot=PLOT, setup=self._setup(), table=stage_rows(self._records(stage)),
             evaluation=f"{_count(self.eval_dataset)} held-out rows" if self.eval_dataset is not None else "no data",
         )  # fmt: skip
 
@@ -483,6 +484,12 @@ class DevFTMixin:
 
         tokenizer = self.processing_class
         save_stage(self.args.output_dir, stage, self.peft_config, self._full_adapter, sub, tokenizer, write_extras)
+
+    def _records(self, newest: StageConfig) -> list[StageConfig]:
+        """The finished stages, after a stage 0 that stands for the start where that was evaluated."""
+        start = [row for row in self.state.log_history if row.get("stage") == 0]
+        none = {"stage": 0, "rounds_done": 0, "totals": self.ledger.totals(0)}
+        return [replace(self.stages[-1], metrics=row, **none) for row in start[:1]] + self.stages[: newest.stage]
 
     def _setup(self) -> dict[str, object]:
         args = self.args
@@ -533,7 +540,9 @@ class DevFTMixin:
 
     def _save_run_state(self, folder: Path) -> None:
         running = self._running
-        RunState(self.stages, running.stage.stage, running.done, self.control.should_epoch_stop, self.ledger).save(folder)
+        RunState(self.stages, running.stage.stage, running.done, self.control.should_epoch_stop, self.ledger).save(
+            folder
+        )
         torch.save(
             {"scheduler": self.lr_scheduler.state_dict(), "clock": self._clock.state_dict()}, folder / SCHEDULER
         )

@@ -45,4 +45,7 @@ def test_natural_clients_are_named_by_their_value():
 def test_given_clients_keep_their_rows():
     a, b = Dataset.from_dict({"n": [1, 2]}), Dataset.from_dict({"n": [3]})
     clients = from_mapping({"a": a, "b": b})
-    assert {name: clients.dataset.select(part)["n"][:] for name, part in clients.rows.items()} == {"a": [1, 2], "b": [3]}
+    assert {name: clients.dataset.select(part)["n"][:] for name, part in clients.rows.items()} == {
+        "a": [1, 2],
+        "b": [3],
+    }

@@ -67,7 +67,8 @@ def test_an_experiment_is_its_config(tmp_path):
     result = run(
         sys.executable, RECIPE, "--config", RECIPE.parent / "configs" / "fedit.yaml", *SHORT,
         "--train_file", tmp_path / "maths.jsonl", tmp_path / "more.jsonl", "--eval_file", tmp_path / "test.jsonl",
-        "--num_clients", "2", "--partition", "natural", "--partition_column", "source", "--output_dir", tmp_path / "out",
+        "--num_clients", "2", "--partition", "natural", "--partition_column", "source",
+        "--output_dir", tmp_path / "out",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "stage 1/1 finished" in result.stdout

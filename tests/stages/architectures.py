@@ -1,7 +1,7 @@
 """Tiny random models of every decoder-only architecture that stages promise to work on."""
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, set_seed
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
 
 _COMMON = {
@@ -19,7 +19,15 @@ ARCHITECTURES = {
     "gemma": {},
     "gemma2": _ALTERNATING,
     "gemma3_text": _ALTERNATING,
-    "gpt2": {"n_embd": 16, "n_head": 2, "n_inner": 32, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt2": {
+        "n_embd": 16,
+        "n_head": 2,
+        "n_inner": 32,
+        "n_positions": 64,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
     "gpt_neox": {},
     "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.0},
 }

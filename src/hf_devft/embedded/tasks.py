@@ -129,7 +129,10 @@ def calendar(rng):
 def clock(rng):
     minutes, later = 5 * rng.randrange(144), 5 * rng.randint(1, 11)
     end = (minutes + later) % 720
-    return f"It is {minutes // 60}:{minutes % 60:02}. What time is it in {later} minutes?", f"{end // 60}:{end % 60:02}"
+    return (
+        f"It is {minutes // 60}:{minutes % 60:02}. What time is it in {later} minutes?",
+        f"{end // 60}:{end % 60:02}",
+    )
 
 
 @_family(SEEN)

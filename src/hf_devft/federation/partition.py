@@ -28,8 +28,8 @@ class ClientData:
             raise ValueError("there is no client: pass a dataset, or {client: dataset} with at least one client.")
         if empty := [name for name, rows in self.rows.items() if len(rows) == 0]:
             raise ValueError(
-                f"{len(empty)} of {len(self.rows)} clients have no rows ({', '.join(empty[:5])}): leave them out, or use "
-                "fewer clients or more data."
+                f"{len(empty)} of {len(self.rows)} clients have no rows ({', '.join(empty[:5])}): leave them out, or "
+                "use fewer clients or more data."
             )
 
     @property
@@ -48,7 +48,7 @@ def from_mapping(clients: Mapping[str, Dataset]) -> ClientData:
 
 
 def from_partitioner(partitioner: Any, dataset: Dataset) -> ClientData:
-    """Clients of any object with flwr-datasets' `Partitioner` interface (`dataset`, `num_partitions`, `load_partition`)."""
+    """Clients of any object with flwr-datasets' `Partitioner` interface: dataset, num_partitions, load_partition."""
     partitioner.dataset = dataset
     count = partitioner.num_partitions
     return from_mapping({f"client-{index}": partitioner.load_partition(index) for index in range(count)})

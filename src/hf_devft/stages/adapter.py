@@ -48,9 +48,7 @@ def load_adapter_state(model: PeftModel, state: State) -> None:
         ValueError: names or shapes differ.
     """
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    wrong = sorted(set(expected) ^ set(state)) or [
-        key for key in state if state[key].shape != expected[key].shape
-    ]
+    wrong = sorted(set(expected) ^ set(state)) or [key for key in state if state[key].shape != expected[key].shape]
     if wrong:
         raise ValueError(
             f"the adapter does not fit the model: {len(wrong)} tensors differ in name or shape, such as {wrong[0]!r}. "

@@ -125,7 +125,9 @@ def calibrated(task: GroupingTask) -> Groups:
         ValueError: no calibration texts.
     """
     if task.loss_of is None:
-        raise ValueError('grouping="calibrated" needs calibration texts: pass `calibration_dataset` or `eval_dataset`.')
+        raise ValueError(
+            'grouping="calibrated" needs calibration texts: pass `calibration_dataset` or `eval_dataset`.'
+        )
     kept = list(range(len(task.kinds)))
     first = {members[0] for members in _by_kind(task.kinds).values()}
     while len(kept) > task.capacity:

@@ -22,7 +22,9 @@ def _split(key: str, stack_path: str) -> tuple[str, int, str] | None:
     return (match[1], int(match[2]), match[3]) if match else None
 
 
-def fuse_adapter(full: State, stack_path: str, groups: Groups, fusion: str = "differential", beta: float = 0.1) -> State:
+def fuse_adapter(
+    full: State, stack_path: str, groups: Groups, fusion: str = "differential", beta: float = 0.1
+) -> State:
     """The submodel's adapter from the full-depth one: in each group, its members' adapters fused by name.
 
     Members that share an adapter fuse to exactly that adapter (not under "sum").
@@ -50,7 +52,7 @@ def _anchor(key: str, tensor: torch.Tensor, group: list[int]) -> dict[int, torch
 
 
 def _split_product(key: str, tensor: torch.Tensor, group: list[int]) -> dict[int, torch.Tensor]:
-    """To every member, B divided by the group's size, so that the group's BA products add up to the representative's."""
+    """To every member, B divided by the group's size: the group's BA products add up to the representative's."""
     return dict.fromkeys(group, tensor / len(group) if "lora_B" in key or "lora_embedding_B" in key else tensor)
 
 
