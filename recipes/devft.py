@@ -32,9 +32,9 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
         train, evaluation = (load_dataset(recipe.dataset_name, split=split) if split else None for split in splits)
         return train, evaluation, None
     return (
-        task_dataset(recipe.task_rows, seed=args.seed),
-        task_dataset(recipe.task_eval_rows, split="test"),
-        task_dataset(args.calibration_samples, seed=args.seed + 1),
+        task_dataset(recipe.task_rows, recipe.task_families, seed=args.seed),
+        task_dataset(recipe.task_eval_rows, recipe.task_families, split="test"),
+        task_dataset(args.calibration_samples, recipe.task_families, seed=args.seed + 1),
     )
 
 

@@ -27,6 +27,9 @@ class RecipeArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "Its split to train on."})
     dataset_eval_split: str | None = field(default=None, metadata={"help": "Its split to evaluate on."})
     task_rows: int = field(default=4000, metadata={"help": "Made-up tasks to train on, without files or dataset."})
+    task_families: list[str] | None = field(
+        default=None, metadata={"help": "Families of made-up tasks; default: those that the embedded base saw little of."}
+    )
     task_eval_rows: int = field(default=200, metadata={"help": "Made-up tasks to evaluate on."})
     lora_r: int = field(default=8, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha."})

@@ -472,9 +472,12 @@ class DevFTMixin:
         stage.base_model_name_or_path = base.config._name_or_path or None
         stage.base_model_revision = getattr(base.config, "_commit_hash", None)
         context = CardContext(
-            model_name=Path(self.args.output_dir).name, plot=PLOT, setup=self._setup(), table=stage_rows(self._records(stage)),
+            model_name=Path(self.args.output_dir).name,
+            plot=PLOT,
+            setup=self._setup(),
+            table=stage_rows(self._records(stage)),
             evaluation=f"{_count(self.eval_dataset)} held-out rows" if self.eval_dataset is not None else "no data",
-        )  # fmt: skip
+        )
 
         def write_extras(folder: Path, subfolder: str | None) -> None:
             figure.savefig(folder / PLOT, dpi=120)
