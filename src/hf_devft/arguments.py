@@ -28,7 +28,8 @@ class RecipeArguments:
     dataset_eval_split: str | None = field(default=None, metadata={"help": "Its split to evaluate on."})
     task_rows: int = field(default=4000, metadata={"help": "Made-up tasks to train on, without files or dataset."})
     task_families: list[str] | None = field(
-        default=None, metadata={"help": "Families of made-up tasks; default: those that the embedded base saw little of."}
+        default=None,
+        metadata={"help": "Families of made-up tasks; default: those that the embedded base has never seen."},
     )
     task_eval_rows: int = field(default=200, metadata={"help": "Made-up tasks to evaluate on."})
     lora_r: int = field(default=8, metadata={"help": "LoRA rank."})

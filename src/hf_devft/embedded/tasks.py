@@ -1,8 +1,8 @@
 """A generator of instruction tasks with checkable answers: templated English, no files, no network.
 
-Every family is one function from a random generator to a question and its answer. `SEEN` families make
-up the corpus that the embedded base was pre-trained on; of the `RARE` ones it saw about one row in a
-hundred, so they are what the quickstart tunes.
+Every family is one function from a random generator to a question and its answer. The embedded base was
+pre-trained on the `SEEN` families and on a little of the `RARE` ones; of the `NEW` ones it has seen nothing,
+so they are what the quickstart tunes.
 """
 
 import random
@@ -16,6 +16,7 @@ Family = Callable[[random.Random], tuple[str, str]]
 
 SEEN: dict[str, Family] = {}
 RARE: dict[str, Family] = {}
+NEW: dict[str, Family] = {}
 
 NAMES = "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mary Noah Olga Paul Rosa Sam".split()
 CITIES = "Paris Rome Berlin London Madrid Vienna Oslo Athens Prague Dublin Lisbon Cairo Tokyo Delhi".split()
@@ -240,7 +241,62 @@ def swapping(rng):
     return f"Swap the first and the last word: {' '.join([first, *middle, last])}", " ".join([last, *middle, first])
 
 
-FAMILIES = SEEN | RARE
+# --- families that it has never seen ---------------------------------------------------------------
+
+
+@_family(NEW)
+def rotating(rng):
+    first, *others = _words(rng)
+    return f"Move the first word to the end: {' '.join([first, *others])}", " ".join([*others, first])
+
+
+@_family(NEW)
+def dropping(rng):
+    words = _words(rng)
+    return f"Write all but the last word: {' '.join(words)}", " ".join(words[:-1])
+
+
+@_family(NEW)
+def ends(rng):
+    words = _words(rng)
+    return f"Write the last word and then the first: {' '.join(words)}", f"{words[-1]} {words[0]}"
+
+
+@_family(NEW)
+def closing(rng):
+    words = _words(rng)
+    return f"Write the list and its first word again: {' '.join(words)}", " ".join([*words, words[0]])
+
+
+@_family(NEW)
+def mirroring(rng):
+    words = _words(rng, 2, 4)
+    return f"Write the list forwards and then backwards: {' '.join(words)}", " ".join(words + words[::-1])
+
+
+@_family(NEW)
+def alternating(rng):
+    words = _words(rng, 4, 6)
+    return f"Write every second word: {' '.join(words)}", " ".join(words[1::2])
+
+
+@_family(NEW)
+def stranger(rng):
+    name, other = rng.sample(sorted(CATEGORIES), 2)
+    stranger = rng.choice(CATEGORIES[other])
+    words = rng.sample(CATEGORIES[name], rng.randint(2, 4)) + [stranger]
+    rng.shuffle(words)
+    return f"Which of these words is not like the others: {' '.join(words)}?", stranger
+
+
+@_family(NEW)
+def successor(rng):
+    numbers = _numbers(rng)
+    ask = f"Add one to each of these numbers: {' '.join(map(str, numbers))}"
+    return ask, " ".join(str(number + 1) for number in numbers)
+
+
+FAMILIES = SEEN | RARE | NEW
 SPLITS = ("train", "test")
 
 
@@ -275,8 +331,8 @@ def generate(families: dict[str, float], split: str = "train", seed: int = 0) ->
 
 
 def task_dataset(rows: int, families: list[str] | None = None, split: str = "train", seed: int = 0) -> Dataset:
-    """`rows` distinct rows of the given families (default: the rare ones), equally weighted."""
-    weights = dict.fromkeys(RARE if families is None else families, 1.0)
+    """`rows` distinct rows of the given families (default: the new ones), equally weighted."""
+    weights = dict.fromkeys(NEW if families is None else families, 1.0)
     distinct: dict[str, dict[str, str]] = {}
     for drawn, row in enumerate(generate(weights, split, seed)):
         distinct.setdefault(row["prompt"], row)
