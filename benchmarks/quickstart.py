@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import date
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
 RESULTS = HERE / "results"
-PAPER = ["--grouping", "deconfliction", "--fusion", "differential", "--transfer", "broadcast"]
-# Name -> (config, overrides). All run 30 rounds of 2 clients and 10 local steps of 16 examples.
+CALIBRATED = ["--grouping", "calibrated", "--fusion", "anchor", "--transfer", "anchor"]
+# Name -> (config, overrides). A round is 2 clients of 10 local steps of 16 examples.
 VARIANTS = {
-    "FedIT, no stages (`fedit.yaml`)": ("fedit.yaml", []),
-    "DevFT, quickstart rules (`quickstart.yaml`)": ("quickstart.yaml", []),
-    "DevFT, the paper's rules": ("quickstart.yaml", PAPER),
+    "FedIT, 30 rounds (`fedit.yaml`)": ("fedit.yaml", []),
+    "FedIT, 18 rounds: about DevFT's bytes": ("fedit.yaml", ["--stage_rounds", "18"]),
+    "DevFT, 30 rounds, paper's rules (`quickstart.yaml`)": ("quickstart.yaml", []),
+    "DevFT, 30 rounds, calibrated groups, anchors only": ("quickstart.yaml", CALIBRATED),
 }
 # Column -> (value of a run, format).
 COLUMNS = {
@@ -35,11 +37,14 @@ COLUMNS = {
     "MB sent": (lambda run: run["totals"]["bytes"] / 1e6, "{:.1f}"),
     "TFLOPs": (lambda run: run["totals"]["flops"] / 1e12, "{:.1f}"),
     "seconds in rounds": (lambda run: run["totals"]["seconds"], "{:.0f}"),
+    "seconds in all": (lambda run: run["wall_seconds"], "{:.0f}"),
 }
 
 
 def run(config: str, overrides: list[str], seed: int) -> dict:
-    """One run of the recipe: the full-depth metrics of its last stage and the ledger's totals over all stages."""
+    """One run of the recipe: the full-depth metrics of its last stage, the ledger's totals over all stages, and the
+    process's wall time, with start-up, grouping, calibration and all evaluations."""
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(RECIPES / "devft.py"), "--config", str(RECIPES / "configs" / config)]
         subprocess.run(
@@ -49,7 +54,8 @@ def run(config: str, overrides: list[str], seed: int) -> dict:
     names = ("bytes", "flops", "seconds")
     totals = {name: sum(stage["totals"][name] for stage in stages) for name in names}
     by_stage = [{"layers": s["num_layers"], "metrics": s["metrics"], "totals": s["totals"]} for s in stages]
-    return {"metrics": stages[-1]["metrics"], "totals": totals, "stages": by_stage}
+    wall = time.perf_counter() - started
+    return {"metrics": stages[-1]["metrics"], "totals": totals, "wall_seconds": wall, "stages": by_stage}
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
@@ -78,11 +84,15 @@ def main() -> None:
             if str(seed) in runs:
                 continue
             runs[str(seed)] = run(config, overrides, seed)
+            revision = subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
+            )
+            runs[str(seed)]["revision"] = revision.stdout.strip()
             content |= {"date": str(date.today()), "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
             arguments.results.write_text(json.dumps(content, indent=1) + "\n")
             print(f"seed {seed}, {name}: {runs[str(seed)]['metrics']}")
     text = table(content["runs"])
-    seeds = len(next(iter(content["runs"].values())))
+    seeds = min(map(len, content["runs"].values()))
     note = (
         f"`python benchmarks/quickstart.py`, {content['date']}, {content['machine']}; mean ± s.d. of {seeds} seeds.\n"
     )
