@@ -22,12 +22,15 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
 RESULTS = HERE / "results"
+PAPER = ["--grouping", "deconfliction", "--fusion", "differential", "--transfer", "broadcast"]
+ANCHORS = ["--grouping", "deconfliction", "--fusion", "anchor", "--transfer", "broadcast"]
 CALIBRATED = ["--grouping", "calibrated", "--fusion", "anchor", "--transfer", "anchor"]
 # Name -> (config, overrides). A round is 2 clients of 10 local steps of 16 examples.
 VARIANTS = {
     "FedIT, 30 rounds (`fedit.yaml`)": ("fedit.yaml", []),
     "FedIT, 18 rounds: about DevFT's bytes": ("fedit.yaml", ["--stage_rounds", "18"]),
-    "DevFT, 30 rounds, paper's rules (`quickstart.yaml`)": ("quickstart.yaml", []),
+    "DevFT, 30 rounds, the paper's rules": ("quickstart.yaml", PAPER),
+    "DevFT, 30 rounds, the paper's groups, anchor fusion": ("quickstart.yaml", ANCHORS),
     "DevFT, 30 rounds, calibrated groups, anchors only": ("quickstart.yaml", CALIBRATED),
 }
 # Column -> (value of a run, format).
