@@ -24,13 +24,18 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
 def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Dataset | None, Dataset | None]:
-    """(train, evaluation, calibration) rows; evaluation may be missing, calibration defaults to evaluation."""
-    if recipe.train_file:
-        return load_files(recipe.train_file), load_files(recipe.eval_file) if recipe.eval_file else None, None
-    if recipe.dataset_name:
-        splits = (recipe.dataset_train_split, recipe.dataset_eval_split)
-        train, evaluation = (load_dataset(recipe.dataset_name, split=split) if split else None for split in splits)
-        return train, evaluation, None
+    """(train, evaluation, calibration) rows; evaluation may be missing. Calibration rows are held out of training."""
+    if recipe.train_file or recipe.dataset_name:
+        if recipe.train_file:
+            train = load_files(recipe.train_file)
+            evaluation = load_files(recipe.eval_file) if recipe.eval_file else None
+        else:
+            splits = (recipe.dataset_train_split, recipe.dataset_eval_split)
+            train, evaluation = (load_dataset(recipe.dataset_name, split=split) if split else None for split in splits)
+        if args.grouping != "calibrated":
+            return train, evaluation, None
+        parts = train.train_test_split(test_size=args.calibration_samples, seed=args.seed)
+        return parts["train"], evaluation, parts["test"]
     return (
         task_dataset(recipe.task_rows, recipe.task_families, seed=args.seed),
         task_dataset(recipe.task_eval_rows, recipe.task_families, split="test"),

@@ -39,7 +39,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_devft.data import tokenize
-from hf_devft.embedded.tasks import FAMILIES, RARE, SEEN, generate, split_of, task_dataset
+from hf_devft.embedded.tasks import FAMILIES, NEW, RARE, SEEN, generate, split_of, task_dataset
 from hf_devft.evaluation import generate_answers
 from hf_devft.metrics import ExactMatch
 
@@ -233,6 +233,7 @@ standard library (PSF licence); no other data.
 | loss on held-out text (answers and docstrings) | {loss:.3f} | {random_loss:.3f} |
 | exact match, {seen} families that it was trained on | {seen_match:.1%} | |
 | exact match, {rare} families that it saw little of | {rare_match:.1%} | |
+| exact match, {new} families that it never saw | {new_match:.1%} | |
 
 Exact match by family, {rows} held-out rows each, greedy decoding:
 
@@ -267,12 +268,15 @@ def write_card(folder: Path, model, tokenizer, heldout: Dataset, flags: str, row
         random_loss=random_loss,
         seen=len(SEEN),
         rare=len(RARE),
+        new=len(NEW),
         seen_match=statistics.mean(matches[family] for family in SEEN),
         rare_match=statistics.mean(matches[family] for family in RARE),
+        new_match=statistics.mean(matches[family] for family in NEW),
         rows=rows,
         families="\n".join(
-            f"| {family} | {'much' if family in SEEN else 'little'} | {match:.0%} |"
-            for family, match in matches.items()
+            f"| {family} | {amount} | {matches[family]:.0%} |"
+            for amount, families in (("much", SEEN), ("little", RARE), ("never", NEW))
+            for family in families
         ),
     )
     (folder / "README.md").write_text(card)

@@ -32,8 +32,15 @@ def test_a_flag_wins_over_the_file(default):
 def test_another_config_replaces_the_default(default, tmp_path):
     other = write(tmp_path / "other.yaml", "output_dir: other\nstage_rounds: 9\n")
     recipe, args = parse_arguments(["--config", str(other), "--seed", "3"], default)
-    assert (args.output_dir, args.stage_rounds, args.seed, args.stage_layers) == ("other", 9, 3, None)
+    assert (args.output_dir, args.stage_rounds, args.seed, args.stage_layers) == ("other", [9], 3, None)
     assert recipe.model_name_or_path == "embedded"
+
+
+def test_values_mean_what_they_say(tmp_path):
+    text = "output_dir: out\nstage_layers: 16\ntrain_file: a.jsonl\neval_strategy: no\nlora_target_modules: q_proj\n"
+    recipe, args = parse_arguments([f"--config={write(tmp_path / 'c.yaml', text)}"], tmp_path / "unused.yaml")
+    assert (recipe.train_file, args.stage_layers, args.eval_strategy) == (["a.jsonl"], [16], "no")
+    assert recipe.lora_config().target_modules == {"q_proj"}
 
 
 @pytest.mark.parametrize("argv", [["--stage_layer", "2"], ["--stage_layer=2"]])

@@ -61,6 +61,8 @@ def test_one_value_or_one_per_stage(tmp_path):
     ({"dirichlet_alpha": 0.0}, "above 0"),
     ({"num_train_epochs": 5}, "stage_rounds"),
     ({"push_to_hub": True}, "hf upload"),
+    ({"optim": "schedule_free_adamw"}, "start afresh"),
+    ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "one data loader"),
     ({"auto_find_batch_size": True}, "per_device_train_batch_size"),
     ({"client_placement": "data_parallel"}, "choose one of client_parallel"),
 ])  # fmt: skip

@@ -130,7 +130,6 @@ def test_every_rule_runs_by_config_alone(make_trainer, eval_tasks, rules):
     {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
     {"eval_strategy": "epoch", "logging_strategy": "epoch", "save_strategy": "epoch", "eval_on_start": True},
     {"predict_with_generate": True, "generation_max_new_tokens": 4, "max_eval_samples": 4},
-    {"include_num_input_tokens_seen": "all"},
 ])  # fmt: skip
 def test_options_of_the_trainer_work(make_trainer, eval_tasks, options):
     trainer = make_trainer(eval_dataset=eval_tasks, **options)
@@ -139,6 +138,14 @@ def test_options_of_the_trainer_work(make_trainer, eval_tasks, options):
     assert math.isfinite(result.training_loss)
     if options.get("predict_with_generate"):
         assert 0 <= trainer.stages[-1].metrics["eval_full_exact_match"] <= 1
+
+
+def test_tokens_and_flops_are_counted(make_trainer):
+    trainer = make_trainer(include_num_input_tokens_seen="all")
+    result = trainer.train()
+    totals = trainer.ledger.totals()
+    assert trainer.state.num_input_tokens_seen == totals["tokens"] > 0
+    assert result.metrics["total_flos"] == totals["flops"]
 
 
 def test_gradient_accumulation_equals_one_large_batch(make_trainer, tmp_path, tasks):
@@ -157,6 +164,31 @@ def test_schedules_and_stage_rates_give_the_rounds_rate(make_trainer):
     trainer.train()
     rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
     assert rates == pytest.approx([1e-2, 0.75e-2, 0.5 * 4e-2, 0.25 * 4e-2])
+
+
+def test_data_seed_orders_the_rows_of_the_same_clients(make_trainer):
+    class Spy(DevFTTrainer):
+        def __init__(self, *args, **kwargs):
+            self.seen = []
+            super().__init__(*args, **kwargs)
+
+        def get_batch_samples(self, *args):
+            self.seen.append(super().get_batch_samples(*args))
+            return self.seen[-1]
+
+    a, b = (make_trainer(cls=Spy, data_seed=seed, stage_layers=[4], stage_rounds=[1]) for seed in (None, 7))
+    for trainer in (a, b):
+        trainer.train()
+    assert a.ledger.rounds[0].clients == b.ledger.rounds[0].clients
+    texts = []
+    for trainer in (a, b):
+        names = trainer.ledger.rounds[0].clients
+        rows = trainer.train_dataset.select([row for name in names for row in trainer.clients.rows[name]])
+        owned = set(map(tuple, rows["input_ids"]))
+        batches = [samples[0]["input_ids"] for samples, _ in trainer.seen]
+        texts.append([tuple(t for t in row.tolist() if t != 1) for batch in batches for row in batch])
+        assert set(texts[-1]) <= owned
+    assert texts[0] != texts[1]
 
 
 def test_max_steps_limits_the_rounds(make_trainer):
@@ -259,7 +291,8 @@ def test_early_stopping_ends_the_stage(make_trainer, eval_tasks):
     assert [stage.rounds_done for stage in trainer.stages] == [2, 2]
 
 
-def test_the_best_round_is_handed_on(make_trainer, eval_tasks):
+@pytest.mark.parametrize("save_only_model", [False, True])
+def test_the_best_round_is_handed_on(make_trainer, eval_tasks, save_only_model):
     trainer = make_trainer(
         eval_dataset=eval_tasks,
         eval_strategy="steps",
@@ -269,6 +302,7 @@ def test_the_best_round_is_handed_on(make_trainer, eval_tasks):
         load_best_model_at_end=True,
         metric_for_best_model="loss",
         greater_is_better=True,  # so that the best round is not the last
+        save_only_model=save_only_model,
         stage_layers=[4],
         stage_rounds=[3],
     )
@@ -276,6 +310,7 @@ def test_the_best_round_is_handed_on(make_trainer, eval_tasks):
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     assert max(losses) > losses[-1]
     assert trainer.stages[0].metrics["eval_full_loss"] == pytest.approx(max(losses), rel=1e-5)
+    assert trainer.stages[0].metrics["eval_loss"] == max(losses)
 
 
 # --- stops, resumes, failures --------------------------------------------------------------------------------
@@ -303,17 +338,38 @@ def test_resume_gives_the_same_adapter_bit_for_bit(make_trainer, tmp_path, stopp
     assert ledgers[0] == ledgers[1]
 
 
+@pytest.mark.parametrize("resume", [None, True])
+def test_a_trainer_goes_on_after_an_interruption(make_trainer, tmp_path, resume):
+    class InterruptOnce(TrainerCallback):
+        fired = False
+
+        def on_save(self, args, state, control, **kwargs):
+            if not self.fired:
+                self.fired = True
+                raise KeyboardInterrupt
+
+    options = {"save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(callbacks=[InterruptOnce()], **options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
+    whole = make_trainer(output_dir=tmp_path / "whole", **options)
+    whole.train()
+    assert_equal(final_adapter(trainer), final_adapter(whole))
+
+
 def test_a_checkpoint_loads_as_a_plain_adapter(make_trainer):
     trainer = make_trainer(save_strategy="steps", save_steps=1)
     trainer.train()
     PeftModel.from_pretrained(tiny_llama(), f"{trainer.args.output_dir}/checkpoint-1")
 
 
-def test_a_checkpoint_of_other_stages_is_refused(make_trainer):
+def test_a_checkpoint_of_another_run_is_refused(make_trainer):
     trainer = make_trainer(save_strategy="steps", save_steps=1)
     trainer.train()
-    with pytest.raises(ValueError, match=r"stages of \[2, 4\] layers, not \[3, 4\]"):
-        make_trainer(stage_layers=[3, 4]).train(resume_from_checkpoint=True)
+    for other in ({"stage_layers": [3, 4]}, {"fusion": "mean"}, {"seed": 1}, {"num_clients": 5}):
+        with pytest.raises(ValueError, match=f"is of a run with .*{next(iter(other)).removeprefix('num_')}"):
+            make_trainer(**other).train(resume_from_checkpoint=True)
 
 
 def test_an_interrupted_checkpoint_is_never_picked_up(make_trainer, monkeypatch):
@@ -382,6 +438,28 @@ def test_clients_given_as_datasets(make_trainer, tasks):
     assert trainer.ledger.rounds[0].clients == ["hospital", "bank"]
 
 
+def test_clients_of_different_formats(make_trainer):
+    clients = {
+        "maths": Dataset.from_list([{"question": "1+1?", "answer": "2"}] * 4),
+        "code": Dataset.from_list([{"instruction": "add", "output": "+"}] * 4),
+    }
+    rows = make_trainer(train_dataset=clients, num_clients=None).train_dataset
+    assert rows["completion"][:] == [" 2"] * 4 + ["+"] * 4
+
+
+def test_a_tokenizer_without_padding_token_pads_with_its_end(tmp_path, tasks, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    DevFTTrainer(
+        tiny_llama(),
+        config(tmp_path, stage_rounds=[1]),
+        peft_config=lora(),
+        train_dataset=tasks,
+        processing_class=bare,
+    ).train()
+    assert bare.pad_token == bare.eos_token
+
+
 def test_clients_of_a_partitioner(make_trainer):
     class Halves:
         """The interface of flwr-datasets' partitioners."""
@@ -398,7 +476,9 @@ def test_clients_of_a_partitioner(make_trainer):
 def test_several_evaluation_sets(make_trainer, eval_tasks):
     trainer = make_trainer(eval_dataset={"a": eval_tasks, "b": eval_tasks}, eval_strategy="epoch")
     trainer.train()
-    assert trainer.stages[-1].metrics["eval_full_a_loss"] == trainer.stages[-1].metrics["eval_full_b_loss"]
+    metrics = trainer.stages[-1].metrics
+    assert metrics["eval_full_a_loss"] == metrics["eval_full_b_loss"] == metrics["eval_full_loss"]
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_full_loss"])
 
 
 def test_evaluate_and_save_after_training(make_trainer, eval_tasks, tmp_path):
@@ -424,6 +504,10 @@ def test_evaluate_and_save_after_training(make_trainer, eval_tasks, tmp_path):
     ({"model_init": tiny_llama}, "model_init"),
     ({"peft_config": IA3Config(task_type="CAUSAL_LM")}, "LoraConfig"),
     ({"peft_config": lora(bias="all")}, "bias"),
+    ({"peft_config": lora(use_dora=True)}, "use_dora"),
+    ({"peft_config": lora(init_lora_weights="pissa")}, "init_lora_weights"),
+    ({"peft_config": lora(modules_to_save=["lm_head"])}, "modules_to_save"),
+    ({"peft_config": lora(target_modules=r".*layers\.0\..*q_proj")}, "not on all layers alike"),
     ({"peft_config": lora(target_modules=["q_proj"], layers_to_transform=[0])}, "layers_to_transform"),
     ({"train_dataset": {}, "num_clients": None}, "no client"),
     ({"train_dataset": [1, 2]}, "datasets.Dataset"),

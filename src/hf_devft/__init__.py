@@ -1,7 +1,8 @@
 """Developmental federated tuning (DevFT, arXiv 2508.00041) for the Hugging Face ecosystem."""
 
 from hf_devft.configuration import DevFTConfig, StageConfig
-from hf_devft.trainer import DevFTMixin, DevFTTrainer
+from hf_devft.mixin import DevFTMixin
+from hf_devft.trainer import DevFTTrainer
 from hf_devft.version import __version__
 
 

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from peft import LoraConfig
@@ -46,9 +47,14 @@ class RecipeArguments:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=modules[0] if len(modules) == 1 else modules,
+            target_modules="all-linear" if modules == ["all-linear"] else modules,
             task_type="CAUSAL_LM",
         )
+
+
+_LISTS = {
+    item.name for kind in (RecipeArguments, DevFTConfig) for item in fields(kind) if "list[" in str(item.type)
+} - {"report_to", "debug"}
 
 
 def parse_arguments(argv: Sequence[str], default_config: Path) -> tuple[RecipeArguments, DevFTConfig]:
@@ -61,7 +67,7 @@ def parse_arguments(argv: Sequence[str], default_config: Path) -> tuple[RecipeAr
     Raises:
         ValueError: an unreadable file or an unknown key, with the nearest known one; bad values as `DevFTConfig` says.
     """
-    argv = list(argv)
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     config = default_config
     if "--config" in argv:
         position = argv.index("--config")
@@ -90,7 +96,16 @@ def _read_yaml(path: Path) -> dict:
         raise ValueError(f"the config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"the config {path} must be a mapping of keys to values, not a {type(values).__name__}.")
-    return values
+    return {key: _as_written(key, value) for key, value in values.items()}
+
+
+def _as_written(key: str, value: Any) -> Any:
+    """What the user meant: YAML reads the word `no` as false, and one value may stand for a list of one."""
+    if value is False and str(key).endswith("_strategy"):
+        return "no"
+    if key in _LISTS and value is not None and not isinstance(value, list):
+        return [value]
+    return value
 
 
 def _refuse_unknown(keys: Sequence[str], known: set[str], where: str) -> None:

@@ -3,6 +3,8 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
@@ -23,6 +25,7 @@ class RunState:
         stages: all stages, the finished ones with groups, metrics and totals, the running one with its groups.
         stage: the running stage, from 1; done: its rounds so far.
         stage_over: it was told to end (early stopping).
+        setting: what a resumed run must have in common, {name: value}.
         ledger: all rounds so far.
     """
 
@@ -30,6 +33,7 @@ class RunState:
     stage: int
     done: int
     stage_over: bool
+    setting: dict[str, Any]
     ledger: Ledger
 
     def save(self, folder: Path) -> None:
@@ -38,6 +42,7 @@ class RunState:
             "stage": self.stage,
             "done": self.done,
             "stage_over": self.stage_over,
+            "setting": self.setting,
             "ledger": self.ledger.to_dicts(),
         }
         (folder / RUN_STATE).write_text(json.dumps(content))
@@ -58,13 +63,13 @@ class Checkpoint:
         folder = Path(folder)
         try:
             content = json.loads((folder / RUN_STATE).read_text())
+            stages = [StageConfig(**stage) for stage in content.pop("stages")]
+            ledger = Ledger.from_dicts(content.pop("ledger"))
+            run = RunState(stages=stages, ledger=ledger, **content)
             scheduler = torch.load(folder / SCHEDULER, weights_only=True)
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
             raise ValueError(
-                f"{folder} is not a checkpoint that a run can resume from: {error}. Give a `checkpoint-N` folder that "
-                "was saved without `save_only_model`."
+                f"{folder} is not a checkpoint that a run can resume from: {error}. Give a whole `checkpoint-N` "
+                "folder that was saved without `save_only_model`."
             ) from error
-        stages = [StageConfig(**stage) for stage in content["stages"]]
-        ledger = Ledger.from_dicts(content["ledger"])
-        run = RunState(stages, content["stage"], content["done"], content["stage_over"], ledger)
         return cls(run, load_adapter(folder)[1], load_adapter(folder / SUBMODEL)[1], scheduler)

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 
 STAGE_CONFIG_NAME = "stage_config.json"
@@ -32,7 +33,11 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "torch_compile": (False, "compiled submodels are not implemented yet"),
     "use_liger_kernel": (False, "Liger kernels are not implemented"),
     "debug": ([], "use `torch.autograd.set_detect_anomaly`"),
+    "ignore_data_skip": (False, "a resumed run draws just the batches that are still to come"),
+    "dataloader_persistent_workers": (False, "one data loader serves a whole run anyway"),
 }
+# Optimisers that keep the parameters in a state of their own between steps, or step within the backward pass.
+_UNSUPPORTED_OPTIMIZERS = ("schedule_free", "lomo", "adalomo", "layerwise")
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -174,6 +179,9 @@ class DevFTConfig(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.adapter_fusion = self.adapter_fusion or self.fusion
+        if any(name in OptimizerNames(self.optim).value for name in _UNSUPPORTED_OPTIMIZERS):
+            raise ValueError(f"optim={OptimizerNames(self.optim).value!r} cannot start afresh with each client.")
+        self._n_gpu = min(self.n_gpu, 1)  # one process, one device: clients are not spread by DataParallel
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns of it on every data loader
         _choice("grouping", self.grouping, GROUPINGS)
@@ -281,8 +289,10 @@ class StageConfig:
         groups: the layers of the base in each group, as they were found.
         base_model_name_or_path, base_model_revision: the base.
         rounds_done: rounds that ran; fewer than `rounds` where the stage ended early.
-        metrics: full-depth evaluation at the stage's end (`eval_full_loss`, ...).
-        totals: the ledger's totals of this stage: bytes, tokens, FLOPs, seconds, peak memory.
+        metrics: evaluation of the round that the stage handed on: of the submodel (`eval_*`), where there was one
+            then, and at full depth (`eval_full_*`).
+        totals: the ledger's totals of this stage (bytes, tokens, FLOPs, seconds, peak memory), and beside them
+            `setup_seconds` (grouping, calibration, fusion) and `base_bytes` (the submodel's base weights).
     """
 
     stage: int

@@ -1,7 +1,8 @@
 """Rows -> token ids with labels on the completion only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
@@ -70,15 +71,23 @@ def load_files(files: Sequence[str]) -> Dataset:
     return concatenate_datasets([dataset.select_columns(shared) for dataset in datasets])
 
 
-def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Dataset:
     """Add `input_ids` (prompt, completion, end of sequence) and `labels` (-100 on the prompt).
 
     Rows of more than `max_length` tokens lose the start of the prompt first and then the end of the completion,
     so that every row keeps something to learn. Prompt and completion are tokenised apart, so that generation
     from the prompt sees the tokens of training. A dataset that has `input_ids` is returned as it is.
+
+    Raises:
+        ValueError: text without a tokenizer, or a tokenizer that cannot end a sequence.
     """
     if "input_ids" in dataset.column_names:
         return dataset
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the dataset holds text: pass a tokenizer with an `eos_token` as `processing_class`, or rows of "
+            "`input_ids` and `labels`."
+        )
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         prompts = tokenizer(rows["prompt"], truncation=False).input_ids
@@ -92,3 +101,17 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
         return encoded
 
     return to_prompt_completion(dataset).map(encode, batched=True, desc="Tokenising")
+
+
+def each(datasets: Any, function: Callable[[Dataset], Any]) -> Any:
+    """`function` of a dataset, of each in a dict of datasets, or of nothing."""
+    if datasets is None:
+        return None
+    if isinstance(datasets, dict):
+        return {name: function(dataset) for name, dataset in datasets.items()}
+    return function(datasets)
+
+
+def first_rows(datasets: Any, count: int | None) -> Any:
+    """The first `count` rows of a dataset or of each in a dict; all where it is None."""
+    return each(datasets, lambda rows: rows if count is None else rows.select(range(min(count, len(rows)))))

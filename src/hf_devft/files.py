@@ -29,6 +29,8 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 def replace_files(source: Path, target: Path) -> None:
-    """Move every file of the folder `source` over its namesake in `target`, one rename each."""
-    for file in source.iterdir():
-        file.replace(target / file.name)
+    """Move every file and folder of `source` over its namesake in `target`, one rename each."""
+    for entry in source.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(target / entry.name, ignore_errors=True)
+        entry.replace(target / entry.name)

@@ -1,26 +1,10 @@
-"""`DevFTTrainer`: stages -> rounds -> artifacts, and nothing below that.
+"""`DevFTTrainer`: the mixin on `Trainer`, with loading by name, LoRA and tokenisation."""
 
-`DevFTMixin` is the federated part on top of any `Trainer` subclass; `DevFTTrainer` puts it on `Trainer` and adds
-loading by name, LoRA and tokenisation.
-"""
-
-import copy
-import functools
-import json
-import logging
-import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,547 +14,14 @@ from transformers import (
     Trainer,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 
-from hf_devft.checkpoint import SCHEDULER, Checkpoint, RunState
-from hf_devft.configuration import DevFTConfig, StageConfig
-from hf_devft.data import tokenize
+from hf_devft.configuration import DevFTConfig
+from hf_devft.data import each, first_rows, to_prompt_completion, tokenize
 from hf_devft.embedded import resolve_model_name
-from hf_devft.evaluation import generate_answers
-from hf_devft.federation.client import AdapterBuffer, train_locally
-from hf_devft.federation.ledger import Ledger, PeakMemory, RoundRecord, training_flops
-from hf_devft.federation.methods import METHODS
-from hf_devft.federation.partition import ClientData, from_mapping, from_partitioner, partition_dataset
-from hf_devft.federation.sampling import FederatedBatchSampler, client_seed, sample_clients
-from hf_devft.files import atomic_folder
-from hf_devft.hub.artifacts import LEDGER, PLOT, SUBMODEL, check_lora, save_adapter, save_stage
-from hf_devft.hub.model_card import CardContext, model_card
-from hf_devft.metrics import ExactMatch
-from hf_devft.plotting import plot_run
-from hf_devft.progress import RoundProgressCallback, print_stages, stage_rows
-from hf_devft.stages.adapter import adapter_state, attach_adapter, detach_adapter, load_adapter_state, new_adapter
-from hf_devft.stages.grouping import GroupingTask, Groups, group_layers, layer_similarity
-from hf_devft.stages.layer_stack import LayerStack, find_layer_stack, with_layers
-from hf_devft.stages.submodel import build_submodel
-from hf_devft.stages.transfer import State, expand_adapter, fuse_adapter
-
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Running:
-    """The stage that is being trained."""
-
-    stage: StageConfig
-    base: PreTrainedModel
-    stack: LayerStack
-    buffer: AdapterBuffer
-    blank_optimizer: dict
-    base_rates: list[float]
-    done: int
-
-
-class DevFTMixin:
-    """Federated rounds in developmental stages, for a `Trainer` subclass that ends its `__init__` with a LoRA model.
-
-        class DevFTSFTTrainer(DevFTMixin, SFTTrainer): ...
-
-    The step is a round, the epoch a stage (see `DevFTConfig`). Evaluation between rounds measures the stage's submodel
-    (`eval_*`); at a stage's end the transferred adapter is also measured on the full model (`eval_full_*`). A callback
-    that asks to stop during an evaluation (`EarlyStoppingCallback`) ends the running stage, at any other time the run.
-    The best metric is tracked within each stage, and with `load_best_model_at_end` each stage hands on its best
-    checkpointed round.
-
-    Args:
-        train_dataset: one dataset to partition as `args` says, or {client: dataset}.
-        partitioner: any object with flwr-datasets' `Partitioner` interface, instead of `args.partition`.
-        calibration_dataset: rows for `grouping="calibrated"`, in the form of `eval_dataset` (the default).
-
-    Raises:
-        ValueError: data, adapter or options that cannot be trained this way; before any work is spent.
-    """
-
-    def __init__(
-        self,
-        model: Any = None,
-        args: DevFTConfig | None = None,
-        *,
-        train_dataset: Dataset | dict[str, Dataset] | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        partitioner: Any = None,
-        calibration_dataset: Dataset | None = None,
-        **kwargs,
-    ):
-        if not isinstance(args, DevFTConfig):
-            raise ValueError(f"args must be a DevFTConfig, not {type(args).__name__}.")
-        if kwargs.get("optimizers", (None, None)) != (None, None):
-            raise ValueError(
-                "optimizers cannot be passed: each client starts a fresh one. Set `optim` and `learning_rate`, pass "
-                "`optimizer_cls_and_kwargs`, or override `create_optimizer`."
-            )
-        if kwargs.get("model_init") is not None:
-            raise ValueError("model_init is not supported: pass `model`.")
-        clients = _make_clients(args, train_dataset, partitioner)
-        if args.clients_per_round > len(clients.rows):
-            raise ValueError(
-                f"clients_per_round={args.clients_per_round}, but there are {len(clients.rows)} clients: lower it."
-            )
-        eval_dataset = _first_rows(eval_dataset, args.max_eval_samples)
-        super().__init__(model=model, args=args, train_dataset=clients.dataset, eval_dataset=eval_dataset, **kwargs)
-        self.clients = clients
-        self.calibration_dataset = calibration_dataset
-        self.ledger = Ledger()
-        self.method = METHODS[args.federated_method]()
-        self._running: _Running | None = None
-        self._checkpoint: Checkpoint | None = None
-        if not isinstance(self.model, PeftModel):
-            raise ValueError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`.")
-        self.peft_config: LoraConfig = copy.deepcopy(self.model.peft_config[self.model.active_adapter])
-        self.peft_config.inference_mode = False
-        check_lora(self.peft_config)
-        self._full_adapter: State = adapter_state(self.model)
-        stack = find_layer_stack(self.model.get_base_model())
-        self.stages = args.resolve_stages(len(stack))
-        for stage in self.stages:
-            if stage.num_layers < len(set(stack.kinds)):
-                group_layers(GroupingTask(stack.kinds, stage.num_layers))  # raises, and says why
-        if args.grouping == "calibrated" and self._calibration_rows() is None:
-            raise ValueError('grouping="calibrated" needs calibration texts: pass `calibration_dataset`.')
-        if args.predict_with_generate and (self.eval_dataset is None or self.processing_class is None):
-            raise ValueError("predict_with_generate needs `eval_dataset` and `processing_class`.")
-        self._loss_without = functools.cache(self._loss_of_layers)
-        for callback in (ProgressCallback, PrinterCallback):
-            self.remove_callback(callback)
-        if not args.disable_tqdm:
-            self.add_callback(RoundProgressCallback(self.stages))
-
-    # --- the loop: stages, rounds ---------------------------------------------------------------------
-
-    def _inner_training_loop(
-        self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
-    ):
-        """`Trainer`'s loop with rounds for steps and stages for epochs."""
-        checkpoint, self._checkpoint = self._checkpoint, None
-        planned = sum(stage.rounds for stage in self.stages)
-        max_steps = planned if args.max_steps < 0 else min(args.max_steps, planned)
-        self._init_training_state(max_steps, max_steps, len(self.stages), resume_from_checkpoint, trial)
-        self.ledger = checkpoint.run.ledger if checkpoint else Ledger()
-        self._start_schedule(max_steps, checkpoint)
-        self._batches = self._make_batches(self.state.global_step, max_steps)
-        self._peak_memory = PeakMemory(args.device)
-        start_time = time.time()
-        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
-        self._initial_global_step = self._globalstep_last_logged = self.state.global_step
-        self._tr_loss, self._total_loss_scalar = torch.zeros((), device=args.device), 0.0
-
-        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
-        if args.eval_on_start and checkpoint is None:
-            self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
-            self._evaluate_full_depth(stage=0)
-        for stage in self.stages[checkpoint.run.stage - 1 if checkpoint else 0 :]:
-            self._enter_stage(stage, checkpoint)
-            checkpoint = None
-            self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
-            self.control.should_epoch_stop |= self._stage_was_over
-            self._run_stage(trial, ignore_keys_for_eval, start_time)
-            self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
-            self._log_save_evaluate(None, None, trial, ignore_keys_for_eval, start_time)
-            self._finish_stage()
-            if self.control.should_training_stop:
-                break
-        num_samples = max_steps * args.clients_per_round * args.local_steps * args.train_batch_size
-        return self._finalize_training(trial, num_samples * args.gradient_accumulation_steps, start_time)
-
-    def _run_stage(self, trial, ignore_keys_for_eval, start_time: float) -> None:
-        running = self._running
-        while running.done < running.stage.rounds:
-            if self.control.should_epoch_stop or self.control.should_training_stop:
-                break
-            self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
-            learning_rate = self._round_learning_rate()
-            grad_norm = self._run_round(learning_rate)
-            self._step_schedule()
-            running.done += 1
-            self.state.global_step += 1
-            self.state.epoch = running.stage.stage - 1 + running.done / running.stage.rounds
-            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
-            self._log_save_evaluate(grad_norm, learning_rate, trial, ignore_keys_for_eval, start_time)
-
-    def _run_round(self, learning_rate: float) -> torch.Tensor | None:
-        """One round: sample, train each client from the global adapter, aggregate, record. Returns a gradient norm."""
-        started, running, args, index = time.perf_counter(), self._running, self.args, self.state.global_step
-        flat, start = running.buffer.flat, running.buffer.flat.clone()
-        sampled = sample_clients(len(self.clients.rows), args.clients_per_round, args.seed, index)
-        rows = list(self.clients.rows.values())
-        self.method.begin_round(start)
-        results, dropped = [], []
-        for client in sampled:
-            flat.copy_(start)
-            self._fresh_optimizer(learning_rate)
-            set_seed(client_seed(args.seed, index, client))
-            result = train_locally(self, self.model_wrapped, self._batches, args.local_steps)
-            if torch.isfinite(flat).all():
-                self.method.receive(flat, len(rows[client]))
-                results.append(result)
-            else:
-                dropped.append(self.clients.names[client])
-        if dropped:
-            logger.warning(f"round {index + 1}: the update of {', '.join(dropped)} is not finite and was left out.")
-        if not results:
-            raise FloatingPointError(
-                f"round {index + 1}: no client returned a finite adapter. Lower `learning_rate` or `max_grad_norm`; "
-                "resume with `resume_from_checkpoint`."
-            )
-        flat.copy_(self.method.end_round())
-        loss = torch.stack([result.loss for result in results]).mean()
-        self._tr_loss += loss
-        self._record(sampled, dropped, results, loss, time.perf_counter() - started)
-        return results[-1].grad_norm
-
-    def _record(self, sampled, dropped, results, loss, seconds) -> None:
-        tokens, flat = sum(result.tokens for result in results), self._running.buffer.flat
-        self.ledger.rounds.append(
-            RoundRecord(
-                round=self.state.global_step + 1,
-                stage=self._running.stage.stage,
-                clients=[self.clients.names[client] for client in sampled],
-                dropped=dropped,
-                bytes_down=len(sampled) * self.method.bytes_down(flat),
-                bytes_up=len(sampled) * self.method.bytes_up(flat),
-                tokens=tokens,
-                flops=training_flops(tokens, self.model),
-                seconds=seconds,
-                peak_memory=self._peak_memory.read(),
-                loss=loss.item(),
-            )
-        )
-
-    def _log_save_evaluate(self, grad_norm, learning_rate, trial, ignore_keys_for_eval, start_time) -> None:
-        self._maybe_log_save_evaluate(
-            self._tr_loss,
-            grad_norm,
-            self.model,
-            trial,
-            self.state.epoch,
-            ignore_keys_for_eval,
-            start_time,
-            learning_rate=self._round_learning_rate() if learning_rate is None else learning_rate,
-        )
-
-    def _make_batches(self, first_round: int, num_rounds: int) -> Iterator[Any]:
-        """The batches of all rounds to come, from one data loader."""
-        args, dataset, collator = self.args, self.train_dataset, self.data_collator
-        if isinstance(dataset, Dataset):
-            dataset = self._remove_unused_columns(dataset, description="Training")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="Training")
-        sampler = FederatedBatchSampler(
-            rows=list(self.clients.rows.values()),
-            clients_per_round=args.clients_per_round,
-            batches_per_client=args.local_steps * args.gradient_accumulation_steps,
-            batch_size=args.train_batch_size,
-            drop_last=args.dataloader_drop_last,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            first_round=first_round,
-            num_rounds=num_rounds,
-        )
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        return iter(loader)
-
-    # --- the learning rate: a schedule over rounds, a rate per stage -----------------------------------------
-
-    def _start_schedule(self, max_steps: int, checkpoint: Checkpoint | None) -> None:
-        """The schedule steps once a round, so it runs on an optimiser of its own that has nothing to optimise."""
-        self._clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.args.learning_rate)
-        self.lr_scheduler = None
-        self.create_scheduler(max_steps, optimizer=self._clock)
-        if checkpoint:
-            self.lr_scheduler.load_state_dict(checkpoint.scheduler["scheduler"])
-            self._clock.load_state_dict(checkpoint.scheduler["clock"])
-
-    def _step_schedule(self) -> None:
-        self._clock.step()
-        if not isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.lr_scheduler.step()
-
-    def _round_learning_rate(self) -> float:
-        """The running stage's rate times the schedule's factor."""
-        return self._running.stage.learning_rate * self._clock.param_groups[0]["lr"] / self.args.learning_rate
-
-    def _fresh_optimizer(self, learning_rate: float) -> None:
-        """The stage's optimiser as it was made, at this round's rate; groups of other rates keep their ratio."""
-        self.optimizer.load_state_dict(self._running.blank_optimizer)
-        for group, rate in zip(self.optimizer.param_groups, self._running.base_rates, strict=True):
-            group["lr"] = rate * learning_rate / self.args.learning_rate
-
-    # --- a stage: in and out --------------------------------------------------------------------------------
-
-    def _enter_stage(self, stage: StageConfig, checkpoint: Checkpoint | None) -> None:
-        """Full model and adapter -> submodel and its adapter, ready to train."""
-        base = detach_adapter(self.model)
-        stack = find_layer_stack(base)
-        if checkpoint:
-            adapter, self._full_adapter = checkpoint.sub, checkpoint.full
-        else:
-            stage.groups = self._group(stage, base, stack)
-            adapter = fuse_adapter(
-                self._full_adapter, stack.path, stage.groups, stage.adapter_fusion, stage.fusion_beta
-            )
-            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
-        self._stage_was_over = bool(checkpoint and checkpoint.run.stage_over)
-        submodel = build_submodel(base, stack, stage.groups, stage.fusion, stage.fusion_beta)
-        model = attach_adapter(submodel, self.peft_config, adapter)
-        buffer = AdapterBuffer(model)
-        self._use(model)
-        self.optimizer = None
-        self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
-        self._running = _Running(
-            stage=stage,
-            base=base,
-            stack=stack,
-            buffer=buffer,
-            blank_optimizer=copy.deepcopy(self.optimizer.state_dict()),
-            base_rates=[group["lr"] for group in self.optimizer.param_groups],
-            done=checkpoint.run.done if checkpoint else 0,
-        )
-        for name in ("optimizer", "lr_scheduler"):
-            setattr(self.callback_handler, name, getattr(self, name))
-        self._peak_memory.reset()
-
-    def _finish_stage(self) -> None:
-        """Submodel's adapter -> full depth, measured, written, shown; the model is the full one again."""
-        running, stage = self._running, self._running.stage
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            best = Checkpoint.load(self.state.best_model_checkpoint)
-            load_adapter_state(self.model, best.sub)
-        sub = adapter_state(self.model)
-        self._full_adapter = self._expanded(sub)
-        stage.rounds_done = running.done
-        stage.totals = self.ledger.totals(stage.stage)
-        stage.metrics = self._newest_metrics(stage)
-        if running.base is self.model.get_base_model():
-            detach_adapter(self.model)
-        self._use(attach_adapter(running.base, self.peft_config, self._full_adapter))
-        self._running = self.optimizer = None
-        if self.eval_dataset is not None:
-            stage.metrics |= self._evaluate_full_depth(stage.stage)
-        if self.is_world_process_zero():
-            self._write_stage(stage, sub)
-            if not self.args.disable_tqdm:
-                print_stages(self._records(stage))
-
-    def _use(self, model: PeftModel) -> None:
-        """Make `model` the one that trains and is evaluated."""
-        self.accelerator.free_memory()
-        self.model = model
-        self.model_wrapped = self.accelerator.prepare_model(model)
-        self.callback_handler.model = model
-
-    def _group(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack) -> Groups:
-        task = GroupingTask(
-            kinds=stack.kinds,
-            capacity=stage.num_layers,
-            seed=self.args.seed,
-            similarity=lambda: layer_similarity(stack),
-            loss_of=lambda kept: self._loss_without(base, tuple(kept)),
-        )
-        return group_layers(task, stage.grouping)
-
-    @torch.no_grad()
-    def _loss_of_layers(self, base: PreTrainedModel, kept: tuple[int, ...]) -> float:
-        """Mean calibration loss of the base with only the layers `kept`, without adapter."""
-        model = with_layers(base, find_layer_stack(base), kept).eval()
-        rows = self._calibration_rows()
-        losses = []
-        for batch in self.get_eval_dataloader(rows):
-            with self.compute_loss_context_manager():
-                losses.append(self.compute_loss(model, self._prepare_inputs(batch)).item())
-        return float(np.mean(losses))
-
-    def _calibration_rows(self) -> Dataset | None:
-        rows = self.calibration_dataset if self.calibration_dataset is not None else self.eval_dataset
-        rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
-        return _first_rows(rows, self.args.calibration_samples)
-
-    def _expanded(self, sub: State) -> State:
-        running = self._running
-        return expand_adapter(
-            sub, self._full_adapter, running.stack.path, running.stage.groups, running.stage.transfer
-        )
-
-    # --- evaluation ------------------------------------------------------------------------------------
-
-    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
-        """As `Trainer`'s; a stop that it brings about ends the stage, and the run only in the last one."""
-        stopping = self.control.should_training_stop
-        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        if self.control.should_training_stop and not stopping:
-            self.control.should_training_stop = False
-            self.control.should_epoch_stop = True
-        return metrics
-
-    def _evaluate_full_depth(self, stage: int) -> dict[str, float]:
-        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        metrics: dict[str, float] = {}
-        for name, dataset in datasets.items():
-            prefix = f"eval_full_{name}" if name else "eval_full"
-            output = self.evaluation_loop(
-                self.get_eval_dataloader(dataset),
-                description="Evaluation at full depth",
-                prediction_loss_only=True if self.compute_metrics is None else None,
-                metric_key_prefix=prefix,
-            )
-            metrics |= {key: value for key, value in output.metrics.items() if not key.endswith("preparation_time")}
-            if self.args.predict_with_generate:
-                metrics[f"{prefix}_exact_match"] = self._exact_match(dataset)
-            self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
-        self.log(metrics | {"stage": stage})
-        return metrics
-
-    def _exact_match(self, dataset: Dataset) -> float:
-        config = self.model.config
-        use_cache, config.use_cache = config.use_cache, True
-        try:
-            answers, references = generate_answers(
-                self.model,
-                self.processing_class,
-                dataset,
-                self.args.generation_max_new_tokens,
-                self.args.eval_batch_size,
-            )
-        finally:
-            config.use_cache = use_cache
-        return ExactMatch().compute(predictions=answers, references=references)["exact_match"]
-
-    def _newest_metrics(self, stage: StageConfig) -> dict[str, float]:
-        """The submodel's last evaluation in this stage."""
-        rows = [row for row in self.state.log_history if row.get("stage") == stage.stage and "eval_loss" in row]
-        return {key: value for key, value in rows[-1].items() if key.startswith("eval_")} if rows else {}
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`, with the running stage and the bytes sent so far."""
-        if self._running is not None:
-            logs = logs | {"stage": self._running.stage.stage, "bytes": self.ledger.totals()["bytes"]}
-        super().log(logs, start_time)
-
-    # --- files ---------------------------------------------------------------------------------------------
-
-    def _write_stage(self, stage: StageConfig, sub: State) -> None:
-        finished = self.stages[: stage.stage]
-        figure = plot_run(self.state.log_history, self.ledger, finished)
-        base = self.model.get_base_model()
-        stage.base_model_name_or_path = base.config._name_or_path or None
-        stage.base_model_revision = getattr(base.config, "_commit_hash", None)
-        context = CardContext(
-            model_name=Path(self.args.output_dir).name,
-            plot=PLOT,
-            setup=self._setup(),
-            table=stage_rows(self._records(stage)),
-            evaluation=f"{_count(self.eval_dataset)} held-out rows" if self.eval_dataset is not None else "no data",
-        )
-
-        def write_extras(folder: Path, subfolder: str | None) -> None:
-            figure.savefig(folder / PLOT, dpi=120)
-            (folder / LEDGER).write_text(json.dumps(self.ledger.to_dicts()))
-            location = os.path.join(self.args.output_dir, subfolder or "")
-            model_card(finished, context, location.rstrip("/"), None).save(folder / "README.md")
-
-        tokenizer = self.processing_class
-        save_stage(self.args.output_dir, stage, self.peft_config, self._full_adapter, sub, tokenizer, write_extras)
-
-    def _records(self, newest: StageConfig) -> list[StageConfig]:
-        """The finished stages, after a stage 0 that stands for the start where that was evaluated."""
-        start = [row for row in self.state.log_history if row.get("stage") == 0]
-        none = {"stage": 0, "rounds_done": 0, "totals": self.ledger.totals(0)}
-        return [replace(self.stages[-1], metrics=row, **none) for row in start[:1]] + self.stages[: newest.stage]
-
-    def _setup(self) -> dict[str, object]:
-        args = self.args
-        return {
-            "federated method": args.federated_method,
-            "clients": len(self.clients.rows),
-            "clients per round": args.clients_per_round,
-            "partition": args.partition,
-            "examples per client": f"{min(map(len, self.clients.rows.values()))} to "
-            f"{max(map(len, self.clients.rows.values()))}",
-            "local steps": args.local_steps,
-            "batch size": args.train_batch_size * args.gradient_accumulation_steps,
-            "LoRA rank, alpha": f"{self.peft_config.r}, {self.peft_config.lora_alpha}",
-            "seed": args.seed,
-        }
-
-    def _save(self, output_dir: str | None = None, state_dict: State | None = None) -> None:
-        """The full-depth adapter, and within a stage also the submodel's as it travels."""
-        folder = Path(output_dir or self.args.output_dir)
-        if self._running is None:
-            save_adapter(folder, self.peft_config, adapter_state(self.model))
-        else:
-            sub = adapter_state(self.model)
-            save_adapter(folder, self.peft_config, self._expanded(sub))
-            save_adapter(folder / SUBMODEL, self.peft_config, sub)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """A whole `checkpoint-N/` in one move."""
-        run_dir = Path(self._get_output_dir(trial=trial))
-        target = run_dir / f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:
-            best = run_dir / f"checkpoint-{self.state.best_global_step}"
-            if best == target or best.exists():
-                self.state.best_model_checkpoint = str(best)
-        with atomic_folder(target) if self.args.should_save else nullcontext(target) as folder:
-            self.save_model(str(folder), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_rng_state(str(folder))
-                self._save_run_state(folder)
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
-
-    def _save_run_state(self, folder: Path) -> None:
-        running = self._running
-        RunState(self.stages, running.stage.stage, running.done, self.control.should_epoch_stop, self.ledger).save(
-            folder
-        )
-        torch.save(
-            {"scheduler": self.lr_scheduler.state_dict(), "clock": self._clock.state_dict()}, folder / SCHEDULER
-        )
-        for callback in (*self.callback_handler.callbacks, self.control):
-            if (name := type(callback).__name__) in self.state.stateful_callbacks:
-                self.state.stateful_callbacks[name] = callback.state()
-        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Read and check a checkpoint; the stage it stopped in takes it up."""
-        checkpoint = Checkpoint.load(resume_from_checkpoint)
-        saved, wanted = ([stage.num_layers for stage in stages] for stages in (checkpoint.run.stages, self.stages))
-        if saved != wanted:
-            raise ValueError(
-                f"{resume_from_checkpoint} is of a run with stages of {saved} layers, not {wanted}: resume with the "
-                "same stages, or start anew in another `output_dir`."
-            )
-        for stage, old in zip(self.stages, checkpoint.run.stages, strict=True):
-            stage.groups, stage.metrics, stage.totals, stage.rounds_done = (
-                old.groups, old.metrics, old.totals, old.rounds_done,
-            )  # fmt: skip
-        self._checkpoint = checkpoint
-
-    def _load_best_model(self) -> None:
-        """Nothing at the end of training: each stage has already taken up its best round."""
+from hf_devft.federation.partition import ClientData
+from hf_devft.hub.artifacts import check_lora
+from hf_devft.mixin import DevFTMixin, clients_of
+from hf_devft.stages.adapter import new_adapter
 
 
 class DevFTTrainer(DevFTMixin, Trainer):
@@ -584,8 +35,15 @@ class DevFTTrainer(DevFTMixin, Trainer):
         train_dataset: one dataset to partition, or {client: dataset}; of token ids (`input_ids`, `labels`), or of
             prompt/completion, instruction/(input)/output or question/answer text.
         eval_dataset: of the same form, held by the server.
-        processing_class: the tokenizer; loaded with the model where that is a name.
-        **kwargs: see `DevFTMixin` and `transformers.Trainer`.
+        calibration_dataset: of the same form, for `grouping="calibrated"`; default: `eval_dataset`.
+        processing_class: the tokenizer; loaded with the model where that is a name. One without a padding token pads
+            with its end of sequence.
+        data_collator: default: pads `input_ids` and `labels` to a multiple of 8.
+        partitioner: any object with flwr-datasets' `Partitioner` interface, instead of `args.partition`.
+        **kwargs: see `transformers.Trainer`.
+
+    Raises:
+        ValueError: see `DevFTMixin`; a model or tokenizer that does not fit the arguments.
     """
 
     def __init__(
@@ -604,72 +62,47 @@ class DevFTTrainer(DevFTMixin, Trainer):
     ):
         if peft_config is not None:
             check_lora(peft_config)
+        # The data first: a mistake in it is found before a large model is loaded.
+        train_dataset = each(train_dataset, _as_rows) if isinstance(train_dataset, dict) else train_dataset
+        clients = clients_of(args, train_dataset, partitioner)
         set_seed(args.seed)
         if isinstance(model, str):
-            name = resolve_model_name(model)
-            processing_class = processing_class or AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, **(args.model_init_kwargs or {}))
+            model, loaded = _load(model, args.model_init_kwargs or {})
+            processing_class = processing_class or loaded
         if isinstance(model, PeftModel) == (peft_config is not None):
             raise ValueError(
                 "pass `peft_config` with a plain model, and a `PeftModel` without it: there must be one adapter."
             )
         if peft_config is not None:
             model = new_adapter(model, peft_config)
-        prepare = functools.partial(_tokenized, tokenizer=processing_class, max_length=args.max_length)
-        clients = _make_clients(args, train_dataset, partitioner)
-        clients = ClientData(prepare(clients.dataset), clients.rows)
+        if processing_class is not None and processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+
+        def prepare(datasets: Any) -> Any:
+            return each(datasets, lambda rows: tokenize(rows, processing_class, args.max_length))
+
         super().__init__(
             model,
             args,
-            train_dataset=clients,
-            eval_dataset=prepare(_first_rows(eval_dataset, args.max_eval_samples)),
-            calibration_dataset=prepare(_first_rows(calibration_dataset, args.calibration_samples)),
+            train_dataset=ClientData(prepare(clients.dataset), clients.rows),
+            eval_dataset=prepare(first_rows(eval_dataset, args.max_eval_samples)),
+            calibration_dataset=prepare(first_rows(calibration_dataset, args.calibration_samples)),
             processing_class=processing_class,
             data_collator=data_collator or _default_collator(processing_class),
             **kwargs,
         )
 
 
-def _make_clients(args: DevFTConfig, train_dataset: Any, partitioner: Any) -> ClientData:
-    if isinstance(train_dataset, ClientData):
-        return train_dataset
-    if partitioner is not None:
-        return from_partitioner(partitioner, train_dataset)
-    if isinstance(train_dataset, dict):
-        if args.num_clients not in (None, len(train_dataset)):
-            raise ValueError(
-                f"num_clients={args.num_clients}, but train_dataset has {len(train_dataset)} clients: leave it out."
-            )
-        return from_mapping(train_dataset)
-    if not isinstance(train_dataset, Dataset):
-        raise ValueError(
-            f"train_dataset is a {type(train_dataset).__name__}: pass a `datasets.Dataset`, or {{client: Dataset}}. "
-            "Streaming datasets cannot be partitioned."
-        )
-    return partition_dataset(
-        train_dataset, args.partition, args.num_clients, args.partition_column, args.dirichlet_alpha, args.seed
-    )
+def _load(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of one name, at one revision."""
+    path = resolve_model_name(name)
+    shared = {key: options[key] for key in ("revision", "trust_remote_code", "token") if key in options}
+    return AutoModelForCausalLM.from_pretrained(path, **options), AutoTokenizer.from_pretrained(path, **shared)
 
 
-def _each(datasets: Any, function: Callable[[Dataset], Any]) -> Any:
-    """`function` of a dataset, of each in a dict of datasets, or of nothing."""
-    if datasets is None:
-        return None
-    if isinstance(datasets, dict):
-        return {name: function(dataset) for name, dataset in datasets.items()}
-    return function(datasets)
-
-
-def _first_rows(datasets: Any, count: int | None) -> Any:
-    return _each(datasets, lambda rows: rows if count is None else rows.select(range(min(count, len(rows)))))
-
-
-def _tokenized(datasets: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Any:
-    return _each(datasets, lambda rows: tokenize(rows, tokenizer, max_length))
-
-
-def _count(datasets: Dataset | dict[str, Dataset]) -> int:
-    return sum(map(len, datasets.values())) if isinstance(datasets, dict) else len(datasets)
+def _as_rows(dataset: Dataset) -> Dataset:
+    """Clients may hold different formats: each is converted before they are put together."""
+    return dataset if "input_ids" in dataset.column_names or not len(dataset) else to_prompt_completion(dataset)
 
 
 def _default_collator(tokenizer: PreTrainedTokenizerBase | None) -> Callable | None:

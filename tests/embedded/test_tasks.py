@@ -3,11 +3,11 @@ import re
 
 import pytest
 
-from hf_devft.embedded.tasks import FAMILIES, RARE, SEEN, generate, split_of, task_dataset
+from hf_devft.embedded.tasks import FAMILIES, NEW, RARE, SEEN, generate, split_of, task_dataset
 
 
 def test_there_are_at_least_twelve_families():
-    assert len(FAMILIES) == len(SEEN) + len(RARE) >= 12
+    assert len(FAMILIES) == len(SEEN) + len(RARE) + len(NEW) >= 12
 
 
 def test_same_seed_same_rows():
@@ -21,10 +21,10 @@ def test_splits_share_no_prompt():
     assert {split_of(prompt) for prompt in test["prompt"]} == {"test"}
 
 
-def test_rows_are_distinct_and_of_all_rare_families():
+def test_rows_are_distinct_and_of_all_new_families():
     rows = task_dataset(400)
     assert len(set(rows["prompt"])) == 400
-    assert set(rows["family"]) == set(RARE)
+    assert set(rows["family"]) == set(NEW)
 
 
 # A second way to each answer, from the prompt alone.
@@ -70,6 +70,13 @@ CHECKS = {
     "calendar": lambda p: _day(p, 1),
     "calendar_back": lambda p: _day(p, -1),
     "conversion": _convert,
+    "rotating": lambda p: " ".join(_list(p)[1:] + _list(p)[:1]),
+    "dropping": lambda p: " ".join(_list(p)[:-1]),
+    "ends": lambda p: f"{_list(p)[-1]} {_list(p)[0]}",
+    "closing": lambda p: " ".join(_list(p) + _list(p)[:1]),
+    "mirroring": lambda p: " ".join(_list(p) + _list(p)[::-1]),
+    "alternating": lambda p: " ".join(_list(p)[1::2]),
+    "successor": lambda p: " ".join(str(int(number) + 1) for number in _list(p)),
     "doubling": lambda p: " ".join(f"{word} {word}" for word in _list(p)),
 }
 

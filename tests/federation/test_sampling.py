@@ -42,7 +42,7 @@ def test_a_resumed_sampler_goes_on_where_the_whole_one_is():
     rows = [np.arange(index * 10, index * 10 + 7) for index in range(5)]
 
     def batches(first_round):
-        return list(FederatedBatchSampler(rows, 2, 3, 4, False, 0, first_round, 6))
+        return list(FederatedBatchSampler(rows, 2, 3, 4, False, 0, 1, first_round, 6))
 
     assert len(batches(0)) == 6 * 2 * 3
     assert batches(4) == batches(0)[4 * 2 * 3 :]

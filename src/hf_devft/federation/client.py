@@ -55,9 +55,10 @@ def train_locally(trainer: Trainer, model: nn.Module, batches: Iterator[Any], lo
         for index, inputs in enumerate(micro_batches):
             trainer.accelerator.gradient_state._set_sync_gradients(index == len(micro_batches) - 1)
             tokens += inputs[getattr(model, "main_input_name", "input_ids")].numel()
+            trainer._track_num_input_tokens(inputs)
             total += trainer.training_step(model, inputs, num_items)
         if trainer.args.max_grad_norm > 0:
-            grad_norm = trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+            grad_norm = trainer._clip_grad_norm(model)
         trainer.optimizer.step()
         model.zero_grad()
     return LocalResult(total / local_steps, tokens, grad_norm)

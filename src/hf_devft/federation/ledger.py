@@ -1,5 +1,6 @@
 """What a run cost, round by round: bytes up and down, tokens, FLOPs, seconds, peak memory."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -71,8 +72,8 @@ def training_flops(tokens: int, model: torch.nn.Module) -> float:
     et al. 2020, arXiv 2001.08361, §2.1, without the weight gradients that LoRA does not take). Attention scores,
     norms and the embedding's look-up are left out, a tied head is counted.
     """
-    config_tied = getattr(model.config, "tie_word_embeddings", False)
-    lookup = None if config_tied else model.get_input_embeddings().weight
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    lookup = None if tied else model.get_input_embeddings().weight
     matrices = [weight for weight in model.parameters() if weight.ndim > 1 and weight is not lookup]
     trainable = sum(weight.numel() for weight in matrices if weight.requires_grad)
     frozen = sum(_numel(weight) for weight in matrices if not weight.requires_grad)
@@ -94,7 +95,8 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif (clear := Path("/proc/self/clear_refs")).exists():
-            clear.write_text("5")  # Linux: forget the peak resident size
+            with suppress(OSError):  # not every container may
+                clear.write_text("5")  # Linux: forget the peak resident size
 
     def read(self) -> int:
         if self.device.type == "cuda":

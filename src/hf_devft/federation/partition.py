@@ -54,6 +54,31 @@ def from_partitioner(partitioner: Any, dataset: Dataset) -> ClientData:
     return from_mapping({f"client-{index}": partitioner.load_partition(index) for index in range(count)})
 
 
+def make_clients(data: Any, partitioner: Any = None, num_clients: int | None = None, **options) -> ClientData:
+    """Clients from whatever a user has: {client: dataset}, a dataset and a partitioner, or a dataset and options.
+
+    Args:
+        data: a dataset, or {client: dataset}.
+        partitioner: see `from_partitioner`.
+        num_clients, options: see `partition_dataset`.
+
+    Raises:
+        ValueError: none of these, or a count that contradicts the clients given.
+    """
+    if isinstance(data, Mapping) and num_clients not in (None, len(data)):
+        raise ValueError(f"num_clients={num_clients}, but train_dataset has {len(data)} clients: leave it out.")
+    if isinstance(data, Mapping):
+        return from_mapping(data)
+    if not isinstance(data, Dataset):
+        raise ValueError(
+            f"train_dataset is a {type(data).__name__}: pass a `datasets.Dataset`, or {{client: Dataset}}. Streaming "
+            "datasets cannot be partitioned."
+        )
+    if partitioner is not None:
+        return from_partitioner(partitioner, data)
+    return partition_dataset(data, num_clients=num_clients, **options)
+
+
 def partition_dataset(
     dataset: Dataset,
     kind: str = "iid",

@@ -34,7 +34,9 @@ class FederatedBatchSampler:
 
     Args:
         rows: each client's row indices.
-        clients_per_round, batches_per_client, batch_size, drop_last, seed: see `DevFTConfig`.
+        clients_per_round, batches_per_client, batch_size, drop_last: see `DevFTConfig`.
+        seed: chooses the clients.
+        data_seed: orders their rows.
         first_round: where to start, for a resumed run.
         num_rounds: where to end.
     """
@@ -47,6 +49,7 @@ class FederatedBatchSampler:
         batch_size: int,
         drop_last: bool,
         seed: int,
+        data_seed: int,
         first_round: int,
         num_rounds: int,
     ):
@@ -56,6 +59,7 @@ class FederatedBatchSampler:
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.seed = seed
+        self.data_seed = data_seed
         self.rounds = range(first_round, num_rounds)
 
     def __len__(self) -> int:
@@ -64,6 +68,6 @@ class FederatedBatchSampler:
     def __iter__(self) -> Iterator[list[int]]:
         for round_index in self.rounds:
             for client in sample_clients(len(self.rows), self.clients_per_round, self.seed, round_index):
-                seed = client_seed(self.seed, round_index, client)
+                seed = client_seed(self.data_seed, round_index, client)
                 batches = client_batches(self.rows[client], self.batch_size, self.drop_last, seed)
                 yield from (next(batches) for _ in range(self.batches_per_client))

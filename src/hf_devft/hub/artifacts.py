@@ -1,10 +1,11 @@
 """Adapters as PEFT folders: save, load, validate. safetensors only."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +28,9 @@ def save_adapter(folder: str | Path, peft_config: LoraConfig, state: dict[str, t
     config.inference_mode = True
     config.save_pretrained(folder)
     # Layers that share a broadcast adapter share its tensors: safetensors wants each with memory of its own.
-    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
+    tensors = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()
+    }
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
@@ -53,9 +56,20 @@ def check_lora(config: PeftConfig) -> None:
     Raises:
         ValueError: not LoRA, trained biases, or options that name single layers.
     """
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise ValueError(
             f"{type(config).__name__} is not supported: stages carry LoRA adapters, pass a `peft.LoraConfig`."
+        )
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"LoraConfig(init_lora_weights={config.init_lora_weights!r}) changes the base, which stages share: use "
+            'True or "gaussian".'
+        )
+    if config.use_dora:
+        raise ValueError("LoraConfig(use_dora=True) is not supported: its magnitudes belong to single layers.")
+    if config.modules_to_save:
+        raise ValueError(
+            f"LoraConfig(modules_to_save={config.modules_to_save}) is not supported: adapt them with LoRA."
         )
     if config.bias != "none":
         raise ValueError(f'LoraConfig(bias="{config.bias}") trains parameters of the base: use bias="none".')
@@ -71,24 +85,24 @@ def save_stage(
     full: dict[str, torch.Tensor],
     sub: dict[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase | None,
-    write_extras,
+    write_extras: Callable[[Path, str], None],
 ) -> Path:
-    """Write `output_dir/stage-N/` in one move, then the same at the root: full-depth adapter, record, `submodel/`.
+    """Write `output_dir/stage-N/` in one move, then its files but for `submodel/` at the root.
 
     Args:
-        full, sub: full-depth and compact adapter, PEFT state dicts.
-        write_extras: called with the folder and the stage's name in it, to add card, plot and the like.
+        full, sub: full-depth and compact adapter, PEFT state dicts; the compact one goes into `submodel/`.
+        write_extras: called with the folder to write to and the one it will be, to add card, plot and ledger.
     """
     output_dir = Path(output_dir)
     name = f"stage-{stage.stage}"
-    for target, subfolder in ((output_dir / name, name), (output_dir / ".root", None)):
+    for target, final in ((output_dir / name, output_dir / name), (output_dir / ".root", output_dir)):
         with atomic_folder(target) as folder:
             save_adapter(folder, peft_config, full)
             stage.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            write_extras(folder, subfolder)
-            if subfolder:
+            write_extras(folder, str(final))
+            if target == final:
                 save_adapter(folder / SUBMODEL, peft_config, sub)
     replace_files(output_dir / ".root", output_dir)
     (output_dir / ".root").rmdir()

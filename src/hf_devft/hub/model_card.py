@@ -31,12 +31,11 @@ class CardContext:
 _METRICS = {"eval_full_loss": ("loss", "loss"), "eval_full_exact_match": ("exact_match", "exact match")}
 
 
-def model_card(stages: list[StageConfig], context: CardContext, location: str, subfolder: str | None) -> ModelCard:
+def model_card(stages: list[StageConfig], context: CardContext, location: str) -> ModelCard:
     """The card of the newest of the finished `stages`.
 
     Args:
         location: folder or repository that the snippet loads from.
-        subfolder: the stage's folder in it, None at the root.
     """
     stage = stages[-1]
     base = stage.base_model_name_or_path
@@ -66,6 +65,5 @@ def model_card(stages: list[StageConfig], context: CardContext, location: str, s
         stage=stage,
         context=context,
         location=location,
-        subfolder=subfolder,
         sizes=[len(group) for group in stage.groups or []],
     )

@@ -36,9 +36,9 @@ def detach_adapter(model: PeftModel) -> PreTrainedModel:
 
 
 def adapter_state(model: PeftModel) -> State:
-    """A copy of the adapter: {PEFT key: tensor}."""
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {key: tensor.detach().clone() for key, tensor in state.items()}
+    """A copy of the active adapter on the CPU: {PEFT key: tensor}."""
+    state = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
 
 
 def load_adapter_state(model: PeftModel, state: State) -> None:

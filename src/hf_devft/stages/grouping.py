@@ -50,7 +50,7 @@ def layer_similarity(stack: LayerStack) -> torch.Tensor:
         index = torch.tensor(members)
         for parameters in zip(*(stack.layers[member].parameters() for member in members), strict=True):
             flat = torch.stack([dense(parameter).detach().flatten().float() for parameter in parameters])
-            gram[index[:, None], index] += (flat @ flat.T).double().cpu()
+            gram[index[:, None], index] += (flat @ flat.T).cpu().double()
     norms = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
     return (gram / torch.outer(norms, norms)).float()
 

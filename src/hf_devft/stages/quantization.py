@@ -4,8 +4,17 @@ import torch
 
 
 def dense(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter's values: dequantised where it is a loaded bitsandbytes `Params4bit`, else itself."""
+    """The parameter's values: dequantised where it is a loaded bitsandbytes `Params4bit`, else itself.
+
+    Raises:
+        ValueError: integers of another quantisation, which cannot be compared or added.
+    """
     state = getattr(parameter, "quant_state", None)
+    if state is None and not parameter.is_floating_point():
+        raise ValueError(
+            f"the base has weights of {parameter.dtype}: only bitsandbytes 4-bit bases can be grouped by similarity "
+            'and fused. Load it in 4 bits or unquantised, or use fusion="anchor" with another grouping.'
+        )
     if state is None:
         return parameter
     from bitsandbytes.functional import dequantize_4bit

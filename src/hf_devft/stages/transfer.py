@@ -22,6 +22,23 @@ def _split(key: str, stack_path: str) -> tuple[str, int, str] | None:
     return (match[1], int(match[2]), match[3]) if match else None
 
 
+def check_every_layer(state: State, stack_path: str, depth: int) -> None:
+    """Refuse an adapter that is not on all layers alike.
+
+    Raises:
+        ValueError: layers without adapter, or with one on other modules than the rest.
+    """
+    suffixes: dict[int, set[str]] = {layer: set() for layer in range(depth)}
+    for key in state:
+        if (parts := _split(key, stack_path)) is not None:
+            suffixes[parts[1]].add(parts[2])
+    if odd := [layer for layer, found in suffixes.items() if not found or found != suffixes[0]]:
+        raise ValueError(
+            f"the adapter is not on all layers alike (layers {odd} differ from layer 0, or have none), but stages "
+            "move it from layer to layer: choose `target_modules` that every layer has."
+        )
+
+
 def fuse_adapter(
     full: State, stack_path: str, groups: Groups, fusion: str = "differential", beta: float = 0.1
 ) -> State:

@@ -1,0 +1,623 @@
+"""`DevFTMixin`: stages -> rounds -> artifacts on top of any `Trainer` subclass, and nothing below that."""
+
+import copy
+import functools
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.optimization import GreedyLR
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from hf_devft.checkpoint import SCHEDULER, Checkpoint, RunState
+from hf_devft.configuration import DevFTConfig, StageConfig
+from hf_devft.data import first_rows
+from hf_devft.evaluation import generate_answers
+from hf_devft.federation.client import AdapterBuffer, train_locally
+from hf_devft.federation.ledger import Ledger, PeakMemory, RoundRecord, training_flops
+from hf_devft.federation.methods import METHODS
+from hf_devft.federation.partition import ClientData, make_clients
+from hf_devft.federation.sampling import FederatedBatchSampler, client_seed, sample_clients
+from hf_devft.files import atomic_folder
+from hf_devft.hub.artifacts import LEDGER, PLOT, SUBMODEL, check_lora, load_adapter, save_adapter, save_stage
+from hf_devft.hub.model_card import CardContext, model_card
+from hf_devft.metrics import ExactMatch
+from hf_devft.plotting import plot_run
+from hf_devft.progress import RoundProgressCallback, print_stages, stage_rows
+from hf_devft.stages.adapter import adapter_state, attach_adapter, detach_adapter, load_adapter_state
+from hf_devft.stages.grouping import GroupingTask, Groups, group_layers, layer_similarity
+from hf_devft.stages.layer_stack import LayerStack, find_layer_stack, with_layers
+from hf_devft.stages.submodel import build_submodel
+from hf_devft.stages.transfer import State, check_every_layer, expand_adapter, fuse_adapter
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Running:
+    """The stage that is being trained."""
+
+    stage: StageConfig
+    base: PreTrainedModel
+    stack: LayerStack
+    buffer: AdapterBuffer
+    blank_optimizer: dict
+    blank_scaler: dict | None
+    base_rates: list[float]
+    done: int
+    setup: dict[str, float]
+
+
+def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -> ClientData:
+    """The clients that `args` asks for; see `make_clients`."""
+    return make_clients(
+        train_dataset,
+        partitioner,
+        num_clients=args.num_clients,
+        kind=args.partition,
+        column=args.partition_column,
+        alpha=args.dirichlet_alpha,
+        seed=args.seed,
+    )
+
+
+class DevFTMixin:
+    """Federated rounds in developmental stages, for a `Trainer` subclass that ends its `__init__` with a LoRA model.
+
+        class DevFTSFTTrainer(DevFTMixin, SFTTrainer): ...
+
+    The step is a round, the epoch a stage (see `DevFTConfig`). Evaluation between rounds measures the stage's submodel
+    (`eval_*`); at a stage's end the transferred adapter is also measured on the full model (`eval_full_*`). A callback
+    that asks to stop during an evaluation (`EarlyStoppingCallback`) ends the running stage, at any other time the run.
+    The best metric is tracked within each stage, and with `load_best_model_at_end` each stage hands on its best
+    checkpointed round.
+
+    Args:
+        train_dataset: one dataset to partition as `args` says, or {client: dataset}.
+        partitioner: any object with flwr-datasets' `Partitioner` interface, instead of `args.partition`.
+        calibration_dataset: rows for `grouping="calibrated"`, in the form of `eval_dataset` (the default).
+
+    Raises:
+        ValueError: data, adapter or options that cannot be trained this way; before any work is spent.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: DevFTConfig | None = None,
+        *,
+        train_dataset: Dataset | dict[str, Dataset] | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        partitioner: Any = None,
+        calibration_dataset: Dataset | None = None,
+        **kwargs,
+    ):
+        if not isinstance(args, DevFTConfig):
+            raise ValueError(f"args must be a DevFTConfig, not {type(args).__name__}.")
+        if kwargs.get("optimizers", (None, None)) != (None, None):
+            raise ValueError(
+                "optimizers cannot be passed: each client starts a fresh one. Set `optim` and `learning_rate`, pass "
+                "`optimizer_cls_and_kwargs`, or override `create_optimizer`."
+            )
+        if kwargs.get("model_init") is not None:
+            raise ValueError("model_init is not supported: pass `model`.")
+        clients = (
+            train_dataset if isinstance(train_dataset, ClientData) else clients_of(args, train_dataset, partitioner)
+        )
+        if args.clients_per_round > len(clients.rows):
+            raise ValueError(
+                f"clients_per_round={args.clients_per_round}, but there are {len(clients.rows)} clients: lower it."
+            )
+        eval_dataset = first_rows(eval_dataset, args.max_eval_samples)
+        super().__init__(model=model, args=args, train_dataset=clients.dataset, eval_dataset=eval_dataset, **kwargs)
+        if len(self.train_dataset) != len(clients.dataset):
+            raise ValueError(
+                f"the trainer made {len(self.train_dataset)} rows of the clients' {len(clients.dataset)}, so it is "
+                "not known whose they are: turn off packing and filtering."
+            )
+        self.clients = clients
+        self.calibration_dataset = calibration_dataset
+        self.ledger = Ledger()
+        self.method = METHODS[args.federated_method]()
+        self._running: _Running | None = None
+        self._checkpoint: Checkpoint | None = None
+        if not isinstance(self.model, PeftModel):
+            raise ValueError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`.")
+        if len(self.model.peft_config) != 1:
+            raise ValueError(f"the model has several adapters {list(self.model.peft_config)}: leave one.")
+        self.peft_config: LoraConfig = copy.deepcopy(self.model.peft_config[self.model.active_adapter])
+        self.peft_config.inference_mode = False
+        check_lora(self.peft_config)
+        stack = find_layer_stack(self.model.get_base_model())
+        check_every_layer(adapter_state(self.model), stack.path, len(stack))
+        self.stages = args.resolve_stages(len(stack))
+        for stage in self.stages:
+            if stage.num_layers < len(set(stack.kinds)):
+                group_layers(GroupingTask(stack.kinds, stage.num_layers))  # raises, and says why
+        if args.grouping == "calibrated" and self._calibration_rows() is None:
+            raise ValueError('grouping="calibrated" needs calibration texts: pass `calibration_dataset`.')
+        if args.predict_with_generate and (self.eval_dataset is None or self.processing_class is None):
+            raise ValueError("predict_with_generate needs `eval_dataset` and `processing_class`.")
+        self._loss_without = functools.cache(self._loss_of_layers)
+        for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
+            self.remove_callback(callback)
+        if not args.disable_tqdm:
+            self.add_callback(RoundProgressCallback(self.stages))
+
+    # --- the loop: stages, rounds ---------------------------------------------------------------------
+
+    def _inner_training_loop(
+        self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
+    ):
+        """`Trainer`'s loop with rounds for steps and stages for epochs."""
+        checkpoint, self._checkpoint = self._checkpoint, None
+        self._leave_stage()
+        self._full_adapter: State = checkpoint.full if checkpoint else adapter_state(self.model)
+        planned = sum(stage.rounds for stage in self.stages)
+        max_steps = planned if args.max_steps < 0 else min(args.max_steps, planned)
+        self._init_training_state(max_steps, max_steps, len(self.stages), resume_from_checkpoint, trial)
+        self.ledger = checkpoint.run.ledger if checkpoint else Ledger()
+        self._load_rng_state(resume_from_checkpoint)
+        self._start_schedule(max_steps, checkpoint)
+        self._batches = self._make_batches(self.state.global_step, max_steps)
+        self._peak_memory = PeakMemory(args.device)
+        start_time = time.time()
+        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
+        self._initial_global_step = self._globalstep_last_logged = self.state.global_step
+        self._tr_loss, self._total_loss_scalar = torch.zeros((), device=args.device), 0.0
+
+        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        if args.eval_on_start and checkpoint is None:
+            self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+            self._evaluate_full_depth(stage=0)
+        for stage in self.stages[checkpoint.run.stage - 1 if checkpoint else 0 :]:
+            self._enter_stage(stage, checkpoint)
+            checkpoint = None
+            self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
+            self.control.should_epoch_stop |= self._stage_was_over
+            self._run_stage(trial, ignore_keys_for_eval, start_time)
+            self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
+            self._log_save_evaluate(None, None, trial, ignore_keys_for_eval, start_time)
+            self._finish_stage()
+            if self.control.should_training_stop:
+                break
+        num_samples = max_steps * args.clients_per_round * args.local_steps * args.train_batch_size
+        return self._finalize_training(trial, num_samples * args.gradient_accumulation_steps, start_time)
+
+    def _run_stage(self, trial, ignore_keys_for_eval, start_time: float) -> None:
+        running = self._running
+        while running.done < running.stage.rounds:
+            if self.control.should_epoch_stop or self.control.should_training_stop:
+                break
+            self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+            learning_rate = self._round_learning_rate()
+            grad_norm = self._run_round(learning_rate)
+            self._step_schedule()
+            running.done += 1
+            self.state.global_step += 1
+            self.state.epoch = running.stage.stage - 1 + running.done / running.stage.rounds
+            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+            self._log_save_evaluate(grad_norm, learning_rate, trial, ignore_keys_for_eval, start_time)
+
+    def _run_round(self, learning_rate: float) -> torch.Tensor | None:
+        """One round: sample, train each client from the global adapter, aggregate, record. Returns a gradient norm."""
+        started, running, args, index = time.perf_counter(), self._running, self.args, self.state.global_step
+        flat, start = running.buffer.flat, running.buffer.flat.clone()
+        sampled = sample_clients(len(self.clients.rows), args.clients_per_round, args.seed, index)
+        rows = list(self.clients.rows.values())
+        self.method.begin_round(start)
+        results, dropped = [], []
+        for client in sampled:
+            flat.copy_(start)
+            self._fresh_optimizer(learning_rate)
+            set_seed(client_seed(args.seed, index, client))
+            result = train_locally(self, self.model_wrapped, self._batches, args.local_steps)
+            if torch.isfinite(flat).all():
+                self.method.receive(flat, len(rows[client]))
+                results.append(result)
+            else:
+                dropped.append(self.clients.names[client])
+        if dropped:
+            logger.warning(f"round {index + 1}: the update of {', '.join(dropped)} is not finite and was left out.")
+        if not results:
+            raise FloatingPointError(
+                f"round {index + 1}: no client returned a finite adapter. Lower `learning_rate` or `max_grad_norm`; "
+                "resume with `resume_from_checkpoint`."
+            )
+        self._fresh_optimizer(learning_rate)  # nothing of the last client stays
+        flat.copy_(self.method.end_round())
+        loss = torch.stack([result.loss for result in results]).mean()
+        if torch.isfinite(loss) or not args.logging_nan_inf_filter:
+            self._tr_loss += loss
+        self._record(sampled, dropped, results, loss, time.perf_counter() - started)
+        return results[-1].grad_norm
+
+    def _record(self, sampled, dropped, results, loss, seconds) -> None:
+        tokens, flat = sum(result.tokens for result in results), self._running.buffer.flat
+        self.ledger.rounds.append(
+            RoundRecord(
+                round=self.state.global_step + 1,
+                stage=self._running.stage.stage,
+                clients=[self.clients.names[client] for client in sampled],
+                dropped=dropped,
+                bytes_down=len(sampled) * self.method.bytes_down(flat),
+                bytes_up=len(sampled) * self.method.bytes_up(flat),
+                tokens=tokens,
+                flops=training_flops(tokens, self.model),
+                seconds=seconds,
+                peak_memory=self._peak_memory.read(),
+                loss=loss.item(),
+            )
+        )
+
+    def _log_save_evaluate(self, grad_norm, learning_rate, trial, ignore_keys_for_eval, start_time) -> None:
+        self._maybe_log_save_evaluate(
+            self._tr_loss,
+            grad_norm,
+            self.model,
+            trial,
+            self.state.epoch,
+            ignore_keys_for_eval,
+            start_time,
+            learning_rate=self._round_learning_rate() if learning_rate is None else learning_rate,
+        )
+
+    def _make_batches(self, first_round: int, num_rounds: int) -> Iterator[Any]:
+        """The batches of all rounds to come, from one data loader."""
+        args, dataset, collator = self.args, self.train_dataset, self.data_collator
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description="Training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="Training")
+        sampler = FederatedBatchSampler(
+            rows=list(self.clients.rows.values()),
+            clients_per_round=args.clients_per_round,
+            batches_per_client=args.local_steps * args.gradient_accumulation_steps,
+            batch_size=args.train_batch_size,
+            drop_last=args.dataloader_drop_last,
+            seed=args.seed,
+            data_seed=args.seed if args.data_seed is None else args.data_seed,
+            first_round=first_round,
+            num_rounds=num_rounds,
+        )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return iter(loader)
+
+    # --- the learning rate: a schedule over rounds, a rate per stage -----------------------------------------
+
+    def _start_schedule(self, max_steps: int, checkpoint: Checkpoint | None) -> None:
+        """The schedule steps once a round, so it runs on an optimiser of its own that has nothing to optimise."""
+        self._clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.args.learning_rate)
+        self.lr_scheduler = None
+        self.create_scheduler(max_steps, optimizer=self._clock)
+        if checkpoint:
+            self.lr_scheduler.load_state_dict(checkpoint.scheduler["scheduler"])
+            self._clock.load_state_dict(checkpoint.scheduler["clock"])
+
+    def _step_schedule(self) -> None:
+        self._clock.step()
+        if not isinstance(self.lr_scheduler, (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)):
+            self.lr_scheduler.step()
+
+    def _round_learning_rate(self) -> float:
+        """The running stage's rate times the schedule's factor."""
+        return self._running.stage.learning_rate * self._clock.param_groups[0]["lr"] / self.args.learning_rate
+
+    def _fresh_optimizer(self, learning_rate: float) -> None:
+        """The stage's optimiser as it was made, at this round's rate; groups of other rates keep their ratio."""
+        self.optimizer.load_state_dict(self._running.blank_optimizer)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self._running.blank_scaler)
+        for group, rate in zip(self.optimizer.param_groups, self._running.base_rates, strict=True):
+            group["lr"] = rate * learning_rate / self.args.learning_rate
+
+    # --- a stage: in and out --------------------------------------------------------------------------------
+
+    def _enter_stage(self, stage: StageConfig, checkpoint: Checkpoint | None) -> None:
+        """Full model and adapter -> submodel and its adapter, ready to train."""
+        started = time.perf_counter()
+        base = detach_adapter(self.model)
+        stack = find_layer_stack(base)
+        if checkpoint:
+            adapter = checkpoint.sub
+        else:
+            stage.groups = self._group(stage, base, stack)
+            adapter = fuse_adapter(
+                self._full_adapter, stack.path, stage.groups, stage.adapter_fusion, stage.fusion_beta
+            )
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+        self._stage_was_over = bool(checkpoint and checkpoint.run.stage_over)
+        submodel = build_submodel(base, stack, stage.groups, stage.fusion, stage.fusion_beta)
+        base_bytes = sum(parameter.nbytes for parameter in submodel.parameters())
+        model = attach_adapter(submodel, self.peft_config, adapter)
+        buffer = AdapterBuffer(model)
+        self._use(model)
+        self.optimizer = None
+        self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
+        self._running = _Running(
+            stage=stage,
+            base=base,
+            stack=stack,
+            buffer=buffer,
+            blank_optimizer=copy.deepcopy(self.optimizer.state_dict()),
+            blank_scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            base_rates=[group["lr"] for group in self.optimizer.param_groups],
+            done=checkpoint.run.done if checkpoint else 0,
+            setup={"setup_seconds": time.perf_counter() - started, "base_bytes": base_bytes},
+        )
+        for name in ("optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self._peak_memory.reset()
+
+    def _finish_stage(self) -> None:
+        """Submodel's adapter -> full depth, measured, written, shown; the model is the full one again."""
+        running, stage = self._running, self._running.stage
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            load_adapter_state(self.model, load_adapter(Path(self.state.best_model_checkpoint) / SUBMODEL)[1])
+        sub = adapter_state(self.model)
+        self._full_adapter = self._expanded(sub)
+        stage.rounds_done = running.done
+        stage.totals = self.ledger.totals(stage.stage) | running.setup
+        stage.metrics = self._submodel_metrics(stage)
+        self._leave_stage()
+        if self.eval_dataset is not None:
+            stage.metrics |= self._evaluate_full_depth(stage.stage)
+        if self.is_world_process_zero():
+            self._write_stage(stage, sub)
+            if not self.args.disable_tqdm:
+                print_stages(self._records(stage))
+
+    def _leave_stage(self) -> None:
+        """Make the full model with the full-depth adapter the model again, also after a stage that was interrupted."""
+        if self._running is None:
+            return
+        base, self._running, self.optimizer = self._running.base, None, None
+        if self.model.get_base_model() is base:
+            detach_adapter(self.model)
+        self._use(attach_adapter(base, self.peft_config, self._full_adapter))
+
+    def _use(self, model: PeftModel) -> None:
+        """Make `model` the one that trains and is evaluated."""
+        self.accelerator.free_memory()
+        self.model = model
+        self.model_wrapped = self.accelerator.prepare_model(model)
+        self.callback_handler.model = model
+
+    def _group(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack) -> Groups:
+        task = GroupingTask(
+            kinds=stack.kinds,
+            capacity=stage.num_layers,
+            seed=self.args.seed,
+            similarity=lambda: layer_similarity(stack),
+            loss_of=lambda kept: self._loss_without(base, tuple(kept)),
+        )
+        return group_layers(task, stage.grouping)
+
+    @torch.no_grad()
+    def _loss_of_layers(self, base: PreTrainedModel, kept: tuple[int, ...]) -> float:
+        """Mean calibration loss of the base with only the layers `kept`, without adapter."""
+        model = with_layers(base, find_layer_stack(base), kept).eval()
+        rows = self._calibration_rows()
+        losses = []
+        for batch in self.get_eval_dataloader(rows):
+            with self.compute_loss_context_manager():
+                losses.append(self.compute_loss(model, self._prepare_inputs(batch)).item())
+        return float(np.mean(losses))
+
+    def _calibration_rows(self) -> Dataset | None:
+        rows = self.calibration_dataset if self.calibration_dataset is not None else self.eval_dataset
+        rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
+        return first_rows(rows, self.args.calibration_samples)
+
+    def _expanded(self, sub: State) -> State:
+        running = self._running
+        return expand_adapter(
+            sub, self._full_adapter, running.stack.path, running.stage.groups, running.stage.transfer
+        )
+
+    # --- evaluation ------------------------------------------------------------------------------------
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        """As `Trainer`'s; a stop that it brings about ends the stage, and the run only in the last one."""
+        stopping = self.control.should_training_stop
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if self.control.should_training_stop and not stopping:
+            self.control.should_training_stop = False
+            self.control.should_epoch_stop = True
+        return metrics
+
+    def _evaluate_full_depth(self, stage: int) -> dict[str, float]:
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        metrics: dict[str, float] = {}
+        for name, dataset in datasets.items():
+            prefix = f"eval_full_{name}" if name else "eval_full"
+            output = self.evaluation_loop(
+                self.get_eval_dataloader(dataset),
+                description="Evaluation at full depth",
+                prediction_loss_only=True if self.compute_metrics is None else None,
+                metric_key_prefix=prefix,
+            )
+            metrics |= {key: value for key, value in output.metrics.items() if not key.endswith("preparation_time")}
+            if self.args.predict_with_generate:
+                metrics[f"{prefix}_exact_match"] = self._exact_match(dataset)
+            self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
+        for name in ("loss", "exact_match"):
+            values = [metrics[key] for key in metrics if key.endswith(f"_{name}")]
+            if isinstance(self.eval_dataset, dict) and values:
+                metrics[f"eval_full_{name}"] = float(np.mean(values))  # over the evaluation sets
+        self.log(metrics | {"stage": stage})
+        return metrics
+
+    def _exact_match(self, dataset: Dataset) -> float:
+        answers, references = generate_answers(
+            self.model, self.processing_class, dataset, self.args.generation_max_new_tokens, self.args.eval_batch_size
+        )
+        return ExactMatch().compute(predictions=answers, references=references)["exact_match"]
+
+    def _submodel_metrics(self, stage: StageConfig) -> dict[str, float]:
+        """The submodel's evaluation in the round that the stage hands on: the best checkpointed one, or the last."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        rounds = {row["step"] for row in self.state.log_history if row.get("stage") == stage.stage}
+        step = best or max(rounds, default=0)
+        rows = [row for row in self.state.log_history if row["step"] == step and row.get("stage") == stage.stage]
+        metrics = {key: value for row in rows for key, value in row.items() if key.startswith("eval_")}
+        losses = [value for key, value in metrics.items() if key.endswith("_loss")]
+        return metrics | {"eval_loss": float(np.mean(losses))} if losses else {}
+
+    def store_flos(self) -> None:
+        """`total_flos` is the ledger's count."""
+        self.state.total_flos = self.ledger.totals()["flops"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`, with the running stage and the bytes sent so far."""
+        if self._running is not None:
+            logs = logs | {"stage": self._running.stage.stage, "bytes": self.ledger.totals()["bytes"]}
+        super().log(logs, start_time)
+
+    # --- files ---------------------------------------------------------------------------------------------
+
+    def _write_stage(self, stage: StageConfig, sub: State) -> None:
+        finished = self.stages[: stage.stage]
+        figure = plot_run(self.state.log_history, self.ledger, finished)
+        base = self.model.get_base_model()
+        stage.base_model_name_or_path = base.config._name_or_path or None
+        stage.base_model_revision = getattr(base.config, "_commit_hash", None)
+        context = CardContext(
+            model_name=Path(self.args.output_dir).name,
+            plot=PLOT,
+            setup=self._setup(),
+            table=stage_rows(self._records(stage)),
+            evaluation=f"{_count(self.eval_dataset)} held-out rows" if self.eval_dataset is not None else "no data",
+        )
+
+        def write_extras(folder: Path, location: str) -> None:
+            figure.savefig(folder / PLOT, dpi=120)
+            (folder / LEDGER).write_text(json.dumps(self.ledger.to_dicts()))
+            model_card(finished, context, location).save(folder / "README.md")
+
+        tokenizer = self.processing_class
+        save_stage(self.args.output_dir, stage, self.peft_config, self._full_adapter, sub, tokenizer, write_extras)
+
+    def _records(self, newest: StageConfig) -> list[StageConfig]:
+        """The finished stages, after a stage 0 that stands for the start where that was evaluated."""
+        start = [row for row in self.state.log_history if row.get("stage") == 0]
+        none = {"stage": 0, "rounds_done": 0, "totals": self.ledger.totals(0)}
+        return [replace(self.stages[-1], metrics=row, **none) for row in start[:1]] + self.stages[: newest.stage]
+
+    def _setup(self) -> dict[str, object]:
+        args = self.args
+        return {
+            "federated method": args.federated_method,
+            "clients": len(self.clients.rows),
+            "clients per round": args.clients_per_round,
+            "partition": args.partition,
+            "examples per client": f"{min(map(len, self.clients.rows.values()))} to "
+            f"{max(map(len, self.clients.rows.values()))}",
+            "local steps": args.local_steps,
+            "batch size": args.train_batch_size * args.gradient_accumulation_steps,
+            "LoRA rank, alpha": f"{self.peft_config.r}, {self.peft_config.lora_alpha}",
+            "seed": args.seed,
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: State | None = None) -> None:
+        """The full-depth adapter, and within a stage also the submodel's as it travels."""
+        folder = Path(output_dir or self.args.output_dir)
+        if self._running is None:
+            save_adapter(folder, self.peft_config, adapter_state(self.model))
+        else:
+            sub = adapter_state(self.model)
+            save_adapter(folder, self.peft_config, self._expanded(sub))
+            save_adapter(folder / SUBMODEL, self.peft_config, sub)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A whole `checkpoint-N/` in one move."""
+        run_dir = Path(self._get_output_dir(trial=trial))
+        target = run_dir / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            best = run_dir / f"checkpoint-{self.state.best_global_step}"
+            if best == target or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        with atomic_folder(target) if self.args.should_save else nullcontext(target) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_rng_state(str(folder))
+                self._save_run_state(folder)
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _save_run_state(self, folder: Path) -> None:
+        running = self._running
+        over = self.control.should_epoch_stop
+        state = RunState(self.stages, running.stage.stage, running.done, over, self._setting(), self.ledger)
+        state.save(folder)
+        torch.save(
+            {"scheduler": self.lr_scheduler.state_dict(), "clock": self._clock.state_dict()}, folder / SCHEDULER
+        )
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if (name := type(callback).__name__) in self.state.stateful_callbacks:
+                self.state.stateful_callbacks[name] = callback.state()
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _setting(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that it continues."""
+        args = self.args
+        rules = ("grouping", "fusion", "fusion_beta", "transfer", "adapter_fusion")
+        federation = ("federated_method", "clients_per_round", "local_steps", "seed", "data_seed")
+        return {name: getattr(args, name) for name in (*rules, *federation)} | {
+            "stage_layers": [stage.num_layers for stage in self.stages],
+            "clients": {name: len(rows) for name, rows in self.clients.rows.items()},
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Read and check a checkpoint; the stage it stopped in takes it up."""
+        checkpoint = Checkpoint.load(resume_from_checkpoint)
+        saved, wanted = checkpoint.run.setting, self._setting()
+        if differing := [
+            f"{name} {saved.get(name)} (now {wanted[name]})" for name in wanted if saved.get(name) != wanted[name]
+        ]:
+            raise ValueError(
+                f"{resume_from_checkpoint} is of a run with {', '.join(differing)}: resume with the same, or start "
+                "anew in another `output_dir`."
+            )
+        for stage, old in zip(self.stages, checkpoint.run.stages, strict=True):
+            stage.groups, stage.metrics, stage.totals, stage.rounds_done = (
+                old.groups, old.metrics, old.totals, old.rounds_done,
+            )  # fmt: skip
+        self._checkpoint = checkpoint
+
+    def _load_best_model(self) -> None:
+        """Nothing at the end of training: each stage has already taken up its best round."""
+
+
+def _count(datasets: Dataset | dict[str, Dataset]) -> int:
+    return sum(map(len, datasets.values())) if isinstance(datasets, dict) else len(datasets)
