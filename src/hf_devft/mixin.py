@@ -55,7 +55,6 @@ class _Running:
     """The stage that is being trained."""
 
     stage: StageConfig
-    base: PreTrainedModel
     stack: LayerStack
     buffer: AdapterBuffer
     blank_optimizer: dict
@@ -137,6 +136,7 @@ class DevFTMixin:
         self.ledger = Ledger()
         self.method = METHODS[args.federated_method]()
         self._running: _Running | None = None
+        self._base: PreTrainedModel | None = None  # the full base, while `self.model` is not on it
         self._checkpoint: Checkpoint | None = None
         if not isinstance(self.model, PeftModel):
             raise ValueError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`.")
@@ -340,7 +340,7 @@ class DevFTMixin:
     def _enter_stage(self, stage: StageConfig, checkpoint: Checkpoint | None) -> None:
         """Full model and adapter -> submodel and its adapter, ready to train."""
         started = time.perf_counter()
-        base = detach_adapter(self.model)
+        base = self._base = detach_adapter(self.model)
         stack = find_layer_stack(base)
         if checkpoint:
             adapter = checkpoint.sub
@@ -360,7 +360,6 @@ class DevFTMixin:
         self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
         self._running = _Running(
             stage=stage,
-            base=base,
             stack=stack,
             buffer=buffer,
             blank_optimizer=copy.deepcopy(self.optimizer.state_dict()),
@@ -393,9 +392,9 @@ class DevFTMixin:
 
     def _leave_stage(self) -> None:
         """Make the full model with the full-depth adapter the model again, also after a stage that was interrupted."""
-        if self._running is None:
+        if self._base is None:
             return
-        base, self._running, self.optimizer = self._running.base, None, None
+        base, self._base, self._running, self.optimizer = self._base, None, None, None
         if self.model.get_base_model() is base:
             detach_adapter(self.model)
         self._use(attach_adapter(base, self.peft_config, self._full_adapter))
