@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -594,7 +595,8 @@ class DevFTMixin:
         federation = ("federated_method", "clients_per_round", "local_steps", "seed", "data_seed")
         return {name: getattr(args, name) for name in (*rules, *federation)} | {
             "stage_layers": [stage.num_layers for stage in self.stages],
-            "clients": {name: len(rows) for name, rows in self.clients.rows.items()},
+            "num_clients": len(self.clients.rows),
+            "rows of the clients (checksum)": zlib.crc32(np.concatenate([*self.clients.rows.values()]).tobytes()),
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

@@ -17,9 +17,12 @@ def dense(parameter: torch.Tensor) -> torch.Tensor:
         )
     if state is None:
         return parameter
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
 
-    return dequantize_4bit(parameter.data, state)
+    if getattr(state, "packing_format_for_cpu", False):
+        # An evaluation on a CPU has repacked the weight for its kernels: back, as bitsandbytes does before it saves.
+        parameter.data, parameter.quant_state = _convert_weight_packed_for_cpu_inverse(parameter.data, state)
+    return dequantize_4bit(parameter.data, parameter.quant_state)
 
 
 def like(values: torch.Tensor, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
