@@ -54,7 +54,6 @@ def test_one_value_or_one_per_stage(tmp_path):
     ({"fusion": "max"}, "choose one of differential"),
     ({"transfer": "none"}, "choose one of broadcast"),
     ({"partition": "dirichlet"}, "needs `partition_column`"),
-    ({"partition_column": "family"}, "is not used"),
     ({"clients_per_round": 5}, "more than num_clients=4"),
     ({"local_steps": 0}, "too small"),
     ({"growth_factor": 1.0}, "does not grow"),

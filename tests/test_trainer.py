@@ -140,6 +140,17 @@ def test_options_of_the_trainer_work(make_trainer, eval_tasks, options):
         assert 0 <= trainer.stages[-1].metrics["eval_full_exact_match"] <= 1
 
 
+def test_submodels_checkpoint_their_activations(make_trainer):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            seen.append(model.get_base_model().is_activation_checkpointing)
+
+    make_trainer(activation_checkpointing=True, callbacks=[Look()]).train()
+    assert seen == [True] * 4
+
+
 def test_tokens_and_flops_are_counted(make_trainer):
     trainer = make_trainer(include_num_input_tokens_seen="all")
     result = trainer.train()

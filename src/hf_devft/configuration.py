@@ -107,7 +107,7 @@ class DevFTConfig(TrainingArguments):
             How one dataset is cut into clients: `"iid"`, `"dirichlet"` over `partition_column`, or `"natural"`, one
             client for each value of `partition_column`.
         partition_column (`str`, *optional*):
-            Column for `"dirichlet"` and `"natural"`.
+            Column for `"dirichlet"` and `"natural"`; `"iid"` needs none.
         dirichlet_alpha (`float`, *optional*, defaults to `0.5`):
             Concentration: the smaller, the more the clients differ.
         federated_method (`str`, *optional*, defaults to `"fedit"`):
@@ -225,11 +225,6 @@ class DevFTConfig(TrainingArguments):
     def _check_partition(self) -> None:
         if self.partition in ("dirichlet", "natural") and self.partition_column is None:
             raise ValueError(f'partition="{self.partition}" needs `partition_column`, the column to partition over.')
-        if self.partition == "iid" and self.partition_column is not None:
-            raise ValueError(
-                f'partition_column={self.partition_column!r} is not used by partition="iid": set partition to '
-                '"dirichlet" or "natural", or leave the column out.'
-            )
 
     def resolve_stages(self, num_layers: int) -> list["StageConfig"]:
         """The stages of a run on a model of `num_layers` layers.

@@ -79,6 +79,7 @@ def test_activation_checkpointing_gives_the_same_gradients(model):
 
     plain = gradients()
     submodel.activation_checkpointing_enable()
+    assert submodel.is_activation_checkpointing
     checkpointed = gradients()
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient)

@@ -101,7 +101,7 @@ def partition_dataset(
     Raises:
         ValueError: an unknown column, more clients than rows, or a count that a natural partition does not have.
     """
-    if column is not None and column not in dataset.column_names:
+    if kind != "iid" and column not in dataset.column_names:
         raise ValueError(f"partition_column={column!r} is not in the dataset: its columns are {dataset.column_names}.")
     if kind == "natural":
         return _natural(dataset, column, num_clients)
