@@ -222,29 +222,30 @@ class DevFTMixin:
         started, running, args, index = time.perf_counter(), self._running, self.args, self.state.global_step
         flat, start = running.buffer.flat, running.buffer.flat.clone()
         sampled = sample_clients(len(self.clients.rows), args.clients_per_round, args.seed, index)
-        rows = list(self.clients.rows.values())
         self.method.begin_round(start)
-        results, dropped = [], []
+        results, losses, dropped = [], [], []
         for client in sampled:
             flat.copy_(start)
             self._fresh_optimizer(learning_rate)
             set_seed(client_seed(args.seed, index, client))
             result = train_locally(self, self.model_wrapped, self._batches, args.local_steps)
+            results.append(result)
+            name = self.clients.names[client]
             if torch.isfinite(flat).all():
-                self.method.receive(flat, len(rows[client]))
-                results.append(result)
+                self.method.receive(flat, len(self.clients.rows[name]))
+                losses.append(result.loss)
             else:
-                dropped.append(self.clients.names[client])
+                dropped.append(name)
         if dropped:
             logger.warning(f"round {index + 1}: the update of {', '.join(dropped)} is not finite and was left out.")
-        if not results:
+        if not losses:
             raise FloatingPointError(
                 f"round {index + 1}: no client returned a finite adapter. Lower `learning_rate` or `max_grad_norm`; "
                 "resume with `resume_from_checkpoint`."
             )
         self._fresh_optimizer(learning_rate)  # nothing of the last client stays
         flat.copy_(self.method.end_round())
-        loss = torch.stack([result.loss for result in results]).mean()
+        loss = torch.stack(losses).mean()
         if torch.isfinite(loss) or not args.logging_nan_inf_filter:
             self._tr_loss += loss
         self._record(sampled, dropped, results, loss, time.perf_counter() - started)

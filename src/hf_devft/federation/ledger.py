@@ -16,11 +16,11 @@ class RoundRecord:
         round, stage: counted from 1.
         clients: names of the sampled clients; dropped: those of them whose update was left out.
         bytes_down, bytes_up: adapters as sent to and by all sampled clients.
-        tokens: positions trained on, padding included.
+        tokens: positions trained on by all sampled clients, padding included.
         flops: see `training_flops`.
         seconds: wall time of the round, without evaluation and checkpoints.
         peak_memory: bytes, highest so far in this stage; see `PeakMemory`.
-        loss: mean training loss of the clients.
+        loss: mean training loss of the clients that were not left out.
     """
 
     round: int

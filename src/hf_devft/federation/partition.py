@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,9 @@ class ClientData:
                 "use fewer clients or more data."
             )
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
+        """The clients' names, by number."""
         return list(self.rows)
 
 
