@@ -8,6 +8,7 @@ BIN := .venv/bin
 endif
 PYTHON ?= python3
 INSTALLED := $(BIN)/.hf-devft-installed
+TESTABLE := $(BIN)/.hf-devft-testable
 SOURCES := src recipes tests examples benchmarks
 
 help:  ## Show this list
@@ -21,10 +22,15 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# bitsandbytes for the tests alone: where it is installed, it greets every run with a line about its kernels.
+$(TESTABLE): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quantization]'
+	@touch $@
+
 quickstart: install  ## Run the main job: federated tuning in stages on the embedded base
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/devft.py
 
-test: install  ## Run the tests
+test: $(TESTABLE)  ## Run the tests
 	$(BIN)/python -m pytest
 
 quality: install  ## Check style without changing anything

@@ -222,6 +222,7 @@ class DevFTMixin:
         started, running, args, index = time.perf_counter(), self._running, self.args, self.state.global_step
         flat, start = running.buffer.flat, running.buffer.flat.clone()
         sampled = sample_clients(len(self.clients.rows), args.clients_per_round, args.seed, index)
+        self._peak_memory.reset()
         self.method.begin_round(start)
         results, losses, dropped = [], [], []
         for client in sampled:
@@ -372,7 +373,7 @@ class DevFTMixin:
         )
         for name in ("optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
-        self._peak_memory.reset()
+        self._peak_memory.release()
 
     def _finish_stage(self) -> None:
         """Submodel's adapter -> full depth, measured, written, shown; the model is the full one again."""
@@ -449,6 +450,7 @@ class DevFTMixin:
         if self.control.should_training_stop and not stopping:
             self.control.should_training_stop = False
             self.control.should_epoch_stop = True
+        self._peak_memory.release()
         return metrics
 
     def _evaluate_full_depth(self, stage: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What a person sees of a run: one bar over all rounds, one table at each stage's end."""
 
 import math
+from collections.abc import Container
 
 from rich import box
 from rich.console import Console
@@ -64,8 +65,8 @@ _COLUMNS = {
     "stage": lambda stage: f"{stage.stage}/{stage.num_stages}" if stage.stage else "start",
     "layers": lambda stage: str(stage.num_layers),
     "rounds": lambda stage: str(stage.rounds_done),
-    "loss\nsubmodel": lambda stage: _number(stage.metrics.get("eval_loss"), ".3f"),
-    "loss\nfull depth": lambda stage: _number(stage.metrics.get("eval_full_loss"), ".3f"),
+    "loss\nsubm.": lambda stage: _number(stage.metrics.get("eval_loss"), ".3f"),
+    "loss\nfull": lambda stage: _number(stage.metrics.get("eval_full_loss"), ".3f"),
     "exact\nmatch": lambda stage: _number(stage.metrics.get("eval_full_exact_match"), ".1%"),
     "MB\nsent": lambda stage: _number(stage.totals["bytes"] / 1e6, ".2f"),
     "TFLOPs": lambda stage: _number(stage.totals["flops"] / 1e12, ".2f"),
@@ -76,24 +77,28 @@ _COLUMNS = {
 }
 
 
+_CARD_ONLY = ("set-up\ns", "base\nMB")  # so that a terminal of 80 columns holds the rest
+
+
 def _number(value: float | None, style: str) -> str | None:
     return None if value is None else format(value, style)
 
 
-def stage_rows(stages: list[StageConfig]) -> tuple[list[str], list[list[str]]]:
+def stage_rows(stages: list[StageConfig], without: Container[str] = ()) -> tuple[list[str], list[list[str]]]:
     """(titles, with a line break where they are long; one row of text per stage)."""
-    cells = {title: [value(stage) for stage in stages] for title, value in _COLUMNS.items()}
+    columns = {title: value for title, value in _COLUMNS.items() if title not in without}
+    cells = {title: [value(stage) for stage in stages] for title, value in columns.items()}
     cells = {title: column for title, column in cells.items() if any(cell is not None for cell in column)}
     return list(cells), [[cell or "" for cell in row] for row in zip(*cells.values(), strict=True)]
 
 
 def print_stages(stages: list[StageConfig]) -> None:
     """Print the table of the finished stages."""
-    titles, rows = stage_rows(stages)
+    titles, rows = stage_rows(stages, without=_CARD_ONLY)
     title = f"stage {stages[-1].stage}/{stages[-1].num_stages} finished"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for title in titles:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     with tqdm.external_write_mode():  # not into the bar

@@ -1,5 +1,8 @@
 """What a run cost, round by round: bytes up and down, tokens, FLOPs, seconds, peak memory."""
 
+import ctypes
+import gc
+import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +22,7 @@ class RoundRecord:
         tokens: positions trained on by all sampled clients, padding included.
         flops: see `training_flops`.
         seconds: wall time of the round, without evaluation and checkpoints.
-        peak_memory: bytes, highest so far in this stage; see `PeakMemory`.
+        peak_memory: bytes, highest within the round; see `PeakMemory`.
         loss: mean training loss of the clients that were not left out.
     """
 
@@ -86,7 +89,8 @@ def _numel(weight: torch.Tensor) -> int:
 
 
 class PeakMemory:
-    """Peak memory in bytes since `reset`: allocated tensors on a GPU, else the process's resident memory."""
+    """Peak memory in bytes since `reset`: allocated tensors on a GPU, else the process's resident memory (libraries
+    and all)."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -97,6 +101,15 @@ class PeakMemory:
         elif (clear := Path("/proc/self/clear_refs")).exists():
             with suppress(OSError):  # not every container may
                 clear.write_text("5")  # Linux: forget the peak resident size
+
+    def release(self) -> None:
+        """Give freed memory back, so that what an evaluation took does not count as a round's."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif sys.platform == "linux":
+            with suppress(OSError, AttributeError):  # a libc other than glibc keeps what it has
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
 
     def read(self) -> int:
         if self.device.type == "cuda":
