@@ -32,12 +32,12 @@ class LocalResult:
     Attributes:
         loss: mean of the optimiser steps' losses, a tensor on the device.
         tokens: positions that went through the model, padding included.
-        grad_norm: of the last step, before clipping.
+        grad_norm: of the last step, before clipping; None where gradients are not clipped.
     """
 
     loss: torch.Tensor
     tokens: int
-    grad_norm: torch.Tensor
+    grad_norm: torch.Tensor | None
 
 
 def train_locally(trainer: Trainer, model: nn.Module, batches: Iterator[Any], local_steps: int) -> LocalResult:
