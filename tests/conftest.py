@@ -4,6 +4,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the network
 
 import datasets
+import hypothesis
 import pytest
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
@@ -13,6 +14,9 @@ from hf_devft import DevFTConfig, DevFTTrainer
 from hf_devft.embedded import BASE_PATH, task_dataset
 
 
+# The same examples everywhere, and no deadline: the machines are slow and noisy.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 datasets.disable_progress_bars()
 logging.disable_progress_bar()
 
