@@ -17,10 +17,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import PreTrainedModel, set_seed
 from transformers.optimization import GreedyLR
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
@@ -517,13 +514,23 @@ class DevFTMixin:
             evaluation=f"{_count(self.eval_dataset)} held-out rows" if self.eval_dataset is not None else "no data",
         )
 
-        def write_extras(folder: Path, location: str) -> None:
+        def write_extras(folder: Path) -> None:
             figure.savefig(folder / PLOT, dpi=120)
             (folder / LEDGER).write_text(json.dumps(self.ledger.to_dicts()))
+
+        def write_card(folder: Path, location: str) -> None:
             model_card(finished, context, location).save(folder / "README.md")
 
-        tokenizer = self.processing_class
-        save_stage(self.args.output_dir, stage, self.peft_config, self._full_adapter, sub, tokenizer, write_extras)
+        save_stage(
+            self.args.output_dir,
+            stage,
+            self.peft_config,
+            self._full_adapter,
+            sub,
+            self.processing_class,
+            write_extras,
+            write_card,
+        )
 
     def _records(self, newest: StageConfig) -> list[StageConfig]:
         """The finished stages, after a stage 0 that stands for the start where that was evaluated."""

@@ -1,6 +1,7 @@
 """Adapters as PEFT folders: save, load, validate. safetensors only."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,25 +86,28 @@ def save_stage(
     full: dict[str, torch.Tensor],
     sub: dict[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase | None,
-    write_extras: Callable[[Path, str], None],
-) -> Path:
+    write_extras: Callable[[Path], None],
+    write_card: Callable[[Path, str], None],
+) -> None:
     """Write `output_dir/stage-N/` in one move, then its files but for `submodel/` at the root.
 
     Args:
         full, sub: full-depth and compact adapter, PEFT state dicts; the compact one goes into `submodel/`.
-        write_extras: called with the folder to write to and the one it will be, to add card, plot and ledger.
+        write_extras: called with the folder to write to, to add plot and ledger.
+        write_card: called with a folder to write to and the one it will be.
     """
     output_dir = Path(output_dir)
-    name = f"stage-{stage.stage}"
-    for target, final in ((output_dir / name, output_dir / name), (output_dir / ".root", output_dir)):
-        with atomic_folder(target) as folder:
-            save_adapter(folder, peft_config, full)
-            stage.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            write_extras(folder, str(final))
-            if target == final:
-                save_adapter(folder / SUBMODEL, peft_config, sub)
-    replace_files(output_dir / ".root", output_dir)
-    (output_dir / ".root").rmdir()
-    return output_dir / name
+    stage_folder, root = output_dir / f"stage-{stage.stage}", output_dir / ".root"
+    with atomic_folder(stage_folder) as folder:
+        save_adapter(folder, peft_config, full)
+        save_adapter(folder / SUBMODEL, peft_config, sub)
+        stage.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_extras(folder)
+        write_card(folder, str(stage_folder))
+    with atomic_folder(root) as folder:
+        shutil.copytree(stage_folder, folder, ignore=shutil.ignore_patterns(SUBMODEL), dirs_exist_ok=True)
+        write_card(folder, str(output_dir))
+    replace_files(root, output_dir)
+    root.rmdir()
