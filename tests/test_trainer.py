@@ -13,8 +13,10 @@ from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, Trainer,
 
 from hf_devft import DevFTMixin, DevFTTrainer, StageConfig
 from hf_devft.data import tokenize
+from hf_devft.federation.batches import client_batches
 from hf_devft.federation.partition import partition_dataset
-from hf_devft.federation.sampling import client_batches, client_seed, sample_clients
+from hf_devft.federation.rounds import QuorumError
+from hf_devft.federation.sampling import client_seed, sample_clients
 
 
 def final_adapter(trainer) -> dict[str, torch.Tensor]:
@@ -420,7 +422,7 @@ def test_a_nan_update_is_left_out(make_trainer, caplog):
 def test_a_round_without_any_finite_update_is_an_error(make_trainer):
     trainer = make_trainer(cls=Poisoned)
     trainer.poisoned = 99
-    with pytest.raises(FloatingPointError, match="resume_from_checkpoint"):
+    with pytest.raises(QuorumError, match="resume_from_checkpoint"):
         trainer.train()
 
 

@@ -14,7 +14,7 @@ from hf_devft.hub.artifacts import SUBMODEL, load_adapter
 
 
 RUN_STATE = "devft_state.json"
-SCHEDULER = "scheduler.pt"
+SCHEDULE = "scheduler.pt"
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Checkpoint:
     run: RunState
     full: dict[str, torch.Tensor]
     sub: dict[str, torch.Tensor]
-    scheduler: dict
+    schedule: dict
 
     @classmethod
     def load(cls, folder: str | Path) -> "Checkpoint":
@@ -66,10 +66,10 @@ class Checkpoint:
             stages = [StageConfig(**stage) for stage in content.pop("stages")]
             ledger = Ledger.from_dicts(content.pop("ledger"))
             run = RunState(stages=stages, ledger=ledger, **content)
-            scheduler = torch.load(folder / SCHEDULER, weights_only=True)
+            schedule = torch.load(folder / SCHEDULE, weights_only=True)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
             raise ValueError(
                 f"{folder} is not a checkpoint that a run can resume from: {error}. Give a whole `checkpoint-N` "
                 "folder that was saved without `save_only_model`."
             ) from error
-        return cls(run, load_adapter(folder)[1], load_adapter(folder / SUBMODEL)[1], scheduler)
+        return cls(run, load_adapter(folder)[1], load_adapter(folder / SUBMODEL)[1], schedule)

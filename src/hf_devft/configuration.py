@@ -19,18 +19,15 @@ FUSIONS = ("differential", "mean", "sum", "anchor")
 TRANSFERS = ("broadcast", "anchor", "split")
 PARTITIONS = ("iid", "dirichlet", "natural")
 FEDERATED_METHODS = ("fedit",)
-CLIENT_PLACEMENTS = ("client_parallel",)
+CLIENT_PLACEMENTS = ("client_parallel", "data_parallel")
 
 # Options of `TrainingArguments` that have no meaning here, the value that says nothing, and what to use instead.
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "num_train_epochs": (3.0, "an epoch is a stage here: set `stage_layers` and `stage_rounds`"),
     "push_to_hub": (False, "pushing is not implemented yet: upload `output_dir` with `hf upload`"),
-    "deepspeed": (None, "sharded training is not implemented yet"),
-    "fsdp": (None, "sharded training is not implemented yet"),
-    "auto_find_batch_size": (False, "lower `per_device_train_batch_size` and raise `gradient_accumulation_steps`"),
+    "fsdp": (None, "shard with DeepSpeed ZeRO-3 instead (recipes/accelerate/zero3.yaml)"),
     "train_sampling_strategy": ("random", "clients shuffle their own rows"),
     "neftune_noise_alpha": (None, "noise on the embeddings is not implemented"),
-    "torch_compile": (False, "compiled submodels are not implemented yet"),
     "use_liger_kernel": (False, "Liger kernels are not implemented"),
     "debug": ([], "use `torch.autograd.set_detect_anomaly`"),
     "ignore_data_skip": (False, "a resumed run draws just the batches that are still to come"),
@@ -112,8 +109,17 @@ class DevFTConfig(TrainingArguments):
             Concentration: the smaller, the more the clients differ.
         federated_method (`str`, *optional*, defaults to `"fedit"`):
             What travels and how it is combined.
-        client_placement (`str`, *optional*, defaults to `"client_parallel"`):
-            How work is placed on processes: each process trains its share of the round's clients. One process so far.
+        client_dropout_rate (`float`, *optional*, defaults to `0.0`):
+            Probability that a sampled client receives the adapter but is not heard of again (a simulation).
+        round_quorum (`int`, *optional*, defaults to `1`):
+            How many clients of a round must return a finite adapter. The others are left out.
+        round_retries (`int`, *optional*, defaults to `3`):
+            How often a round below its quorum is tried again, with other clients, before the run stops.
+        client_placement (`str`, *optional*):
+            How work is placed on processes: `"client_parallel"`, each process trains its share of the round's clients
+            (the default), or `"data_parallel"`, all processes train each client together, each on its share of every
+            batch (the default under DeepSpeed, and all that it can do). The result is the same on any number of
+            processes, so `per_device_train_batch_size` is a client's batch wherever it is trained.
 
     > Parameters that control the model and the evaluation
 
@@ -163,8 +169,12 @@ class DevFTConfig(TrainingArguments):
     partition_column: str | None = field(default=None, metadata={"help": "Column for dirichlet and natural."})
     dirichlet_alpha: float = field(default=0.5, metadata={"help": "Concentration of the Dirichlet partition."})
     federated_method: str = field(default="fedit", metadata={"help": f"Federated method: {FEDERATED_METHODS}."})
-    client_placement: str = field(
-        default="client_parallel", metadata={"help": f"Placement of work on processes: {CLIENT_PLACEMENTS}."}
+    client_dropout_rate: float = field(default=0.0, metadata={"help": "Probability that a client drops out."})
+    round_quorum: int = field(default=1, metadata={"help": "Clients that must return a finite adapter."})
+    round_retries: int = field(default=3, metadata={"help": "Retries of a round below its quorum."})
+    client_placement: str | None = field(
+        default=None,
+        metadata={"help": f"Placement of work on processes: {CLIENT_PLACEMENTS}. Default: as the launch says."},
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of from_pretrained, as JSON."}
@@ -190,26 +200,53 @@ class DevFTConfig(TrainingArguments):
         _choice("transfer", self.transfer, TRANSFERS)
         _choice("partition", self.partition, PARTITIONS)
         _choice("federated_method", self.federated_method, FEDERATED_METHODS)
-        _choice("client_placement", self.client_placement, CLIENT_PLACEMENTS)
         for name, (neutral, instead) in _UNSUPPORTED.items():
             if (value := getattr(self, name)) and value != neutral:
                 raise ValueError(f"{name}={value!r} cannot be used with federated stages: {instead}.")
-        if self.world_size > 1:
-            raise ValueError(f"{self.world_size} processes were launched, but a run has one so far: use one process.")
+        self._place()
         self._check_numbers()
         self._check_partition()
         if self.stage_layers is not None:
             self.stage_layers = list(self.stage_layers)
             self.resolve_stages(self.stage_layers[-1] if self.stage_layers else 0)
 
+    def _place(self) -> None:
+        """Settle how work is placed on the processes that were launched."""
+        deepspeed = self.deepspeed_plugin is not None
+        if self.client_placement is None:
+            self.client_placement = "data_parallel" if deepspeed else "client_parallel"
+        _choice("client_placement", self.client_placement, CLIENT_PLACEMENTS)
+        together = self.client_placement == "data_parallel"
+        if deepspeed and not together:
+            raise ValueError('DeepSpeed trains each client on all processes: set client_placement="data_parallel".')
+        if deepspeed and self.deepspeed_plugin.zero_stage == 3 and self.grouping == "calibrated":
+            raise ValueError(
+                'grouping="calibrated" measures many submodels, which are not whole anywhere under ZeRO-3: group with '
+                "another rule, or use ZeRO-2."
+            )
+        if self.auto_find_batch_size and together and (deepspeed or self.world_size > 1):
+            raise ValueError(
+                'auto_find_batch_size cannot be used with client_placement="data_parallel", as processes run out of '
+                "memory one by one: lower `per_device_train_batch_size` and raise `gradient_accumulation_steps`."
+            )
+        # A client's tokens count against each other, on however many processes it is; never against another client's.
+        self.average_tokens_across_devices = together
+
     def _check_numbers(self) -> None:
         minima = {
             "initial_layers": 1, "calibration_samples": 1, "num_clients": 1, "clients_per_round": 1,
             "local_steps": 1, "max_length": 2, "max_eval_samples": 1, "generation_max_new_tokens": 1,
+            "round_quorum": 1, "round_retries": 0,
         }  # fmt: skip
         for name, minimum in minima.items():
             if (value := getattr(self, name)) is not None and value < minimum:
                 raise ValueError(f"{name}={value} is too small: give {minimum} or more.")
+        if self.round_quorum > self.clients_per_round:
+            raise ValueError(
+                f"round_quorum={self.round_quorum} can never be reached by clients_per_round={self.clients_per_round}."
+            )
+        if not 0 <= self.client_dropout_rate < 1:
+            raise ValueError(f"client_dropout_rate={self.client_dropout_rate}: give a probability from 0 to below 1.")
         if self.growth_factor <= 1:
             raise ValueError(f"growth_factor={self.growth_factor} does not grow: give a factor above 1.")
         if self.learning_rate <= 0:

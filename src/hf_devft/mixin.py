@@ -2,63 +2,67 @@
 
 import copy
 import functools
-import json
-import logging
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
-from transformers.optimization import GreedyLR
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from hf_devft.checkpoint import SCHEDULER, Checkpoint, RunState
+from hf_devft.checkpoint import SCHEDULE, Checkpoint, RunState
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.data import first_rows
+from hf_devft.engines import Engine, make_engine
 from hf_devft.evaluation import generate_answers
-from hf_devft.federation.client import AdapterBuffer, train_locally
-from hf_devft.federation.ledger import Ledger, PeakMemory, RoundRecord, training_flops
+from hf_devft.federation.batches import ClientBatches, FederatedBatchSampler, ShareCollator
+from hf_devft.federation.client import LocalResult, LocalTraining
+from hf_devft.federation.ledger import Ledger, PeakMemory, RoundRecord, flops_per_token
 from hf_devft.federation.methods import METHODS
 from hf_devft.federation.partition import ClientData, make_clients
-from hf_devft.federation.sampling import FederatedBatchSampler, client_seed, sample_clients
+from hf_devft.federation.rounds import Federation, RoundOutcome
+from hf_devft.federation.sampling import ClientSampling, Placement, client_seed, turns
 from hf_devft.files import atomic_folder
-from hf_devft.hub.artifacts import LEDGER, PLOT, SUBMODEL, check_lora, load_adapter, save_adapter, save_stage
-from hf_devft.hub.model_card import CardContext, model_card
+from hf_devft.hub.artifacts import SUBMODEL, check_lora, load_adapter, save_adapter
 from hf_devft.metrics import ExactMatch
-from hf_devft.plotting import plot_run
-from hf_devft.progress import RoundProgressCallback, print_stages, stage_rows
-from hf_devft.stages.adapter import adapter_state, attach_adapter, detach_adapter, load_adapter_state
+from hf_devft.progress import RoundProgressCallback, print_stages
+from hf_devft.report import RunReport, describe_setup, with_start
+from hf_devft.schedule import RoundSchedule
+from hf_devft.stages.adapter import adapter_state, attach_adapter, detach_adapter
 from hf_devft.stages.grouping import GroupingTask, Groups, group_layers, layer_similarity
 from hf_devft.stages.layer_stack import LayerStack, find_layer_stack, with_layers
 from hf_devft.stages.submodel import build_submodel
 from hf_devft.stages.transfer import State, check_every_layer, expand_adapter, fuse_adapter
-
-
-logger = logging.getLogger(__name__)
+from hf_devft.stages.weights import stored_bytes
 
 
 @dataclass
 class _Running:
-    """The stage that is being trained."""
+    """The stage that is being trained.
+
+    Attributes:
+        stage, stack: its record, and the base's layers.
+        adapter: the global adapter of the submodel, flat, on the device.
+        done: rounds so far.
+        flops_per_token: of local training.
+        setup: what it took to set the stage up.
+    """
 
     stage: StageConfig
     stack: LayerStack
-    buffer: AdapterBuffer
-    blank_optimizer: dict
-    blank_scaler: dict | None
-    base_rates: list[float]
+    adapter: torch.Tensor
     done: int
+    flops_per_token: float
     setup: dict[str, float]
 
 
@@ -132,9 +136,15 @@ class DevFTMixin:
         self.clients = clients
         self.calibration_dataset = calibration_dataset
         self.ledger = Ledger()
-        self.method = METHODS[args.federated_method]()
+        self.engine: Engine | None = None
+        self.placement = Placement(args.client_placement, args.process_index, args.world_size)
+        if self.placement.shares_batches and not (self.model_accepts_loss_kwargs or self.compute_loss_func):
+            raise ValueError(
+                'client_placement="data_parallel" cuts a batch unevenly, so the loss must be a mean over all its '
+                "tokens: use a model that takes `num_items_in_batch`, or pass `compute_loss_func`."
+            )
         self._running: _Running | None = None
-        self._base: PreTrainedModel | None = None  # the full base, while `self.model` is not on it
+        self._base: PreTrainedModel | None = None  # the full base without adapter, from the first stage on
         self._checkpoint: Checkpoint | None = None
         if not isinstance(self.model, PeftModel):
             raise ValueError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`.")
@@ -165,21 +175,25 @@ class DevFTMixin:
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
     ):
         """`Trainer`'s loop with rounds for steps and stages for epochs."""
+        if resume_from_checkpoint is not None and self._checkpoint is None:
+            self._load_from_checkpoint(resume_from_checkpoint)  # `train` leaves it out under DeepSpeed
         checkpoint, self._checkpoint = self._checkpoint, None
-        self._leave_stage()
+        if (self._base is not None and self._running is not None) or self.model is self._base:
+            self._leave_stage()  # a run was interrupted
         self._full_adapter: State = checkpoint.full if checkpoint else adapter_state(self.model)
         planned = sum(stage.rounds for stage in self.stages)
         max_steps = planned if args.max_steps < 0 else min(args.max_steps, planned)
         self._init_training_state(max_steps, max_steps, len(self.stages), resume_from_checkpoint, trial)
         self.ledger = checkpoint.run.ledger if checkpoint else Ledger()
-        self._load_rng_state(resume_from_checkpoint)
-        self._start_schedule(max_steps, checkpoint)
-        self._batches = self._make_batches(self.state.global_step, max_steps)
+        self._schedule = RoundSchedule(self, max_steps, checkpoint.schedule if checkpoint else None)
+        self._federation = self._make_federation(range(self.state.global_step, max_steps))
+        self._local_training = LocalTraining(self)
         self._peak_memory = PeakMemory(args.device)
         start_time = time.time()
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
         self._initial_global_step = self._globalstep_last_logged = self.state.global_step
         self._tr_loss, self._total_loss_scalar = torch.zeros((), device=args.device), 0.0
+        self._seed_round()
 
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         if args.eval_on_start and checkpoint is None:
@@ -205,69 +219,62 @@ class DevFTMixin:
             if self.control.should_epoch_stop or self.control.should_training_stop:
                 break
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
-            learning_rate = self._round_learning_rate()
+            learning_rate = self._schedule.rate(running.stage.learning_rate)
             grad_norm = self._run_round(learning_rate)
-            self._step_schedule()
+            self._schedule.step()
             running.done += 1
             self.state.global_step += 1
             self.state.epoch = running.stage.stage - 1 + running.done / running.stage.rounds
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
             self._log_save_evaluate(grad_norm, learning_rate, trial, ignore_keys_for_eval, start_time)
 
-    def _run_round(self, learning_rate: float) -> torch.Tensor | None:
-        """One round: sample, train each client from the global adapter, aggregate, record. Returns a gradient norm."""
-        started, running, args, index = time.perf_counter(), self._running, self.args, self.state.global_step
-        flat, start = running.buffer.flat, running.buffer.flat.clone()
-        sampled = sample_clients(len(self.clients.rows), args.clients_per_round, args.seed, index)
+    def _run_round(self, learning_rate: float) -> float | None:
+        """One round: train the sampled clients, aggregate, record. Returns a gradient norm."""
+        started, running = time.perf_counter(), self._running
         self._peak_memory.reset()
-        self.method.begin_round(start)
-        results, losses, dropped = [], [], []
-        for client in sampled:
-            flat.copy_(start)
-            self._fresh_optimizer(learning_rate)
-            set_seed(client_seed(args.seed, index, client))
-            result = train_locally(self, self.model_wrapped, self._batches, args.local_steps)
-            results.append(result)
-            name = self.clients.names[client]
-            if torch.isfinite(flat).all():
-                self.method.receive(flat, len(self.clients.rows[name]))
-                losses.append(result.loss)
-            else:
-                dropped.append(name)
-        if dropped:
-            logger.warning(f"round {index + 1}: the update of {', '.join(dropped)} is not finite and was left out.")
-        if not losses:
-            raise FloatingPointError(
-                f"round {index + 1}: no client returned a finite adapter. Lower `learning_rate` or `max_grad_norm`; "
-                "resume with `resume_from_checkpoint`."
-            )
-        self._fresh_optimizer(learning_rate)  # nothing of the last client stays
-        flat.copy_(self.method.end_round())
-        loss = torch.stack(losses).mean()
-        if torch.isfinite(loss) or not args.logging_nan_inf_filter:
-            self._tr_loss += loss
-        self._record(sampled, dropped, results, loss, time.perf_counter() - started)
-        return results[-1].grad_norm
 
-    def _record(self, sampled, dropped, results, loss, seconds) -> None:
-        tokens, flat = sum(result.tokens for result in results), self._running.buffer.flat
-        self.ledger.rounds.append(
+        def train_client(client: int, batches: ClientBatches) -> tuple[LocalResult, torch.Tensor]:
+            self.engine.begin_client(running.adapter, learning_rate)
+            seed = client_seed(self.args.seed, self.state.global_step, client)
+            # Where processes share a batch, each draws its own dropout.
+            set_seed(seed + self.placement.index if self.placement.shares_batches else seed)
+            return self._local_training(self.model_wrapped, batches), self.engine.read()
+
+        outcome = self._federation.run(self.state.global_step, running.adapter, train_client)
+        running.adapter = outcome.adapter
+        self.engine.begin_client(running.adapter, learning_rate)  # nothing of the last client stays
+        if np.isfinite(outcome.loss) or not self.args.logging_nan_inf_filter:
+            self._tr_loss += outcome.loss
+        self.state.num_input_tokens_seen += outcome.seen
+        self._record(outcome, time.perf_counter() - started)
+        self._seed_round()
+        return outcome.grad_norm if self.args.max_grad_norm > 0 else None
+
+    def _seed_round(self) -> None:
+        """Whatever is drawn between rounds is the same on all processes, and in a resumed run."""
+        set_seed(client_seed(self.args.seed, self.state.global_step, len(self.clients.rows)))
+
+    def _record(self, outcome: RoundOutcome, seconds: float) -> None:
+        running, method = self._running, self._federation.method
+        self.ledger.add(
             RoundRecord(
                 round=self.state.global_step + 1,
-                stage=self._running.stage.stage,
-                clients=[self.clients.names[client] for client in sampled],
-                dropped=dropped,
-                bytes_down=len(sampled) * self.method.bytes_down(flat),
-                bytes_up=len(sampled) * self.method.bytes_up(flat),
-                tokens=tokens,
-                flops=training_flops(tokens, self.model),
+                stage=running.stage.stage,
+                clients=[self.clients.names[client] for client in outcome.sampled],
+                dropped=[self.clients.names[client] for client in outcome.left_out],
+                bytes_down=len(outcome.sampled) * method.bytes_down(running.adapter),
+                bytes_up=outcome.sent * method.bytes_up(running.adapter),
+                tokens=outcome.tokens,
+                flops=outcome.tokens * running.flops_per_token,
                 seconds=seconds,
                 peak_memory=self._peak_memory.read(),
-                loss=loss.item(),
+                loss=outcome.loss,
+                attempts=outcome.attempts,
             )
         )
 
     def _log_save_evaluate(self, grad_norm, learning_rate, trial, ignore_keys_for_eval, start_time) -> None:
+        rate = self._schedule.rate(self._running.stage.learning_rate) if learning_rate is None else learning_rate
         self._maybe_log_save_evaluate(
             self._tr_loss,
             grad_norm,
@@ -276,71 +283,64 @@ class DevFTMixin:
             self.state.epoch,
             ignore_keys_for_eval,
             start_time,
-            learning_rate=self._round_learning_rate() if learning_rate is None else learning_rate,
+            learning_rate=rate,
         )
 
-    def _make_batches(self, first_round: int, num_rounds: int) -> Iterator[Any]:
-        """The batches of all rounds to come, from one data loader."""
+    def _make_federation(self, rounds: range) -> Federation:
+        """The federation of all rounds to come."""
+        args = self.args
+        sampling = ClientSampling(len(self.clients.rows), args.clients_per_round, args.client_dropout_rate, args.seed)
+        return Federation(
+            method=METHODS[args.federated_method](),
+            sampling=sampling,
+            placement=self.placement,
+            names=self.clients.names,
+            examples=[len(rows) for rows in self.clients.rows.values()],
+            quorum=args.round_quorum,
+            retries=args.round_retries,
+            batches_of=lambda rounds, attempt: self._make_batches(turns(sampling, self.placement, rounds, attempt)),
+            rounds=rounds,
+            add_up=self._add_up,
+            device=args.device,
+        )
+
+    def _add_up(self, tensor: torch.Tensor) -> None:
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+
+    def _make_batches(self, order: Iterable[tuple[int, int]]) -> ClientBatches:
+        """The batches of local trainings in this `order`, from one data loader."""
         args, dataset, collator = self.args, self.train_dataset, self.data_collator
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description="Training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="Training")
+        batches_per_client = args.local_steps * args.gradient_accumulation_steps
         sampler = FederatedBatchSampler(
             rows=list(self.clients.rows.values()),
-            clients_per_round=args.clients_per_round,
-            batches_per_client=args.local_steps * args.gradient_accumulation_steps,
+            turns=order,
+            batches_per_client=batches_per_client,
             batch_size=args.train_batch_size,
             drop_last=args.dataloader_drop_last,
-            seed=args.seed,
             data_seed=args.seed if args.data_seed is None else args.data_seed,
-            first_round=first_round,
-            num_rounds=num_rounds,
+            placement=self.placement,
         )
         loader = DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=collator,
+            collate_fn=ShareCollator(collator, dataset[0]) if self.placement.shares_batches else collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             prefetch_factor=args.dataloader_prefetch_factor,
         )
-        return iter(loader)
-
-    # --- the learning rate: a schedule over rounds, a rate per stage -----------------------------------------
-
-    def _start_schedule(self, max_steps: int, checkpoint: Checkpoint | None) -> None:
-        """The schedule steps once a round, so it runs on an optimiser of its own that has nothing to optimise."""
-        self._clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.args.learning_rate)
-        self.lr_scheduler = None
-        self.create_scheduler(max_steps, optimizer=self._clock)
-        if checkpoint:
-            self.lr_scheduler.load_state_dict(checkpoint.scheduler["scheduler"])
-            self._clock.load_state_dict(checkpoint.scheduler["clock"])
-
-    def _step_schedule(self) -> None:
-        self._clock.step()
-        if not isinstance(self.lr_scheduler, (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)):
-            self.lr_scheduler.step()
-
-    def _round_learning_rate(self) -> float:
-        """The running stage's rate times the schedule's factor."""
-        return self._running.stage.learning_rate * self._clock.param_groups[0]["lr"] / self.args.learning_rate
-
-    def _fresh_optimizer(self, learning_rate: float) -> None:
-        """The stage's optimiser as it was made, at this round's rate; groups of other rates keep their ratio."""
-        self.optimizer.load_state_dict(self._running.blank_optimizer)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(self._running.blank_scaler)
-        for group, rate in zip(self.optimizer.param_groups, self._running.base_rates, strict=True):
-            group["lr"] = rate * learning_rate / self.args.learning_rate
+        return ClientBatches(loader, batches_per_client)
 
     # --- a stage: in and out --------------------------------------------------------------------------------
 
     def _enter_stage(self, stage: StageConfig, checkpoint: Checkpoint | None) -> None:
         """Full model and adapter -> submodel and its adapter, ready to train."""
         started = time.perf_counter()
-        base = self._base = detach_adapter(self.model)
+        base = self._release()
         stack = find_layer_stack(base)
         if checkpoint:
             adapter = checkpoint.sub
@@ -352,32 +352,26 @@ class DevFTMixin:
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         self._stage_was_over = bool(checkpoint and checkpoint.run.stage_over)
         submodel = build_submodel(base, stack, stage.groups, stage.fusion, stage.fusion_beta)
-        base_bytes = sum(parameter.nbytes for parameter in submodel.parameters())
+        base_bytes = sum(map(stored_bytes, submodel.parameters()))
         model = attach_adapter(submodel, self.peft_config, adapter)
-        buffer = AdapterBuffer(model)
-        self._use(model)
-        self.optimizer = None
-        self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
+        per_token = flops_per_token(model)
+        self._use(model, train=True)
         self._running = _Running(
             stage=stage,
             stack=stack,
-            buffer=buffer,
-            blank_optimizer=copy.deepcopy(self.optimizer.state_dict()),
-            blank_scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-            base_rates=[group["lr"] for group in self.optimizer.param_groups],
+            adapter=self.engine.layout.flat(adapter).to(self.args.device),
             done=checkpoint.run.done if checkpoint else 0,
+            flops_per_token=per_token,
             setup={"setup_seconds": time.perf_counter() - started, "base_bytes": base_bytes},
         )
-        for name in ("optimizer", "lr_scheduler"):
-            setattr(self.callback_handler, name, getattr(self, name))
         self._peak_memory.release()
 
     def _finish_stage(self) -> None:
         """Submodel's adapter -> full depth, measured, written, shown; the model is the full one again."""
         running, stage = self._running, self._running.stage
+        sub = self._sub_adapter()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            load_adapter_state(self.model, load_adapter(Path(self.state.best_model_checkpoint) / SUBMODEL)[1])
-        sub = adapter_state(self.model)
+            sub = load_adapter(Path(self.state.best_model_checkpoint) / SUBMODEL)[1]
         self._full_adapter = self._expanded(sub)
         stage.rounds_done = running.done
         stage.totals = self.ledger.totals(stage.stage) | running.setup
@@ -386,25 +380,38 @@ class DevFTMixin:
         if self.eval_dataset is not None:
             stage.metrics |= self._evaluate_full_depth(stage.stage)
         if self.is_world_process_zero():
-            self._write_stage(stage, sub)
+            finished = self.stages[: stage.stage]
+            self._report().write(finished, self._full_adapter, sub, self.state.log_history, self.ledger)
             if not self.args.disable_tqdm:
-                print_stages(self._records(stage))
+                print_stages(with_start(finished, self.state.log_history))
+        self.accelerator.wait_for_everyone()
 
     def _leave_stage(self) -> None:
         """Make the full model with the full-depth adapter the model again, also after a stage that was interrupted."""
-        if self._base is None:
-            return
-        base, self._base, self._running, self.optimizer = self._base, None, None, None
-        if self.model.get_base_model() is base:
-            detach_adapter(self.model)
-        self._use(attach_adapter(base, self.peft_config, self._full_adapter))
+        base = self._release()
+        whole = build_submodel(base, find_layer_stack(base), [[layer] for layer in range(self.stages[-1].num_layers)])
+        self._use(attach_adapter(whole, self.peft_config, self._full_adapter), train=False)
 
-    def _use(self, model: PeftModel) -> None:
-        """Make `model` the one that trains and is evaluated."""
-        self.accelerator.free_memory()
+    def _release(self) -> PreTrainedModel:
+        """Give up what was built on the base, which is the model for the moment."""
+        if self.engine is not None:
+            self.engine.close()
+        if self._base is None:
+            self._base = detach_adapter(self.model)
+        self.engine = self._running = self.optimizer = self.callback_handler.optimizer = None
+        self.model = self.model_wrapped = self.callback_handler.model = self._base
+        return self._base
+
+    def _use(self, model: PeftModel, train: bool) -> None:
+        """Make `model` the one that is evaluated, and trained."""
         self.model = model
-        self.model_wrapped = self.accelerator.prepare_model(model)
-        self.callback_handler.model = model
+        self.engine = make_engine(self, model, train)
+        self.model_wrapped = self.engine.model
+        self.optimizer = self.engine.optimizer
+        if self.is_deepspeed_enabled:
+            self.deepspeed = self.model_wrapped
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
 
     def _group(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack) -> Groups:
         task = GroupingTask(
@@ -414,23 +421,34 @@ class DevFTMixin:
             similarity=lambda: layer_similarity(stack),
             loss_of=lambda kept: self._loss_without(base, tuple(kept)),
         )
-        return group_layers(task, stage.grouping)
+        # Machines may differ in their last bits: the main process's groups are everyone's.
+        return broadcast_object_list([group_layers(task, stage.grouping)])[0]
 
     @torch.no_grad()
     def _loss_of_layers(self, base: PreTrainedModel, kept: tuple[int, ...]) -> float:
         """Mean calibration loss of the base with only the layers `kept`, without adapter."""
         model = with_layers(base, find_layer_stack(base), kept).eval()
-        rows = self._calibration_rows()
-        losses = []
-        for batch in self.get_eval_dataloader(rows):
-            with self.compute_loss_context_manager():
-                losses.append(self.compute_loss(model, self._prepare_inputs(batch)).item())
-        return float(np.mean(losses))
+        losses = {}
+        for index, batch in enumerate(self._calibration_batches()):
+            if index % self.args.world_size == self.args.process_index:
+                with self.compute_loss_context_manager():
+                    losses[index] = self.compute_loss(model, self._prepare_inputs(batch)).item()
+        losses = gather_object([losses]) if self.args.world_size > 1 else [losses]
+        return float(np.mean([loss for _, loss in sorted(item for part in losses for item in part.items())]))
+
+    def _calibration_batches(self) -> DataLoader:
+        """All calibration rows on every process, so that the batches do not depend on the number of processes."""
+        rows = self._remove_unused_columns(self._calibration_rows(), description="Calibration")
+        return DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
 
     def _calibration_rows(self) -> Dataset | None:
         rows = self.calibration_dataset if self.calibration_dataset is not None else self.eval_dataset
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
         return first_rows(rows, self.args.calibration_samples)
+
+    def _sub_adapter(self) -> State:
+        """The running stage's global adapter."""
+        return self.engine.layout.state(self._running.adapter)
 
     def _expanded(self, sub: State) -> State:
         running = self._running
@@ -474,9 +492,19 @@ class DevFTMixin:
 
     def _exact_match(self, dataset: Dataset) -> float:
         answers, references = generate_answers(
-            self.model, self.processing_class, dataset, self.args.generation_max_new_tokens, self.args.eval_batch_size
+            self.model,
+            self.processing_class,
+            dataset,
+            self.args.generation_max_new_tokens,
+            self.args.eval_batch_size,
+            process=self._evaluation_share(),
         )
         return ExactMatch().compute(predictions=answers, references=references)["exact_match"]
+
+    def _evaluation_share(self) -> tuple[int, int]:
+        """(index, count) of processes that share what is evaluated: none where all hold only a part of the model."""
+        sharded = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return (0, 1) if sharded else (self.args.process_index, self.args.world_size)
 
     def _submodel_metrics(self, stage: StageConfig) -> dict[str, float]:
         """The submodel's evaluation in the round that the stage hands on: the best checkpointed one, or the last."""
@@ -490,109 +518,72 @@ class DevFTMixin:
 
     def store_flos(self) -> None:
         """`total_flos` is the ledger's count."""
-        self.state.total_flos = self.ledger.totals()["flops"]
+        self.state.total_flos = self.ledger.flops
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with the running stage and the bytes sent so far."""
         if self._running is not None:
-            logs = logs | {"stage": self._running.stage.stage, "bytes": self.ledger.totals()["bytes"]}
+            logs = logs | {"stage": self._running.stage.stage, "bytes": self.ledger.bytes}
         super().log(logs, start_time)
 
     # --- files ---------------------------------------------------------------------------------------------
 
-    def _write_stage(self, stage: StageConfig, sub: State) -> None:
-        finished = self.stages[: stage.stage]
-        figure = plot_run(self.state.log_history, self.ledger, finished)
-        base = self.model.get_base_model()
-        stage.base_model_name_or_path = base.config._name_or_path or None
-        stage.base_model_revision = getattr(base.config, "_commit_hash", None)
-        context = CardContext(
-            model_name=Path(self.args.output_dir).name,
-            plot=PLOT,
-            setup=self._setup(),
-            table=stage_rows(self._records(stage)),
-            evaluation=f"{_count(self.eval_dataset)} held-out rows" if self.eval_dataset is not None else "no data",
+    def _report(self) -> RunReport:
+        config = self.model.get_base_model().config
+        return RunReport(
+            output_dir=self.args.output_dir,
+            peft_config=self.peft_config,
+            tokenizer=self.processing_class,
+            base_name=config._name_or_path or None,
+            base_revision=getattr(config, "_commit_hash", None),
+            setup=describe_setup(self.args, self.clients, self.peft_config),
+            evaluation_rows=_count(self.eval_dataset) if self.eval_dataset is not None else 0,
         )
 
-        def write_extras(folder: Path) -> None:
-            figure.savefig(folder / PLOT, dpi=120)
-            (folder / LEDGER).write_text(json.dumps(self.ledger.to_dicts()))
-
-        def write_card(folder: Path, location: str) -> None:
-            model_card(finished, context, location).save(folder / "README.md")
-
-        save_stage(
-            self.args.output_dir,
-            stage,
-            self.peft_config,
-            self._full_adapter,
-            sub,
-            self.processing_class,
-            write_extras,
-            write_card,
-        )
-
-    def _records(self, newest: StageConfig) -> list[StageConfig]:
-        """The finished stages, after a stage 0 that stands for the start where that was evaluated."""
-        start = [row for row in self.state.log_history if row.get("stage") == 0]
-        none = {"stage": 0, "rounds_done": 0, "totals": self.ledger.totals(0)}
-        return [replace(self.stages[-1], metrics=row, **none) for row in start[:1]] + self.stages[: newest.stage]
-
-    def _setup(self) -> dict[str, object]:
-        args = self.args
-        return {
-            "federated method": args.federated_method,
-            "clients": len(self.clients.rows),
-            "clients per round": args.clients_per_round,
-            "partition": args.partition,
-            "examples per client": f"{min(map(len, self.clients.rows.values()))} to "
-            f"{max(map(len, self.clients.rows.values()))}",
-            "local steps": args.local_steps,
-            "batch size": args.train_batch_size * args.gradient_accumulation_steps,
-            "LoRA rank, alpha": f"{self.peft_config.r}, {self.peft_config.lora_alpha}",
-            "seed": args.seed,
-        }
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The full-depth adapter, and within a stage also the submodel's as it travels."""
+        if self._running is None:
+            self._save(output_dir, adapter_state(self.model))
+        else:
+            self._save(output_dir, self._expanded(self._sub_adapter()))
 
     def _save(self, output_dir: str | None = None, state_dict: State | None = None) -> None:
-        """The full-depth adapter, and within a stage also the submodel's as it travels."""
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
-        if self._running is None:
-            save_adapter(folder, self.peft_config, adapter_state(self.model))
-        else:
-            sub = adapter_state(self.model)
-            save_adapter(folder, self.peft_config, self._expanded(sub))
-            save_adapter(folder / SUBMODEL, self.peft_config, sub)
+        save_adapter(folder, self.peft_config, state_dict)
+        if self._running is not None:
+            save_adapter(folder / SUBMODEL, self.peft_config, self._sub_adapter())
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """A whole `checkpoint-N/` in one move."""
+        """A whole `checkpoint-N/` in one move, by the main process."""
         run_dir = Path(self._get_output_dir(trial=trial))
         target = run_dir / f"checkpoint-{self.state.global_step}"
         if self.state.best_global_step:
             best = run_dir / f"checkpoint-{self.state.best_global_step}"
             if best == target or best.exists():
                 self.state.best_model_checkpoint = str(best)
-        with atomic_folder(target) if self.args.should_save else nullcontext(target) as folder:
-            self.save_model(str(folder), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_rng_state(str(folder))
-                self._save_run_state(folder)
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        if self.args.should_save:
+            with atomic_folder(target) as folder:
+                self.save_model(str(folder), _internal_call=True)
+                if not self.args.save_only_model:
+                    self._save_run_state(folder)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
 
     def _save_run_state(self, folder: Path) -> None:
         running = self._running
         over = self.control.should_epoch_stop
         state = RunState(self.stages, running.stage.stage, running.done, over, self._setting(), self.ledger)
         state.save(folder)
-        torch.save(
-            {"scheduler": self.lr_scheduler.state_dict(), "clock": self._clock.state_dict()}, folder / SCHEDULER
-        )
+        torch.save(self._schedule.state_dict(), folder / SCHEDULE)
         for callback in (*self.callback_handler.callbacks, self.control):
             if (name := type(callback).__name__) in self.state.stateful_callbacks:
                 self.state.stateful_callbacks[name] = callback.state()

@@ -10,6 +10,7 @@ def aggregate(method, start, clients):
     method.begin_round(start)
     for adapter, examples in clients:
         method.receive(adapter, examples)
+    method.merge(lambda tensor: None)
     return method.end_round()
 
 

@@ -1,28 +1,13 @@
-"""A client: its adapter as one flat vector, and its local training through the Trainer's own hooks."""
+"""A client's local training, through the Trainer's own hooks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from transformers import Trainer
-
-
-class AdapterBuffer:
-    """All trainable parameters of a model as views of one flat vector, so that entering a client is one copy.
-
-    Attributes:
-        flat: the vector; writing to it writes the parameters.
-    """
-
-    def __init__(self, model: nn.Module):
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
-        offset = 0
-        for parameter in parameters:
-            parameter.data = self.flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
 
 
 @dataclass
@@ -32,33 +17,85 @@ class LocalResult:
     Attributes:
         loss: mean of the optimiser steps' losses, a tensor on the device.
         tokens: positions that went through the model, padding included.
+        seen: those that `include_num_input_tokens_seen` counts.
         grad_norm: of the last step, before clipping; None where gradients are not clipped.
     """
 
     loss: torch.Tensor
     tokens: int
-    grad_norm: torch.Tensor | None
+    seen: int
+    grad_norm: torch.Tensor | float | None
 
 
-def train_locally(trainer: Trainer, model: nn.Module, batches: Iterator[Any], local_steps: int) -> LocalResult:
-    """`local_steps` optimiser steps on the client's batches, as `Trainer`'s own loop takes them.
+class LocalTraining:
+    """Takes `local_steps` optimiser steps on a client's batches, as `Trainer`'s own loop takes them.
 
-    `trainer.optimizer` must be fresh. Calls the hooks `get_batch_samples`, `training_step` (and so `compute_loss`)
-    and the gradient clipping; callbacks are not called, as a step of theirs is a round.
+    Calls the hooks `get_batch_samples`, `training_step` (and so `compute_loss`) and the gradient clipping; callbacks
+    are not called, as a step of theirs is a round. With `auto_find_batch_size`, a step that runs out of memory is
+    taken again in twice as many pieces, which are accumulated: it is the same step, so that the result does not
+    depend on the memory (our choice: `Trainer` starts anew with smaller batches).
     """
-    accumulation = trainer.args.gradient_accumulation_steps
-    total = torch.zeros((), device=trainer.args.device)
-    tokens, grad_norm = 0, None
-    for _ in range(local_steps):
-        micro_batches, num_items = trainer.get_batch_samples(batches, accumulation, trainer.args.device)
-        trainer.current_gradient_accumulation_steps = len(micro_batches)
-        for index, inputs in enumerate(micro_batches):
-            trainer.accelerator.gradient_state._set_sync_gradients(index == len(micro_batches) - 1)
-            tokens += inputs[getattr(model, "main_input_name", "input_ids")].numel()
-            trainer._track_num_input_tokens(inputs)
-            total += trainer.training_step(model, inputs, num_items)
-        if trainer.args.max_grad_norm > 0:
-            grad_norm = trainer._clip_grad_norm(model)
-        trainer.optimizer.step()
-        model.zero_grad()
-    return LocalResult(total / local_steps, tokens, grad_norm)
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.pieces = 1  # of each micro-batch
+
+    def __call__(self, model: nn.Module, batches: Iterator[Any]) -> LocalResult:
+        """Train `model` with `trainer.optimizer`, which must be fresh."""
+        args = self.trainer.args
+        total = torch.zeros((), device=args.device)
+        tokens, seen, grad_norm = 0, 0, None
+        for _ in range(args.local_steps):
+            micro_batches, num_items = self.trainer.get_batch_samples(
+                batches, args.gradient_accumulation_steps, args.device
+            )
+            total += self._backward_in_pieces(model, micro_batches, num_items)
+            if args.max_grad_norm > 0:
+                grad_norm = self.trainer._clip_grad_norm(model)
+            self.trainer.optimizer.step()
+            model.zero_grad()
+            for inputs in micro_batches:
+                positions = inputs[getattr(model, "main_input_name", "input_ids")].numel()
+                tokens += positions
+                seen += _count(inputs, positions, args.include_num_input_tokens_seen)
+        return LocalResult(total / args.local_steps, tokens, seen, grad_norm)
+
+    def _backward_in_pieces(self, model: nn.Module, micro_batches: list, num_items: Any) -> torch.Tensor:
+        while True:
+            pieces = [piece for inputs in micro_batches for piece in _cut(inputs, self.pieces)]
+            try:
+                return self._backward(model, pieces, num_items)
+            except Exception as error:
+                if not (self.trainer.args.auto_find_batch_size and should_reduce_batch_size(error)):
+                    raise
+                if all(len(next(iter(piece.values()))) == 1 for piece in pieces):
+                    raise  # a single row does not fit
+            model.zero_grad()
+            clear_device_cache(garbage_collection=True)
+            self.pieces *= 2
+
+    def _backward(self, model: nn.Module, pieces: list, num_items: Any) -> torch.Tensor:
+        """Gradients of one optimiser step; processes add theirs up in the last piece."""
+        trainer = self.trainer
+        trainer.current_gradient_accumulation_steps = len(pieces)
+        losses = []
+        for index, inputs in enumerate(pieces):
+            last = index == len(pieces) - 1
+            trainer.accelerator.gradient_state._set_sync_gradients(last)
+            with trainer.engine.gradient_sync(last):
+                losses.append(trainer.training_step(model, inputs, num_items))
+        return torch.stack(losses).sum()
+
+
+def _cut(inputs: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Tensor]]:
+    """A batch's rows in up to `pieces` batches."""
+    if pieces == 1:
+        return [inputs]
+    parts = {name: tensor.chunk(pieces) for name, tensor in inputs.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+def _count(inputs: dict[str, torch.Tensor], positions: int, what: str) -> int:
+    if what == "non_padding" and "attention_mask" in inputs:
+        return int(inputs["attention_mask"].sum())
+    return 0 if what == "no" else positions

@@ -18,12 +18,13 @@ class RoundRecord:
     Attributes:
         round, stage: counted from 1.
         clients: names of the sampled clients; dropped: those of them whose update was left out.
-        bytes_down, bytes_up: adapters as sent to and by all sampled clients.
-        tokens: positions trained on by all sampled clients, padding included.
-        flops: see `training_flops`.
+        bytes_down, bytes_up: adapters as sent to all sampled clients, and by those that sent one back.
+        tokens: positions trained on by them, padding included.
+        flops: see `flops_per_token`.
         seconds: wall time of the round, without evaluation and checkpoints.
-        peak_memory: bytes, highest within the round; see `PeakMemory`.
+        peak_memory: bytes, highest within the round on the main process; see `PeakMemory`.
         loss: mean training loss of the clients that were not left out.
+        attempts: how often the round was tried; the clients, bytes and tokens are those of all attempts.
     """
 
     round: int
@@ -37,17 +38,33 @@ class RoundRecord:
     seconds: float
     peak_memory: int
     loss: float
+    attempts: int = 1
 
 
 @dataclass
 class Ledger:
-    """The records of all rounds so far."""
+    """The records of all rounds so far.
+
+    Attributes:
+        rounds: one record each.
+        bytes: sent both ways so far; flops: spent so far.
+    """
 
     rounds: list[RoundRecord] = field(default_factory=list)
+    bytes: int = field(default=0, init=False)
+    flops: float = field(default=0.0, init=False)
 
     @classmethod
     def from_dicts(cls, records: list[dict]) -> "Ledger":
-        return cls([RoundRecord(**record) for record in records])
+        ledger = cls()
+        for record in records:
+            ledger.add(RoundRecord(**record))
+        return ledger
+
+    def add(self, record: RoundRecord) -> None:
+        self.rounds.append(record)
+        self.bytes += record.bytes_down + record.bytes_up
+        self.flops += record.flops
 
     def to_dicts(self) -> list[dict]:
         return [asdict(record) for record in self.rounds]
@@ -68,8 +85,8 @@ class Ledger:
         return sum(record.bytes_down + record.bytes_up for record in self.rounds[:round_number])
 
 
-def training_flops(tokens: int, model: torch.nn.Module) -> float:
-    """FLOPs of training on `tokens` positions: 4 per frozen and 6 per trainable matrix weight and position.
+def flops_per_token(model: torch.nn.Module) -> float:
+    """FLOPs of training on one position: 4 per frozen and 6 per trainable matrix weight.
 
     Two for the forward pass and two for the gradient of the input; two more for a weight's own gradient (Kaplan
     et al. 2020, arXiv 2001.08361, §2.1, without the weight gradients that LoRA does not take). Attention scores,
@@ -77,15 +94,13 @@ def training_flops(tokens: int, model: torch.nn.Module) -> float:
     """
     tied = getattr(model.config, "tie_word_embeddings", False)
     lookup = None if tied else model.get_input_embeddings().weight
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1 and weight is not lookup]
-    trainable = sum(weight.numel() for weight in matrices if weight.requires_grad)
-    frozen = sum(_numel(weight) for weight in matrices if not weight.requires_grad)
-    return float(tokens) * (4 * frozen + 6 * trainable)
+    shapes = [(weight, _shape(weight)) for weight in model.parameters() if weight is not lookup]
+    return float(sum((6 if weight.requires_grad else 4) * shape.numel() for weight, shape in shapes if len(shape) > 1))
 
 
-def _numel(weight: torch.Tensor) -> int:
-    state = getattr(weight, "quant_state", None)  # 4-bit weights are packed
-    return weight.numel() if state is None else state.shape.numel()
+def _shape(weight: torch.Tensor) -> torch.Size:
+    state = getattr(weight, "quant_state", None)  # 4-bit weights are packed, those of ZeRO-3 cut
+    return getattr(weight, "ds_shape", weight.shape) if state is None else state.shape
 
 
 class PeakMemory:

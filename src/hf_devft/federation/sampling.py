@@ -1,14 +1,24 @@
-"""Who takes part in a round, and in which order clients see their rows: functions of (seed, round, client) only."""
+"""Who takes part in a round: functions of (seed, round, attempt, client) only, never of the process they run on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 
-def sample_clients(num_clients: int, count: int, seed: int, round_index: int) -> list[int]:
-    """`count` distinct clients of a round, uniformly, ascending."""
-    rng = np.random.default_rng([seed, round_index])
-    return sorted(rng.choice(num_clients, size=count, replace=False).tolist())
+def sample_clients(num_clients: int, count: int, seed: int, round_index: int, attempt: int = 0) -> list[int]:
+    """`count` distinct clients of a round, uniformly, ascending.
+
+    Args:
+        attempt: 0, and more where the round is tried again: with clients that were in none of its attempts so far,
+            or with any where too few are left.
+    """
+    untried = np.arange(num_clients)
+    for number in range(attempt + 1):
+        rng = np.random.default_rng([seed, round_index, number] if number else [seed, round_index])
+        chosen = rng.choice(untried if len(untried) >= count else num_clients, size=count, replace=False)
+        untried = np.setdiff1d(untried, chosen)
+    return sorted(chosen.tolist())
 
 
 def client_seed(seed: int, round_index: int, client: int) -> int:
@@ -16,58 +26,64 @@ def client_seed(seed: int, round_index: int, client: int) -> int:
     return int(np.random.SeedSequence([seed, round_index, client]).generate_state(1)[0])
 
 
-def client_batches(rows: np.ndarray, batch_size: int, drop_last: bool, seed: int) -> Iterator[list[int]]:
-    """Endless batches of a client's rows, each pass over them newly shuffled.
+@dataclass(frozen=True)
+class ClientSampling:
+    """The clients of every round.
 
-    A pass ends with a smaller batch, or without it where `drop_last` (unless it would be the pass's only one).
-    """
-    rng = np.random.default_rng(seed)
-    size = min(batch_size, len(rows))
-    while True:
-        order = rng.permutation(rows).tolist()
-        end = len(order) - len(order) % size if drop_last else len(order)
-        yield from (order[start : min(start + size, end)] for start in range(0, end, size))
-
-
-class FederatedBatchSampler:
-    """The batches of all rounds to come, client after client: one sampler, so one data loader, for a whole run.
-
-    Args:
-        rows: each client's row indices.
-        clients_per_round, batches_per_client, batch_size, drop_last: see `DevFTConfig`.
-        seed: chooses the clients.
-        data_seed: orders their rows.
-        first_round: where to start, for a resumed run.
-        num_rounds: where to end.
+    Attributes:
+        num_clients, clients_per_round: how many there are, and how many of them a round samples.
+        dropout_rate: probability that a sampled client receives the adapter but is not heard of again.
+        seed: the run's.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[np.ndarray],
-        clients_per_round: int,
-        batches_per_client: int,
-        batch_size: int,
-        drop_last: bool,
-        seed: int,
-        data_seed: int,
-        first_round: int,
-        num_rounds: int,
-    ):
-        self.rows = rows
-        self.clients_per_round = clients_per_round
-        self.batches_per_client = batches_per_client
-        self.batch_size = batch_size
-        self.drop_last = drop_last
-        self.seed = seed
-        self.data_seed = data_seed
-        self.rounds = range(first_round, num_rounds)
+    num_clients: int
+    clients_per_round: int
+    dropout_rate: float
+    seed: int
 
-    def __len__(self) -> int:
-        return len(self.rounds) * self.clients_per_round * self.batches_per_client
+    def sampled(self, round_index: int, attempt: int = 0) -> list[int]:
+        """All clients of a round."""
+        return sample_clients(self.num_clients, self.clients_per_round, self.seed, round_index, attempt)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for round_index in self.rounds:
-            for client in sample_clients(len(self.rows), self.clients_per_round, self.seed, round_index):
-                seed = client_seed(self.data_seed, round_index, client)
-                batches = client_batches(self.rows[client], self.batch_size, self.drop_last, seed)
-                yield from (next(batches) for _ in range(self.batches_per_client))
+    def training(self, round_index: int, attempt: int = 0) -> list[int]:
+        """Those of them that do not drop out."""
+        return [c for c in self.sampled(round_index, attempt) if not self._drops_out(round_index, attempt, c)]
+
+    def _drops_out(self, round_index: int, attempt: int, client: int) -> bool:
+        return np.random.default_rng([self.seed, round_index, client, attempt]).random() < self.dropout_rate
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which work is this process's.
+
+    Attributes:
+        kind: "client_parallel" (each process trains its share of a round's clients) or "data_parallel" (all processes
+            train each client together, each on its share of every batch).
+        index, count: this process, and how many there are.
+    """
+
+    kind: str = "client_parallel"
+    index: int = 0
+    count: int = 1
+
+    @property
+    def shares_batches(self) -> bool:
+        return self.kind == "data_parallel" and self.count > 1
+
+    def clients(self, training: Sequence[int]) -> list[int]:
+        """This process's share of a round's clients; may be empty."""
+        return list(training[self.index :: self.count] if self.kind == "client_parallel" else training)
+
+    def rows(self, batch: list[int]) -> list[int]:
+        """This process's share of a batch; may be empty."""
+        return batch[self.index :: self.count] if self.shares_batches else batch
+
+
+def turns(
+    sampling: ClientSampling, placement: Placement, rounds: Iterable[int], attempt: int = 0
+) -> Iterator[tuple[int, int]]:
+    """(round, client) of every local training that is this process's, in order."""
+    for round_index in rounds:
+        for client in placement.clients(sampling.training(round_index, attempt)):
+            yield round_index, client

@@ -14,7 +14,7 @@ import torch
 from sklearn.cluster import SpectralClustering
 
 from hf_devft.stages.layer_stack import LayerStack
-from hf_devft.stages.quantization import dense
+from hf_devft.stages.weights import dense
 
 
 Groups = list[list[int]]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hf_devft.stages.weights import shape_of
+
 
 @dataclass(frozen=True)
 class LayerStack:
@@ -52,7 +54,7 @@ def find_layer_stack(model: PreTrainedModel) -> LayerStack:
 
 
 def _kind(layer: nn.Module, layer_type: str | None) -> Hashable:
-    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+    shapes = tuple((name, tuple(shape_of(parameter))) for name, parameter in layer.named_parameters())
     return type(layer).__name__, layer_type, shapes
 
 

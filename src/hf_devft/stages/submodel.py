@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from hf_devft.stages.fusion import fuse
 from hf_devft.stages.grouping import Groups
 from hf_devft.stages.layer_stack import LayerStack, with_layers
-from hf_devft.stages.quantization import dense, like
+from hf_devft.stages.weights import dense, like
 
 
 def build_submodel(
@@ -22,11 +22,9 @@ def build_submodel(
         beta: weight of the differences in differential fusion (paper: 0.1).
 
     Returns:
-        `model` itself where every layer is its own group, else a new model. Only fused tensors are new memory;
+        A new model; `model` stays as it is. Only fused tensors are new memory, so a submodel of all layers takes none;
         4-bit parameters are dequantised, fused and quantised again.
     """
-    if len(groups) == len(stack):
-        return model
     submodel = with_layers(model, stack, [group[0] for group in groups])
     if fusion == "anchor":
         return submodel

@@ -1,6 +1,7 @@
 """What a federated method has to say."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 
@@ -8,7 +9,8 @@ import torch
 class FederatedMethod(ABC):
     """Combines the clients' adapters of a round, one at a time, so that memory does not grow with their number.
 
-    An adapter is one flat vector of all trainable parameters (see `AdapterBuffer`).
+    An adapter is one flat vector of all trainable parameters (see `AdapterLayout`). Each process receives the adapters
+    of the clients that it trained; `merge` puts the processes together.
     """
 
     @abstractmethod
@@ -18,6 +20,10 @@ class FederatedMethod(ABC):
     @abstractmethod
     def receive(self, adapter: torch.Tensor, num_examples: int) -> None:
         """A client of `num_examples` examples returns its adapter. The tensor is reused: do not keep it."""
+
+    @abstractmethod
+    def merge(self, add_up: Callable[[torch.Tensor], None]) -> None:
+        """Called once on every process after its clients; `add_up` sums a tensor over the processes, in place."""
 
     @abstractmethod
     def end_round(self) -> torch.Tensor:

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from hf_devft.stages.fusion import fuse
 from hf_devft.stages.grouping import layer_similarity
 from hf_devft.stages.layer_stack import find_layer_stack
-from hf_devft.stages.quantization import dense, like
 from hf_devft.stages.submodel import build_submodel
+from hf_devft.stages.weights import dense, like
 
 
 def wide_model() -> LlamaForCausalLM:

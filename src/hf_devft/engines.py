@@ -1,0 +1,133 @@
+"""A stage's model on Accelerate's processes, alone, with DDP or with DeepSpeed; built once a stage, not per client."""
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from transformers import Trainer
+
+from hf_devft.stages.adapter import AdapterLayout
+
+
+class Engine:
+    """A model, wrapped for training and evaluation, whose adapter goes in and out as one flat vector.
+
+    Args:
+        trainer: gives the accelerator and, with `train`, the optimiser (`create_optimizer`).
+        model: base with adapter.
+        train: whether it is to be trained, else only evaluated.
+
+    Attributes:
+        model: what the forward pass goes through.
+        optimizer: the stage's, or None.
+        layout: how the adapter lies in a vector.
+    """
+
+    def __init__(self, trainer: Trainer, model: PeftModel, train: bool):
+        self.accelerator = trainer.accelerator
+        self.learning_rate = trainer.args.learning_rate
+        self.layout = AdapterLayout(model)
+        self.optimizer = None
+        self._prepare(trainer, model, train)
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups] if train else []
+
+    def _prepare(self, trainer: Trainer, model: PeftModel, train: bool) -> None:
+        # All trainable parameters become views of one vector, so that entering a client is one copy.
+        self._flat = self.layout.flatten()
+        for parameter, view in zip(self.layout.parameters, self.layout.cut(self._flat), strict=True):
+            parameter.data = view
+        if train:
+            trainer._wrap_model(model)  # sets the options of DDP
+        alone = not train or trainer.args.client_placement == "client_parallel"
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=alone)
+        if train:
+            trainer.optimizer = None
+            self.optimizer = self.accelerator.prepare_optimizer(trainer.create_optimizer())
+            self._blank_optimizer = copy.deepcopy(self.optimizer.state_dict())
+            self._blank_scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
+
+    def read(self) -> torch.Tensor:
+        """The adapter as it is; may be reused by the next `write`."""
+        return self._flat
+
+    def write(self, flat: torch.Tensor) -> None:
+        """Make `flat` the adapter."""
+        self._flat.copy_(flat)
+
+    def begin_client(self, flat: torch.Tensor, learning_rate: float) -> None:
+        """A client starts from the adapter `flat` with the optimiser as it was made, at this round's learning rate;
+        parameter groups of other rates keep their ratio."""
+        self.write(flat)
+        self._reset_optimizer()
+        for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = rate * learning_rate / self.learning_rate
+
+    def _reset_optimizer(self) -> None:
+        self.optimizer.load_state_dict(self._blank_optimizer)
+        if self._blank_scaler is not None:
+            self.accelerator.scaler.load_state_dict(self._blank_scaler)
+
+    def gradient_sync(self, last: bool) -> AbstractContextManager:
+        """For a backward pass: processes add their gradients up in the `last` one of a step."""
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def close(self) -> None:
+        """Give up the model and everything that was built for it."""
+        self.model = self.optimizer = self._flat = None
+        self.layout = None
+        self.accelerator.free_memory()
+
+
+class DeepSpeedEngine(Engine):
+    """On DeepSpeed with ZeRO-1, 2 or 3, by its public accessors of partitioned parameters (`deepspeed.utils`)."""
+
+    def _prepare(self, trainer: Trainer, model: PeftModel, train: bool) -> None:
+        plugin = self.accelerator.state.deepspeed_plugin
+        self._sharded = plugin.zero_stage == 3
+        if train:
+            plugin.hf_ds_config.trainer_config_finalize(trainer.args, model, trainer.state.max_steps)
+            trainer.optimizer = None
+            self.model, self.optimizer = self.accelerator.prepare(model, trainer.create_optimizer())
+        elif self._sharded:
+            self.model = self.accelerator.prepare(model)
+        else:  # every process holds all of the model
+            self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self._blank_scale = copy.copy(self._zero.loss_scaler) if train else None
+
+    @property
+    def _zero(self):
+        return self.model.optimizer
+
+    def read(self) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return torch.cat([safe_get_full_fp32_param(parameter).flatten() for parameter in self.layout.parameters])
+
+    def write(self, flat: torch.Tensor) -> None:
+        from deepspeed import zero
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        # What the forward pass reads, then the optimiser's own copy in single precision.
+        with torch.no_grad(), zero.GatheredParameters(self.layout.parameters, 0, enabled=self._sharded):
+            for parameter, value in zip(self.layout.parameters, self.layout.cut(flat), strict=True):
+                parameter.data.copy_(value)
+        for parameter, value in zip(self.layout.parameters, self.layout.cut(flat), strict=True):
+            safe_set_full_fp32_param(parameter, value)
+
+    def _reset_optimizer(self) -> None:
+        self._zero.optimizer.state.clear()
+        self._zero.loss_scaler = copy.copy(self._blank_scale)
+
+    def gradient_sync(self, last: bool) -> AbstractContextManager:
+        return nullcontext()  # the engine counts for itself
+
+    def close(self) -> None:
+        super().close()
+
+
+def make_engine(trainer: Trainer, model: PeftModel, train: bool) -> Engine:
+    """The engine that the launch asks for."""
+    deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+    return (DeepSpeedEngine if deepspeed else Engine)(trainer, model, train)

@@ -1,0 +1,105 @@
+"""The batches that clients train on: one data loader for a whole run, each client's rows in an order of its own."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from hf_devft.federation.sampling import Placement, client_seed
+from hf_devft.metrics import IGNORED
+
+
+def client_batches(rows: np.ndarray, batch_size: int, drop_last: bool, seed: int) -> Iterator[list[int]]:
+    """Endless batches of a client's rows, each pass over them newly shuffled.
+
+    A pass ends with a smaller batch, or without it where `drop_last` (unless it would be the pass's only one).
+    """
+    rng = np.random.default_rng(seed)
+    size = min(batch_size, len(rows))
+    while True:
+        order = rng.permutation(rows).tolist()
+        end = len(order) - len(order) % size if drop_last else len(order)
+        yield from (order[start : min(start + size, end)] for start in range(0, end, size))
+
+
+class FederatedBatchSampler:
+    """Batches of row indices, client after client.
+
+    Args:
+        rows: each client's row indices.
+        turns: (round, client) of every local training to come.
+        batches_per_client, batch_size, drop_last: see `DevFTConfig`.
+        data_seed: orders the rows.
+        placement: this process's share of each batch, which may be an empty one.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[np.ndarray],
+        turns: Iterable[tuple[int, int]],
+        batches_per_client: int,
+        batch_size: int,
+        drop_last: bool,
+        data_seed: int,
+        placement: Placement = Placement(),  # noqa: B008 -- frozen
+    ):
+        self.rows = rows
+        self.turns = turns
+        self.batches_per_client = batches_per_client
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.data_seed = data_seed
+        self.placement = placement
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for round_index, client in self.turns:
+            seed = client_seed(self.data_seed, round_index, client)
+            batches = client_batches(self.rows[client], self.batch_size, self.drop_last, seed)
+            yield from (self.placement.rows(next(batches)) for _ in range(self.batches_per_client))
+
+
+class ShareCollator:
+    """A collator for shares of batches: an empty share becomes a row without labels, whose loss and gradient are 0.
+
+    So every process takes part in every forward and backward pass, as DDP and DeepSpeed need it.
+    """
+
+    def __init__(self, collate: Callable[[list], dict[str, torch.Tensor]], stand_in: Any):
+        self.collate = collate
+        self.stand_in = stand_in
+
+    def __call__(self, rows: list) -> dict[str, torch.Tensor]:
+        batch = self.collate(rows or [self.stand_in])
+        if not rows:
+            batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        return batch
+
+
+class ClientBatches:
+    """The batches of one client after the other. What a client that failed has left over is passed over."""
+
+    def __init__(self, loader: DataLoader, batches_per_client: int):
+        self._batches = iter(loader)
+        self._per_client = batches_per_client
+        self._left = 0
+
+    def next_client(self) -> "ClientBatches":
+        """Stand before the next client's first batch."""
+        while self._left:
+            try:
+                next(self)
+            except StopIteration:
+                break
+            except Exception:  # the failed client's other rows may be as bad
+                continue
+        self._left = self._per_client
+        return self
+
+    def __iter__(self) -> "ClientBatches":
+        return self
+
+    def __next__(self) -> Any:
+        self._left -= 1
+        return next(self._batches)

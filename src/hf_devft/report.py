@@ -1,0 +1,80 @@
+"""What a finished stage leaves behind: its folder, card, plot and table."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
+
+from hf_devft.configuration import DevFTConfig, StageConfig
+from hf_devft.federation.ledger import Ledger
+from hf_devft.federation.partition import ClientData
+from hf_devft.hub.artifacts import LEDGER, PLOT, save_stage
+from hf_devft.hub.model_card import CardContext, model_card
+from hf_devft.plotting import plot_run
+from hf_devft.progress import stage_rows
+from hf_devft.stages.transfer import State
+
+
+@dataclass
+class RunReport:
+    """What the artifacts of all stages have in common."""
+
+    output_dir: str
+    peft_config: LoraConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    base_name: str | None
+    base_revision: str | None
+    setup: dict[str, Any]
+    evaluation_rows: int
+
+    def write(self, stages: list[StageConfig], full: State, sub: State, log_history: list[dict], ledger: Ledger):
+        """Write the newest of the finished `stages`: `stage-N/`, and the root anew.
+
+        Args:
+            full, sub: its full-depth and compact adapter.
+        """
+        stage = stages[-1]
+        stage.base_model_name_or_path, stage.base_model_revision = self.base_name, self.base_revision
+        figure = plot_run(log_history, ledger, stages)
+        context = CardContext(
+            model_name=Path(self.output_dir).name,
+            plot=PLOT,
+            setup=self.setup,
+            table=stage_rows(with_start(stages, log_history)),
+            evaluation=f"{self.evaluation_rows} held-out rows" if self.evaluation_rows else "no data",
+        )
+
+        def write_extras(folder: Path) -> None:
+            figure.savefig(folder / PLOT, dpi=120)
+            (folder / LEDGER).write_text(json.dumps(ledger.to_dicts()))
+
+        def write_card(folder: Path, location: str) -> None:
+            model_card(stages, context, location).save(folder / "README.md")
+
+        save_stage(self.output_dir, stage, self.peft_config, full, sub, self.tokenizer, write_extras, write_card)
+
+
+def with_start(stages: list[StageConfig], log_history: list[dict]) -> list[StageConfig]:
+    """The stages, after a stage 0 that stands for the start where that was evaluated."""
+    start = [row for row in log_history if row.get("stage") == 0]
+    none = {"stage": 0, "rounds_done": 0, "totals": Ledger().totals()}
+    return [replace(stages[-1], metrics=row, **none) for row in start[:1]] + stages
+
+
+def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: LoraConfig) -> dict[str, Any]:
+    """The federation's set-up, as a card shows it."""
+    sizes = [len(rows) for rows in clients.rows.values()]
+    return {
+        "federated method": args.federated_method,
+        "clients": len(sizes),
+        "clients per round": args.clients_per_round,
+        "partition": args.partition,
+        "examples per client": f"{min(sizes)} to {max(sizes)}",
+        "local steps": args.local_steps,
+        "batch size": args.train_batch_size * args.gradient_accumulation_steps,
+        "LoRA rank, alpha": f"{peft_config.r}, {peft_config.lora_alpha}",
+        "seed": args.seed,
+    }

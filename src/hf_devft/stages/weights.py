@@ -1,0 +1,78 @@
+"""Read and rebuild a layer's parameters however they are stored: plain, in 4 bits, or cut over processes (ZeRO-3)."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 has cut it over the processes."""
+    return hasattr(parameter, "ds_id")
+
+
+def shape_of(parameter: torch.Tensor) -> torch.Size:
+    """The shape of the whole parameter."""
+    return parameter.ds_shape if is_sharded(parameter) else parameter.shape
+
+
+def stored_bytes(parameter: torch.Tensor) -> int:
+    """Bytes of the whole parameter as it is stored."""
+    return shape_of(parameter).numel() * parameter.element_size()
+
+
+def gathered(parameters: Iterable[torch.Tensor]) -> AbstractContextManager:
+    """Within this context, sharded parameters are whole on every process; to be entered by all of them."""
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    if not sharded:
+        return nullcontext()
+    from deepspeed import zero
+
+    return zero.GatheredParameters(sharded)
+
+
+def dense(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter's values: dequantised where it is a loaded bitsandbytes `Params4bit`, gathered where it is
+    sharded, else itself.
+
+    Raises:
+        ValueError: integers of another quantisation, which cannot be compared or added.
+    """
+    if is_sharded(parameter):
+        with gathered([parameter]):
+            return parameter.data.clone()
+    state = getattr(parameter, "quant_state", None)
+    if state is None and not parameter.is_floating_point():
+        raise ValueError(
+            f"the base has weights of {parameter.dtype}: only bitsandbytes 4-bit bases can be grouped by similarity "
+            'and fused. Load it in 4 bits or unquantised, or use fusion="anchor" with another grouping.'
+        )
+    if state is None:
+        return parameter
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+
+    if getattr(state, "packing_format_for_cpu", False):
+        # An evaluation on a CPU has repacked the weight for its kernels: back, as bitsandbytes does before it saves.
+        parameter.data, parameter.quant_state = _convert_weight_packed_for_cpu_inverse(parameter.data, state)
+    return dequantize_4bit(parameter.data, parameter.quant_state)
+
+
+def like(values: torch.Tensor, parameter: nn.Parameter) -> nn.Parameter:
+    """A frozen parameter that stores `values` as `parameter` stores its own: dtype, device, quantisation, shards."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        new = nn.Parameter(values.to(parameter.dtype), requires_grad=False)
+        if is_sharded(parameter):
+            parameter.convert_to_zero_parameters(param_list=[new])
+        return new
+    from bitsandbytes.nn import Params4bit
+
+    return Params4bit(
+        values.to(state.dtype),
+        requires_grad=False,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=parameter.quant_storage,
+    ).to(parameter.device)
