@@ -231,6 +231,8 @@ class DevFTConfig(TrainingArguments):
             )
         # A client's tokens count against each other, on however many processes it is; never against another client's.
         self.average_tokens_across_devices = together
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # an adapter is on all layers, and torch warns of the search
 
     def _check_numbers(self) -> None:
         minima = {

@@ -1,11 +1,13 @@
 """A stage's model on Accelerate's processes, alone, with DDP or with DeepSpeed; built once a stage, not per client."""
 
 import copy
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
+from torch import nn
 from transformers import Trainer
 
 from hf_devft.stages.adapter import AdapterLayout
@@ -34,6 +36,7 @@ class Engine:
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups] if train else []
 
     def _prepare(self, trainer: Trainer, model: PeftModel, train: bool) -> None:
+        model.to(self.accelerator.device)
         # All trainable parameters become views of one vector, so that entering a client is one copy.
         self._flat = self.layout.flatten()
         for parameter, view in zip(self.layout.parameters, self.layout.cut(self._flat), strict=True):
@@ -41,7 +44,7 @@ class Engine:
         if train:
             trainer._wrap_model(model)  # sets the options of DDP
         alone = not train or trainer.args.client_placement == "client_parallel"
-        self.model = self.accelerator.prepare_model(model, evaluation_mode=alone)
+        self.model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=alone)
         if train:
             trainer.optimizer = None
             self.optimizer = self.accelerator.prepare_optimizer(trainer.create_optimizer())
@@ -84,6 +87,8 @@ class DeepSpeedEngine(Engine):
     """On DeepSpeed with ZeRO-1, 2 or 3, by its public accessors of partitioned parameters (`deepspeed.utils`)."""
 
     def _prepare(self, trainer: Trainer, model: PeftModel, train: bool) -> None:
+        # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed, and torch warns at every call.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         plugin = self.accelerator.state.deepspeed_plugin
         self._sharded = plugin.zero_stage == 3
         if train:
@@ -124,7 +129,24 @@ class DeepSpeedEngine(Engine):
         return nullcontext()  # the engine counts for itself
 
     def close(self) -> None:
+        if self._sharded:
+            _forget_sharded(self.model.module)
         super().close()
+
+
+def _forget_sharded(module: nn.Module) -> None:
+    """DeepSpeed 0.19 keeps every ZeRO-3 engine alive: by a global list, by parameters that outlive it, and by a cache
+    whose keys hold the modules."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    parameter_offload.FWD_MODULE_STACK[:] = [m for m in parameter_offload.FWD_MODULE_STACK if m is not module]
+    for parameter in module.parameters():
+        vars(parameter).pop("_z3_optimizer", None)
+    coordinator = vars(partitioned_param_coordinator.PartitionedParameterCoordinator)
+    for method in coordinator.values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
 
 def make_engine(trainer: Trainer, model: PeftModel, train: bool) -> Engine:
