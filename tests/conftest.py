@@ -1,3 +1,4 @@
+import gc
 import os
 
 
@@ -17,6 +18,7 @@ from hf_devft.embedded import BASE_PATH, task_dataset
 # The same examples everywhere, and no deadline: the machines are slow and noisy.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+gc.freeze()  # what has been imported stays: garbage collections, of which every stage has some, need not look at it
 datasets.disable_progress_bars()
 logging.disable_progress_bar()
 

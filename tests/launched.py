@@ -1,25 +1,38 @@
-"""A tiny run to be launched on several processes: `launched.py '{"option": value}'`, options of `conftest.config`."""
+"""A tiny run, to be launched on several processes: `launched.py '{"option": value}'`.
+
+Options are those of `conftest.config`, and `fail`: [process, round], where that process meets an error.
+"""
 
 import json
 import sys
 
 from conftest import config, lora, tiny_llama
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from hf_devft import DevFTTrainer
 from hf_devft.embedded import BASE_PATH, task_dataset
 
 
+class Fail(TrainerCallback):
+    def __init__(self, process: int, round_number: int):
+        self.where = (process, round_number)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if (args.process_index, state.global_step + 1) == self.where:
+            raise OSError(f"the disk of process {args.process_index} is full")
+
+
 def main(options: dict) -> DevFTTrainer:
-    evaluate = options.pop("evaluate", False)
+    fail = options.pop("fail", None)
     args = config(**options)  # before the model, as ZeRO-3 needs it
     trainer = DevFTTrainer(
         tiny_llama(),
         args,
         peft_config=lora(),
         train_dataset=task_dataset(120, seed=0),
-        eval_dataset=task_dataset(16, split="test", seed=0) if evaluate else None,
+        eval_dataset=task_dataset(16, split="test", seed=0) if args.eval_strategy != "no" else None,
         processing_class=AutoTokenizer.from_pretrained(BASE_PATH),
+        callbacks=[Fail(*fail)] if fail else None,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return trainer

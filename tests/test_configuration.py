@@ -62,8 +62,10 @@ def test_one_value_or_one_per_stage(tmp_path):
     ({"push_to_hub": True}, "hf upload"),
     ({"optim": "schedule_free_adamw"}, "start afresh"),
     ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "one data loader"),
-    ({"auto_find_batch_size": True}, "per_device_train_batch_size"),
-    ({"client_placement": "data_parallel"}, "choose one of client_parallel"),
+    ({"client_placement": "somewhere"}, "choose one of client_parallel, data_parallel"),
+    ({"round_quorum": 3}, "never be reached by clients_per_round=2"),
+    ({"client_dropout_rate": 1.0}, "from 0 to below 1"),
+    ({"fsdp": True}, "ZeRO-3"),
 ])  # fmt: skip
 def test_bad_values_say_what_to_change(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

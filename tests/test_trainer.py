@@ -129,6 +129,9 @@ def test_every_rule_runs_by_config_alone(make_trainer, eval_tasks, rules):
     {"dataloader_num_workers": 1},
     {"label_smoothing_factor": 0.1},
     {"data_seed": 7},
+    {"torch_compile": True, "torch_compile_backend": "eager"},
+    {"auto_find_batch_size": True},
+    {"client_placement": "data_parallel"},
     {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
     {"eval_strategy": "epoch", "logging_strategy": "epoch", "save_strategy": "epoch", "eval_on_start": True},
     {"predict_with_generate": True, "generation_max_new_tokens": 4, "max_eval_samples": 4},
@@ -170,6 +173,25 @@ def test_gradient_accumulation_equals_one_large_batch(make_trainer, tmp_path, ta
     for trainer in (whole, parts):
         trainer.train()
     assert whole.ledger.rounds[0].loss == pytest.approx(parts.ledger.rounds[0].loss, rel=1e-4)
+
+
+def test_a_step_that_does_not_fit_is_taken_in_pieces(make_trainer, tmp_path):
+    class Small(DevFTTrainer):
+        """A trainer on a device that holds two rows."""
+
+        def compute_loss(self, model, inputs, **kwargs):
+            if model.training and len(inputs["input_ids"]) > 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().compute_loss(model, inputs, **kwargs)
+
+    options = {"per_device_train_batch_size": 7, "stage_layers": [4], "optim": "sgd"}
+    large = make_trainer(output_dir=tmp_path / "large", **options)
+    small = make_trainer(cls=Small, auto_find_batch_size=True, **options)
+    for trainer in (large, small):
+        trainer.train()
+    for key, tensor in final_adapter(large).items():
+        torch.testing.assert_close(final_adapter(small)[key], tensor, atol=1e-6, rtol=1e-4)
+    assert not any(record.dropped for record in small.ledger.rounds)
 
 
 def test_schedules_and_stage_rates_give_the_rounds_rate(make_trainer):
@@ -417,6 +439,48 @@ def test_a_nan_update_is_left_out(make_trainer, caplog):
     assert first.clients[0] in caplog.text
     assert all(not record.dropped for record in trainer.ledger.rounds[1:])
     assert all(torch.isfinite(tensor).all() for tensor in final_adapter(trainer).values())
+
+
+def test_a_client_that_raises_is_left_out_and_the_next_one_gets_its_own_rows(make_trainer, tmp_path, caplog):
+    class Ill(DevFTTrainer):
+        """A trainer on which the first client of the first round fails in its second step."""
+
+        steps = 0
+
+        def compute_loss(self, *args, **kwargs):
+            self.steps += 1
+            if self.steps == 2:
+                raise RuntimeError("no more disk")
+            return super().compute_loss(*args, **kwargs)
+
+    ill, healthy = make_trainer(cls=Ill), make_trainer(output_dir=tmp_path / "healthy")
+    for trainer in (ill, healthy):
+        trainer.train()
+    first = ill.ledger.rounds[0]
+    assert first.dropped == first.clients[:1]
+    assert first.bytes_up == first.bytes_down / 2
+    assert f"client {first.clients[0]} failed and was left out: RuntimeError: no more disk" in caplog.text
+    # Round 2 starts from elsewhere, but with the same rows.
+    assert ill.ledger.rounds[1].clients == healthy.ledger.rounds[1].clients
+    assert ill.ledger.rounds[1].tokens == healthy.ledger.rounds[1].tokens
+
+
+def test_clients_drop_out_by_config(make_trainer):
+    trainer = make_trainer(client_dropout_rate=0.4, clients_per_round=3, stage_rounds=[5])
+    trainer.train()
+    dropped = [len(record.dropped) for record in trainer.ledger.rounds if record.attempts == 1]
+    assert 0 < sum(dropped) < 3 * len(dropped)
+    assert trainer.ledger.totals()["dropped_clients"] >= sum(dropped)
+
+
+def test_a_round_below_its_quorum_is_tried_with_other_clients(make_trainer, caplog):
+    trainer = make_trainer(client_dropout_rate=0.5, round_quorum=2, round_retries=20)
+    trainer.train()
+    retried = [record for record in trainer.ledger.rounds if record.attempts > 1]
+    assert retried
+    assert all(len(record.clients) == 2 * record.attempts for record in trainer.ledger.rounds)
+    assert all(len(record.clients) - len(record.dropped) >= 2 for record in trainer.ledger.rounds)
+    assert "2 are needed" in caplog.text
 
 
 def test_a_round_without_any_finite_update_is_an_error(make_trainer):

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_devft.stages.adapter import AdapterLayout
+from hf_devft.stages.weights import is_sharded
 
 
 class Engine:
@@ -87,12 +88,9 @@ class DeepSpeedEngine(Engine):
     """On DeepSpeed with ZeRO-1, 2 or 3, by its public accessors of partitioned parameters (`deepspeed.utils`)."""
 
     def _prepare(self, trainer: Trainer, model: PeftModel, train: bool) -> None:
-        # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed, and torch warns at every call.
-        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         plugin = self.accelerator.state.deepspeed_plugin
         self._sharded = plugin.zero_stage == 3
         if train:
-            plugin.hf_ds_config.trainer_config_finalize(trainer.args, model, trainer.state.max_steps)
             trainer.optimizer = None
             self.model, self.optimizer = self.accelerator.prepare(model, trainer.create_optimizer())
         elif self._sharded:
@@ -147,6 +145,24 @@ def _forget_sharded(module: nn.Module) -> None:
         for cell in getattr(method, "__closure__", None) or ():
             if hasattr(cell.cell_contents, "cache_clear"):
                 cell.cell_contents.cache_clear()
+
+
+def shard(trainer: Trainer, base: nn.Module) -> None:
+    """Cut the base over the processes under ZeRO-3, unless that was done while it was loaded.
+
+    Left to the first stage's engine, every parameter that stages share would keep that engine.
+    """
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is None:
+        return
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed, and torch warns at every call.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    plugin.hf_ds_config.trainer_config_finalize(trainer.args, base, num_training_steps=1)  # fills in what is "auto"
+    if plugin.zero_stage == 3 and not all(map(is_sharded, base.parameters())):
+        from deepspeed import init_distributed, zero
+
+        init_distributed(auto_mpi_discovery=False)  # takes over what torch has set up
+        zero.Init(module=base, config_dict_or_path=plugin.deepspeed_config)
 
 
 def make_engine(trainer: Trainer, model: PeftModel, train: bool) -> Engine:

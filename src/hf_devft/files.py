@@ -1,5 +1,6 @@
 """Writing that is never seen half done: to a temporary name, then rename."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +22,22 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    _flush(temporary)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     temporary.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """On the disk before it takes its name, so that it is whole after a power failure too."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def replace_files(source: Path, target: Path) -> None:

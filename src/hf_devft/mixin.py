@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from hf_devft.checkpoint import SCHEDULE, Checkpoint, RunState
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.data import first_rows
-from hf_devft.engines import Engine, make_engine
+from hf_devft.engines import Engine, make_engine, shard
 from hf_devft.evaluation import generate_answers
 from hf_devft.federation.batches import ClientBatches, FederatedBatchSampler, ShareCollator
 from hf_devft.federation.client import LocalResult, LocalTraining
@@ -170,6 +170,14 @@ class DevFTMixin:
             self.add_callback(RoundProgressCallback(self.stages))
 
     # --- the loop: stages, rounds ---------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`; with `resume_from_checkpoint="last"` from the newest checkpoint in `output_dir`, or from
+        the start where there is none, so that one command starts a run and goes on with it."""
+        if resume_from_checkpoint == "last":
+            folder = Path(self.args.output_dir)
+            resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _inner_training_loop(
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
@@ -398,6 +406,7 @@ class DevFTMixin:
             self.engine.close()
         if self._base is None:
             self._base = detach_adapter(self.model)
+            shard(self, self._base)
         self.engine = self._running = self.optimizer = self.callback_handler.optimizer = None
         self.model = self.model_wrapped = self.callback_handler.model = self._base
         return self._base
@@ -467,6 +476,14 @@ class DevFTMixin:
             self.control.should_epoch_stop = True
         self._peak_memory.release()
         return metrics
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As `Trainer`'s, but a batch's loss never depends on what other processes evaluate at the time."""
+        averaging, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices = averaging
 
     def _evaluate_full_depth(self, stage: int) -> dict[str, float]:
         datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}

@@ -1,28 +1,14 @@
 import itertools
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
-from hf_devft.federation.sampling import FederatedBatchSampler, client_batches, client_seed, sample_clients
-
-
-@given(count=st.integers(1, 50), seed=st.integers(0, 2**31), round_index=st.integers(0, 1000), data=st.data())
-def test_sampled_clients_are_distinct_and_repeatable(count, seed, round_index, data):
-    chosen = data.draw(st.integers(1, count))
-    clients = sample_clients(count, chosen, seed, round_index)
-    assert len(set(clients)) == chosen
-    assert set(clients) <= set(range(count))
-    assert clients == sample_clients(count, chosen, seed, round_index)
-
-
-def test_every_client_takes_part_sooner_or_later():
-    assert {client for index in range(200) for client in sample_clients(20, 2, 0, index)} == set(range(20))
-
-
-def test_seeds_differ_between_rounds_and_clients():
-    seeds = {client_seed(0, round_index, client) for round_index in range(30) for client in range(30)}
-    assert len(seeds) == 900
+from hf_devft.federation.batches import ClientBatches, FederatedBatchSampler, ShareCollator, client_batches
+from hf_devft.federation.sampling import Placement
 
 
 @given(size=st.integers(1, 30), batch=st.integers(1, 12), drop_last=st.booleans())
@@ -38,11 +24,60 @@ def test_a_pass_shows_every_row_once(size, batch, drop_last):
         assert sorted(seen) == rows.tolist()
 
 
-def test_a_resumed_sampler_goes_on_where_the_whole_one_is():
-    rows = [np.arange(index * 10, index * 10 + 7) for index in range(5)]
+ROWS = [np.arange(index * 10, index * 10 + 7) for index in range(5)]
 
-    def batches(first_round):
-        return list(FederatedBatchSampler(rows, 2, 3, 4, False, 0, 1, first_round, 6))
 
-    assert len(batches(0)) == 6 * 2 * 3
-    assert batches(4) == batches(0)[4 * 2 * 3 :]
+def test_a_clients_batches_do_not_depend_on_what_went_before():
+    def batches(turns, **kwargs):
+        return list(FederatedBatchSampler(ROWS, turns, 3, 4, False, 1, **kwargs))
+
+    turns = [(0, 1), (0, 4), (1, 2), (1, 3)]
+    assert len(batches(turns)) == 4 * 3
+    assert batches(turns[2:]) == batches(turns)[2 * 3 :]
+
+
+def test_shares_of_a_batch_make_up_the_batch():
+    shares = [
+        list(FederatedBatchSampler(ROWS, [(0, 1)], 4, 4, False, 1, Placement("data_parallel", index, 4)))
+        for index in range(4)
+    ]
+    whole = list(FederatedBatchSampler(ROWS, [(0, 1)], 4, 4, False, 1))
+    assert [sorted(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == list(map(sorted, whole))
+    assert shares[3][1] == [], "seven rows in batches of four leave one process without a row"
+
+
+def test_an_empty_share_has_no_labels():
+    collate = ShareCollator(lambda rows: {"labels": torch.tensor(rows)}, [7, 7])
+    assert collate([[1, 2]])["labels"].tolist() == [[1, 2]]
+    assert collate([])["labels"].tolist() == [[-100, -100]]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows 0 to 11, of which 5 cannot be read."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise OSError("unreadable")
+        return index
+
+
+def test_what_a_failed_client_left_over_is_passed_over():
+    batches = ClientBatches(DataLoader(Rows(), batch_size=1), batches_per_client=3)
+    assert next(batches.next_client()).item() == 0
+    second = batches.next_client()
+    assert next(second).item() == 3
+    next(second)
+    with pytest.raises(OSError, match="unreadable"):
+        next(second)
+    next(batches.next_client())  # fails after one batch; 7 and 8 are left over
+    assert [batch.item() for batch in batches.next_client()] == [9, 10, 11]
+
+
+def test_an_unreadable_row_that_is_left_over_does_no_harm():
+    batches = ClientBatches(DataLoader(Rows(), batch_size=1), batches_per_client=3)
+    batches.next_client()
+    next(batches.next_client())
+    assert next(batches.next_client()).item() == 6

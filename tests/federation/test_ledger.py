@@ -2,7 +2,7 @@ import torch
 from conftest import lora, tiny_llama
 from peft import get_peft_model
 
-from hf_devft.federation.ledger import Ledger, PeakMemory, RoundRecord, training_flops
+from hf_devft.federation.ledger import Ledger, PeakMemory, RoundRecord, flops_per_token
 
 
 def record(round_number, stage, **kwargs):
@@ -19,6 +19,13 @@ def test_totals_of_a_stage_and_of_all():
     assert ledger.bytes_until(2) == 32
 
 
+def test_a_ledger_keeps_count():
+    ledger = Ledger([record(1, 1)])
+    ledger.add(record(2, 1, bytes_up=7))
+    assert ledger.bytes == ledger.totals()["bytes"] == 33
+    assert ledger.flops == 2e3
+
+
 def test_a_ledger_survives_json():
     ledger = Ledger([record(1, 1), record(2, 1)])
     assert Ledger.from_dicts(ledger.to_dicts()) == ledger
@@ -30,10 +37,10 @@ def test_flops_count_every_matrix_once():
     head = 2048 * 16  # tied to the embedding
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-    assert training_flops(10, base) == 10 * 4 * (matrices + head)
+    assert flops_per_token(base) == 4 * (matrices + head)
     model = get_peft_model(base, lora())
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert training_flops(10, model) == 10 * (4 * (matrices + head) + 6 * adapter)
+    assert flops_per_token(model) == 4 * (matrices + head) + 6 * adapter
 
 
 def test_peak_memory_is_of_the_time_since_the_reset():

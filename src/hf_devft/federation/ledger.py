@@ -54,15 +54,20 @@ class Ledger:
     bytes: int = field(default=0, init=False)
     flops: float = field(default=0.0, init=False)
 
+    def __post_init__(self):
+        for record in self.rounds:
+            self._count(record)
+
     @classmethod
     def from_dicts(cls, records: list[dict]) -> "Ledger":
-        ledger = cls()
-        for record in records:
-            ledger.add(RoundRecord(**record))
-        return ledger
+        return cls([RoundRecord(**record) for record in records])
 
     def add(self, record: RoundRecord) -> None:
+        """Append a round."""
         self.rounds.append(record)
+        self._count(record)
+
+    def _count(self, record: RoundRecord) -> None:
         self.bytes += record.bytes_down + record.bytes_up
         self.flops += record.flops
 

@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from hf_devft.federation.batches import ClientBatches
+from hf_devft.federation.client import LocalResult
+from hf_devft.federation.methods import FedIT
+from hf_devft.federation.rounds import Federation, QuorumError
+from hf_devft.federation.sampling import ClientSampling, Placement
+
+
+def federation(quorum=1, retries=0, dropout_rate=0.0, clients=6, per_round=3) -> Federation:
+    return Federation(
+        method=FedIT(),
+        sampling=ClientSampling(clients, per_round, dropout_rate, seed=0),
+        placement=Placement(),
+        names=[f"client-{index}" for index in range(clients)],
+        examples=[index + 1 for index in range(clients)],
+        quorum=quorum,
+        retries=retries,
+        batches_of=lambda rounds, attempt: ClientBatches([], 0),
+        rounds=range(10),
+        add_up=lambda tensor: None,
+        device=torch.device("cpu"),
+    )
+
+
+def training(failing=(), infinite=(), trained=None):
+    """Clients whose adapter is their own number."""
+
+    def train_client(client, batches):
+        if trained is not None:
+            trained.append(client)
+        if client in failing:
+            raise RuntimeError(f"client {client} is ill")
+        adapter = torch.full((2,), float("inf") if client in infinite else float(client))
+        return LocalResult(torch.tensor(float(client)), tokens=10, seen=5, grad_norm=None), adapter
+
+    return train_client
+
+
+def mean(clients) -> float:
+    return sum(client * (client + 1) for client in clients) / sum(client + 1 for client in clients)
+
+
+def test_the_round_of_healthy_clients():
+    run = federation()
+    outcome = run.run(0, torch.zeros(2), training())
+    assert outcome.sampled == run.sampling.sampled(0)
+    assert outcome.left_out == []
+    assert outcome.adapter.tolist() == pytest.approx([mean(outcome.sampled)] * 2)
+    assert outcome.loss == pytest.approx(sum(outcome.sampled) / 3)
+    assert (outcome.sent, outcome.tokens, outcome.seen, outcome.attempts) == (3, 30, 15, 1)
+
+
+def test_failing_clients_are_left_out_and_the_weights_renormalised(caplog):
+    run = federation()
+    ill, infinite, healthy = run.sampling.sampled(0)
+    outcome = run.run(0, torch.zeros(2), training(failing=[ill], infinite=[infinite]))
+    assert outcome.left_out == [ill, infinite]
+    assert outcome.adapter.tolist() == [healthy] * 2
+    assert outcome.sent == 2, "one sent nothing, one sent what could not be used"
+    assert f"client-{ill} failed and was left out: RuntimeError: client {ill} is ill" in caplog.text
+    assert f"client-{infinite} returned an adapter that is not finite" in caplog.text
+
+
+def test_clients_that_drop_out_do_not_train():
+    run, trained = federation(dropout_rate=0.5), []
+    outcome = run.run(1, torch.zeros(2), training(trained=trained))
+    assert trained == run.sampling.training(1) == [c for c in outcome.sampled if c not in outcome.left_out]
+    assert 0 < len(trained) < 3
+
+
+def test_a_round_below_its_quorum_is_tried_with_others():
+    run = federation(quorum=2, retries=1)
+    first, second = run.sampling.sampled(0), run.sampling.sampled(0, attempt=1)
+    outcome = run.run(0, torch.zeros(2), training(failing=first[:2]))
+    assert not set(first) & set(second)
+    assert outcome.sampled == first + second
+    assert outcome.left_out == first[:2]
+    assert outcome.adapter.tolist() == pytest.approx([mean(second)] * 2), "nothing of the first attempt stays"
+    assert (outcome.attempts, outcome.sent, outcome.tokens) == (2, 4, 40)
+
+
+def test_without_quorum_the_first_error_is_the_cause():
+    run = federation(quorum=1, retries=2)
+    with pytest.raises(QuorumError, match=r"3 attempts.*resume_from_checkpoint") as error:
+        run.run(0, torch.zeros(2), training(failing=range(6)))
+    assert str(error.value.__cause__) == f"client {run.sampling.sampled(0)[0]} is ill"
+
+
+def test_processes_put_their_clients_together():
+    """Three processes take turns in this one: what each adds up is what the others left."""
+    alone = federation().run(0, torch.zeros(2), training())
+    shared: list[list[torch.Tensor]] = []
+
+    def recorder(tensor):
+        shared[-1].append(tensor)
+
+    runs = [federation() for _ in range(3)]
+    for index, run in enumerate(runs):
+        run.placement, run.add_up = Placement("client_parallel", index, 3), recorder
+        shared.append([])
+        run.quorum = 0
+        run.run(0, torch.zeros(2), training())
+    reports, sums = (sum(part[index] for part in shared) for index in range(2))
+    assert reports[:, 0].tolist() == [1, 1, 1]
+    assert (sums[:-1] / sums[-1]).float().tolist() == alone.adapter.tolist()

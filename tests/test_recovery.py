@@ -1,0 +1,41 @@
+"""`kill -9` at random moments: the run that is gone on with ends as the one that was left alone, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+
+def contents(output: Path) -> dict:
+    """Whatever of a finished run does not depend on the time it took."""
+    adapters = {
+        str(path.relative_to(output)): {name: tensor.tolist() for name, tensor in load_file(path).items()}
+        for path in output.rglob("*.safetensors")
+        if not path.relative_to(output).parts[0].startswith("checkpoint")
+    }
+    timed = ("seconds", "peak_memory")
+    ledger = [
+        {key: value for key, value in record.items() if key not in timed}
+        for record in json.loads((output / "ledger.json").read_text())
+    ]
+    return {"adapters": adapters, "ledger": ledger, "files": sorted(path.name for path in output.iterdir())}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
+def test_twenty_kills_leave_no_trace(tmp_path):
+    script = Path(__file__).with_name("killed.py")
+    result = subprocess.run(
+        [sys.executable, script, tmp_path, "20", "0"],
+        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    seen = json.loads(result.stdout.splitlines()[-1])
+    assert seen["kills"] == 20
+    whole = contents(tmp_path / "whole")
+    assert len(whole["adapters"]) == 1 + 3 * 2
+    for number in range(seen["runs"]):
+        assert contents(tmp_path / f"run-{number}") == whole
