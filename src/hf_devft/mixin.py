@@ -41,9 +41,9 @@ from hf_devft.schedule import RoundSchedule
 from hf_devft.stages.adapter import adapter_state, attach_adapter, detach_adapter
 from hf_devft.stages.grouping import GroupingTask, Groups, group_layers, layer_similarity
 from hf_devft.stages.layer_stack import LayerStack, find_layer_stack, with_layers
-from hf_devft.stages.submodel import build_submodel
+from hf_devft.stages.submodel import build_submodel, build_whole
 from hf_devft.stages.transfer import State, check_every_layer, expand_adapter, fuse_adapter
-from hf_devft.stages.weights import stored_bytes
+from hf_devft.stages.weights import is_stored, stored_bytes
 
 
 @dataclass
@@ -146,6 +146,8 @@ class DevFTMixin:
         self._running: _Running | None = None
         self._base: PreTrainedModel | None = None  # the full base without adapter, from the first stage on
         self._checkpoint: Checkpoint | None = None
+        # Whether the model is the full one with the full-depth adapter; a base that is still in its checkpoint is not.
+        self._whole = not any(map(is_stored, self.model.parameters()))
         if not isinstance(self.model, PeftModel):
             raise ValueError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`.")
         if len(self.model.peft_config) != 1:
@@ -154,7 +156,8 @@ class DevFTMixin:
         self.peft_config.inference_mode = False
         check_lora(self.peft_config)
         stack = find_layer_stack(self.model.get_base_model())
-        check_every_layer(adapter_state(self.model), stack.path, len(stack))
+        self._full_adapter: State = adapter_state(self.model)
+        check_every_layer(self._full_adapter, stack.path, len(stack))
         self.stages = args.resolve_stages(len(stack))
         for stage in self.stages:
             if stage.num_layers < len(set(stack.kinds)):
@@ -186,9 +189,9 @@ class DevFTMixin:
         if resume_from_checkpoint is not None and self._checkpoint is None:
             self._load_from_checkpoint(resume_from_checkpoint)  # `train` leaves it out under DeepSpeed
         checkpoint, self._checkpoint = self._checkpoint, None
-        if (self._base is not None and self._running is not None) or self.model is self._base:
-            self._leave_stage()  # a run was interrupted
-        self._full_adapter: State = checkpoint.full if checkpoint else adapter_state(self.model)
+        if self._running is not None or self.model is self._base:
+            self._make_whole()  # a run was interrupted
+        self._full_adapter = checkpoint.full if checkpoint else adapter_state(self.model)
         planned = sum(stage.rounds for stage in self.stages)
         max_steps = planned if args.max_steps < 0 else min(args.max_steps, planned)
         self._init_training_state(max_steps, max_steps, len(self.stages), resume_from_checkpoint, trial)
@@ -205,6 +208,7 @@ class DevFTMixin:
 
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         if args.eval_on_start and checkpoint is None:
+            self._make_whole()
             self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
             self._evaluate_full_depth(stage=0)
         for stage in self.stages[checkpoint.run.stage - 1 if checkpoint else 0 :]:
@@ -218,6 +222,7 @@ class DevFTMixin:
             self._finish_stage()
             if self.control.should_training_stop:
                 break
+        self._make_whole()
         num_samples = max_steps * args.clients_per_round * args.local_steps * args.train_batch_size
         return self._finalize_training(trial, num_samples * args.gradient_accumulation_steps, start_time)
 
@@ -348,6 +353,8 @@ class DevFTMixin:
     def _enter_stage(self, stage: StageConfig, checkpoint: Checkpoint | None) -> None:
         """Full model and adapter -> submodel and its adapter, ready to train."""
         started = time.perf_counter()
+        self._peak_memory.release()
+        self._peak_memory.reset()
         base = self._release()
         stack = find_layer_stack(base)
         if checkpoint:
@@ -370,12 +377,16 @@ class DevFTMixin:
             adapter=self.engine.layout.flat(adapter).to(self.args.device),
             done=checkpoint.run.done if checkpoint else 0,
             flops_per_token=per_token,
-            setup={"setup_seconds": time.perf_counter() - started, "base_bytes": base_bytes},
+            setup={
+                "setup_seconds": time.perf_counter() - started,
+                "setup_peak_memory": self._peak_memory.read(),
+                "base_bytes": base_bytes,
+            },
         )
         self._peak_memory.release()
 
     def _finish_stage(self) -> None:
-        """Submodel's adapter -> full depth, measured, written, shown; the model is the full one again."""
+        """Submodel's adapter -> full depth, measured, written, shown."""
         running, stage = self._running, self._running.stage
         sub = self._sub_adapter()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
@@ -384,8 +395,9 @@ class DevFTMixin:
         stage.rounds_done = running.done
         stage.totals = self.ledger.totals(stage.stage) | running.setup
         stage.metrics = self._submodel_metrics(stage)
-        self._leave_stage()
+        self._release()
         if self.eval_dataset is not None:
+            self._make_whole()
             stage.metrics |= self._evaluate_full_depth(stage.stage)
         if self.is_world_process_zero():
             finished = self.stages[: stage.stage]
@@ -394,16 +406,19 @@ class DevFTMixin:
                 print_stages(with_start(finished, self.state.log_history))
         self.accelerator.wait_for_everyone()
 
-    def _leave_stage(self) -> None:
-        """Make the full model with the full-depth adapter the model again, also after a stage that was interrupted."""
+    def _make_whole(self) -> None:
+        """Make the full model with the full-depth adapter the model, unless it is."""
+        if self._whole:
+            return
         base = self._release()
-        whole = build_submodel(base, find_layer_stack(base), [[layer] for layer in range(self.stages[-1].num_layers)])
-        self._use(attach_adapter(whole, self.peft_config, self._full_adapter), train=False)
+        self._use(attach_adapter(build_whole(base), self.peft_config, self._full_adapter), train=False)
+        self._whole = True
 
     def _release(self) -> PreTrainedModel:
         """Give up what was built on the base, which is the model for the moment."""
         if self.engine is not None:
             self.engine.close()
+        self._whole = False
         if self._base is None:
             self._base = detach_adapter(self.model)
             shard(self, self._base)
@@ -422,7 +437,15 @@ class DevFTMixin:
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
 
+    def _move_model_to_device(self, model, device) -> None:
+        """As `Trainer`'s, but for layers that are still in the checkpoint."""
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(device)
+
     def _group(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack) -> Groups:
+        if stage.grouping == "calibrated":
+            base = build_whole(base)  # many of its submodels are measured
         task = GroupingTask(
             kinds=stack.kinds,
             capacity=stage.num_layers,
@@ -479,6 +502,8 @@ class DevFTMixin:
 
     def evaluation_loop(self, *args, **kwargs):
         """As `Trainer`'s, but a batch's loss never depends on what other processes evaluate at the time."""
+        if self._running is None:
+            self._make_whole()
         averaging, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
             return super().evaluation_loop(*args, **kwargs)
@@ -546,7 +571,7 @@ class DevFTMixin:
     # --- files ---------------------------------------------------------------------------------------------
 
     def _report(self) -> RunReport:
-        config = self.model.get_base_model().config
+        config = self._base.config
         return RunReport(
             output_dir=self.args.output_dir,
             peft_config=self.peft_config,

@@ -6,7 +6,6 @@ from typing import Any
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     PreTrainedModel,
@@ -22,13 +21,15 @@ from hf_devft.federation.partition import ClientData
 from hf_devft.hub.artifacts import check_lora
 from hf_devft.mixin import DevFTMixin, clients_of
 from hf_devft.stages.adapter import new_adapter
+from hf_devft.stages.streaming import load_base
 
 
 class DevFTTrainer(DevFTMixin, Trainer):
     """Developmental federated tuning of a causal language model with LoRA.
 
     Args:
-        model: a model, a name or path for `AutoModelForCausalLM.from_pretrained`, "embedded" for the small base that
+        model: a model, a name or path for `AutoModelForCausalLM.from_pretrained` (whose layers are then read from the
+            checkpoint only as stages need them), "embedded" for the small base that
             ships with the package, or a `PeftModel` whose LoRA adapter is the start.
         args: the run.
         peft_config: `LoraConfig` of the adapter; not with a `PeftModel`.
@@ -97,7 +98,7 @@ def _load(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrain
     """Model and tokenizer of one name, at one revision."""
     path = resolve_model_name(name)
     shared = {key: options[key] for key in ("revision", "trust_remote_code", "token") if key in options}
-    return AutoModelForCausalLM.from_pretrained(path, **options), AutoTokenizer.from_pretrained(path, **shared)
+    return load_base(path, **options), AutoTokenizer.from_pretrained(path, **shared)
 
 
 def _as_rows(dataset: Dataset) -> Dataset:

@@ -8,12 +8,12 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from transformers import PreTrainedModel
 
 from hf_devft.stages.transfer import State
-from hf_devft.stages.weights import gathered
+from hf_devft.stages.weights import gathered, stand_ins
 
 
 def new_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """`base` (changed in place) with a new adapter, as `get_peft_model`."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), stand_ins(base):  # PEFT puts an adapter where its layer is
         # PEFT still reads an alias that transformers 5 has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         return get_peft_model(base, config)

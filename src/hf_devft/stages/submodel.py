@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 
 from hf_devft.stages.fusion import fuse
 from hf_devft.stages.grouping import Groups
-from hf_devft.stages.layer_stack import LayerStack, with_layers
-from hf_devft.stages.weights import dense, like
+from hf_devft.stages.layer_stack import LayerStack, find_layer_stack, with_layers
+from hf_devft.stages.weights import dense, is_stored, like
 
 
 def build_submodel(
@@ -22,23 +22,29 @@ def build_submodel(
         beta: weight of the differences in differential fusion (paper: 0.1).
 
     Returns:
-        A new model; `model` stays as it is. Only fused tensors are new memory, so a submodel of all layers takes none;
-        4-bit parameters are dequantised, fused and quantised again.
+        A new model; `model` stays as it is. Only fused tensors are new memory, and layers that are still in the
+        checkpoint; 4-bit parameters are dequantised, fused and quantised again.
     """
     submodel = with_layers(model, stack, [group[0] for group in groups])
-    if fusion == "anchor":
-        return submodel
     layers = submodel.get_submodule(stack.path)
     for layer, group in zip(layers, groups, strict=True):
-        if len(group) > 1:
-            _fuse_into(layer, [stack.layers[index] for index in group], fusion, beta)
+        members = [stack.layers[index] for index in (group[:1] if fusion == "anchor" else group)]
+        if len(members) > 1 or any(map(is_stored, layer.parameters())):
+            _fuse_into(layer, members, fusion, beta)
     return submodel
+
+
+def build_whole(model: PreTrainedModel) -> PreTrainedModel:
+    """The submodel of all layers: `model` again, with what is still in the checkpoint read."""
+    stack = find_layer_stack(model)
+    return build_submodel(model, stack, [[layer] for layer in range(len(stack))], fusion="anchor")
 
 
 @torch.no_grad()
 def _fuse_into(layer: nn.Module, members: list[nn.Module], fusion: str, beta: float) -> None:
     """Give `layer` (a copy of the anchor) the fused parameters of `members`, one parameter at a time."""
     for name, anchor in list(layer.named_parameters()):
-        values = fuse([dense(member.get_parameter(name)) for member in members], fusion, beta)
+        tensors = [dense(member.get_parameter(name)) for member in members]
+        values = fuse(tensors, fusion, beta) if len(tensors) > 1 else tensors[0]
         parent, _, leaf = name.rpartition(".")
         setattr(layer.get_submodule(parent), leaf, like(values, anchor))

@@ -1,10 +1,45 @@
-"""Read and rebuild a layer's parameters however they are stored: plain, in 4 bits, or cut over processes (ZeRO-3)."""
+"""Read and rebuild parameters however they are stored: plain, in 4 bits, cut over processes, or in a checkpoint."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the values of a parameter on the meta device are: `weights[name]`; `keep` is what must not be deleted."""
+
+    weights: Mapping[str, torch.Tensor]
+    name: str
+    keep: Any = None
+
+
+def is_stored(parameter: torch.Tensor) -> bool:
+    """Whether its values are still in the checkpoint."""
+    return hasattr(parameter, "stored")
+
+
+@contextmanager
+def stand_ins(model: nn.Module) -> Iterator[None]:
+    """Within this context, parameters that are still in the checkpoint have a device and a shape, but no memory."""
+    owned = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if is_stored(parameter)
+    ]
+    for module, name, parameter in owned:
+        empty = torch.empty(1, dtype=parameter.dtype).expand(parameter.shape)
+        setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, name, parameter in owned:
+            setattr(module, name, parameter)
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
@@ -34,11 +69,13 @@ def gathered(parameters: Iterable[torch.Tensor]) -> AbstractContextManager:
 
 def dense(parameter: torch.Tensor) -> torch.Tensor:
     """The parameter's values: dequantised where it is a loaded bitsandbytes `Params4bit`, gathered where it is
-    sharded, else itself.
+    sharded, read where it is stored, else itself.
 
     Raises:
         ValueError: integers of another quantisation, which cannot be compared or added.
     """
+    if is_stored(parameter):
+        return parameter.stored.weights[parameter.stored.name]
     if is_sharded(parameter):
         with gathered([parameter]):
             return parameter.data.clone()

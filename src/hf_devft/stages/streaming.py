@@ -1,0 +1,76 @@
+"""Load a base whose layers stay in its checkpoint until a submodel needs them.
+
+The full model is never held for a stage that trains four of its layers: similarity and fusion read one parameter name
+at a time (see `weights.dense`), and only a stage's representative layers are kept.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import init_empty_weights
+from accelerate.hooks import remove_hook_from_submodules
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from hf_devft.stages.layer_stack import find_layer_stack
+from hf_devft.stages.weights import Stored
+
+
+def load_base(name_or_path: str, **options: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, with the layers left in the checkpoint: on the meta device, and read by
+    `dense`.
+
+    Loaded at once instead: a base that is quantised (its layers must be seen to be packed), one that DeepSpeed ZeRO-3
+    cuts while it loads, and one for which a `device_map` was given.
+
+    Args:
+        name_or_path: a Hub name or a folder.
+        options: of `from_pretrained`.
+    """
+    about_code = {key: options[key] for key in ("revision", "trust_remote_code", "token") if key in options}
+    config = options.get("config") or AutoConfig.from_pretrained(name_or_path, **about_code)
+    quantized = options.get("quantization_config") or getattr(config, "quantization_config", None)
+    if quantized or is_deepspeed_zero3_enabled() or "device_map" in options:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+    with init_empty_weights():
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
+    path = find_layer_stack(skeleton).path
+    # Only for checkpoints whose weights are not stored as the model has them (pickled ones, some mixtures of experts).
+    folder = tempfile.TemporaryDirectory(prefix="hf-devft-")
+    with _quiet("accelerate.big_modeling"):
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, device_map=_device_map(skeleton, path), offload_folder=folder.name, **options
+        )
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    weights = next(hook.weights_map.dataset for hook in hooks if hook.offload)
+    remove_hook_from_submodules(model)
+    del model.hf_device_map
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            parameter.stored = Stored(weights, name, folder)
+    return model
+
+
+def _device_map(skeleton: PreTrainedModel, stack_path: str) -> dict[str, str]:
+    """Layers "on disk", everything else in memory."""
+    outside = [
+        name
+        for name, module in skeleton.named_modules()
+        if not f"{name}.".startswith(f"{stack_path}.") and not list(module.children())
+    ]
+    return dict.fromkeys(outside, "cpu") | {stack_path: "disk"}
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without the warnings of a library's logger."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
