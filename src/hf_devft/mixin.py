@@ -167,6 +167,7 @@ class DevFTMixin:
         if args.predict_with_generate and (self.eval_dataset is None or self.processing_class is None):
             raise ValueError("predict_with_generate needs `eval_dataset` and `processing_class`.")
         self._loss_without = functools.cache(self._loss_of_layers)
+        self._similarity = functools.cache(lambda: layer_similarity(find_layer_stack(self._base)))
         for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
             self.remove_callback(callback)
         if not args.disable_tqdm:
@@ -450,7 +451,7 @@ class DevFTMixin:
             kinds=stack.kinds,
             capacity=stage.num_layers,
             seed=self.args.seed,
-            similarity=lambda: layer_similarity(stack),
+            similarity=self._similarity,
             loss_of=lambda kept: self._loss_without(base, tuple(kept)),
         )
         # Machines may differ in their last bits: the main process's groups are everyone's.

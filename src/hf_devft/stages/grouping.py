@@ -6,7 +6,7 @@ one kind. A new rule is one function and one line in `GROUPINGS`.
 """
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,12 @@ import torch
 from sklearn.cluster import SpectralClustering
 
 from hf_devft.stages.layer_stack import LayerStack
-from hf_devft.stages.weights import dense
+from hf_devft.stages.weights import dense, is_cheap_to_read
 
 
 Groups = list[list[int]]
+
+PIECE = 2**18  # elements of a layer's parameter that are compared at once
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,27 @@ class GroupingTask:
 def layer_similarity(stack: LayerStack) -> torch.Tensor:
     """W_ij = cos(vec θ_i, vec θ_j) over the layers' base weights: L x L, float32, on the CPU (§3.2, eq. 3).
 
-    One Gram matrix per parameter name, so at most L tensors of one name are held twice. Layers of
-    different kinds have similarity 0.
+    One Gram matrix per parameter name, added up over pieces of it, so that no more than a piece of each layer is held
+    beside the layers themselves. Layers of different kinds have similarity 0.
     """
     gram = torch.zeros(len(stack), len(stack), dtype=torch.float64)
     for members in _by_kind(stack.kinds).values():
         index = torch.tensor(members)
         for parameters in zip(*(stack.layers[member].parameters() for member in members), strict=True):
-            flat = torch.stack([dense(parameter).detach().flatten().float() for parameter in parameters])
-            gram[index[:, None], index] += (flat @ flat.T).cpu().double()
+            for piece in _pieces(parameters):
+                gram[index[:, None], index] += (piece @ piece.T).cpu().double()
     norms = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
     return (gram / torch.outer(norms, norms)).float()
+
+
+def _pieces(parameters: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Parameters of one shape as the rows of a float32 matrix, cut into pieces of its columns."""
+    if not all(map(is_cheap_to_read, parameters)):  # not to unpack or gather them for each piece again
+        yield torch.stack([dense(parameter).detach().flatten().float() for parameter in parameters])
+        return
+    for start in range(0, parameters[0].numel(), PIECE):
+        rows = [dense(parameter).detach().flatten()[start : start + PIECE].float() for parameter in parameters]
+        yield torch.stack(rows)
 
 
 def _by_kind(kinds: Sequence[Hashable]) -> dict[Hashable, list[int]]:

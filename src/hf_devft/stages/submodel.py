@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from hf_devft.stages.fusion import fuse
 from hf_devft.stages.grouping import Groups
 from hf_devft.stages.layer_stack import LayerStack, find_layer_stack, with_layers
-from hf_devft.stages.weights import dense, is_stored, like
+from hf_devft.stages.weights import DenseValues, is_stored, like
 
 
 def build_submodel(
@@ -28,8 +28,8 @@ def build_submodel(
     submodel = with_layers(model, stack, [group[0] for group in groups])
     layers = submodel.get_submodule(stack.path)
     for layer, group in zip(layers, groups, strict=True):
-        members = [stack.layers[index] for index in (group[:1] if fusion == "anchor" else group)]
-        if len(members) > 1 or any(map(is_stored, layer.parameters())):
+        members = [stack.layers[index] for index in group]
+        if (len(group) > 1 and fusion != "anchor") or any(map(is_stored, layer.parameters())):
             _fuse_into(layer, members, fusion, beta)
     return submodel
 
@@ -44,7 +44,6 @@ def build_whole(model: PreTrainedModel) -> PreTrainedModel:
 def _fuse_into(layer: nn.Module, members: list[nn.Module], fusion: str, beta: float) -> None:
     """Give `layer` (a copy of the anchor) the fused parameters of `members`, one parameter at a time."""
     for name, anchor in list(layer.named_parameters()):
-        tensors = [dense(member.get_parameter(name)) for member in members]
-        values = fuse(tensors, fusion, beta) if len(tensors) > 1 else tensors[0]
+        values = fuse(DenseValues([member.get_parameter(name) for member in members]), fusion, beta)
         parent, _, leaf = name.rpartition(".")
         setattr(layer.get_submodule(parent), leaf, like(values, anchor))

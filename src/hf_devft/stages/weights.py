@@ -1,6 +1,6 @@
 """Read and rebuild parameters however they are stored: plain, in 4 bits, cut over processes, or in a checkpoint."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,11 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
 def is_sharded(parameter: torch.Tensor) -> bool:
     """Whether DeepSpeed ZeRO-3 has cut it over the processes."""
     return hasattr(parameter, "ds_id")
+
+
+def is_cheap_to_read(parameter: torch.Tensor) -> bool:
+    """Whether `dense` neither computes nor communicates."""
+    return not is_sharded(parameter) and getattr(parameter, "quant_state", None) is None
 
 
 def shape_of(parameter: torch.Tensor) -> torch.Size:
@@ -93,6 +98,19 @@ def dense(parameter: torch.Tensor) -> torch.Tensor:
         # An evaluation on a CPU has repacked the weight for its kernels: back, as bitsandbytes does before it saves.
         parameter.data, parameter.quant_state = _convert_weight_packed_for_cpu_inverse(parameter.data, state)
     return dequantize_4bit(parameter.data, parameter.quant_state)
+
+
+class DenseValues(Sequence):
+    """The values of parameters, each read when it is asked for."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self._parameters = parameters
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return dense(self._parameters[index])
 
 
 def like(values: torch.Tensor, parameter: nn.Parameter) -> nn.Parameter:
