@@ -43,7 +43,7 @@ from hf_devft.stages.grouping import GroupingTask, Groups, group_layers, layer_s
 from hf_devft.stages.layer_stack import LayerStack, find_layer_stack, with_layers
 from hf_devft.stages.submodel import build_submodel, build_whole
 from hf_devft.stages.transfer import State, check_every_layer, expand_adapter, fuse_adapter
-from hf_devft.stages.weights import is_stored, stored_bytes
+from hf_devft.stages.weights import is_stored, stored_bytes, unpack
 
 
 @dataclass
@@ -246,6 +246,8 @@ class DevFTMixin:
         """One round: train the sampled clients, aggregate, record. Returns a gradient norm."""
         started, running = time.perf_counter(), self._running
         self._peak_memory.reset()
+        for parameter in self.model.parameters():
+            unpack(parameter)  # an evaluation may have been before
 
         def train_client(client: int, batches: ClientBatches) -> tuple[LocalResult, torch.Tensor]:
             self.engine.begin_client(running.adapter, learning_rate)

@@ -68,8 +68,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
         clients = clients_of(args, train_dataset, partitioner)
         set_seed(args.seed)
         if isinstance(model, str):
-            model, loaded = _load(model, args.model_init_kwargs or {})
-            processing_class = processing_class or loaded
+            model, processing_class = _load(model, args.model_init_kwargs or {}, processing_class)
         if isinstance(model, PeftModel) == (peft_config is not None):
             raise ValueError(
                 "pass `peft_config` with a plain model, and a `PeftModel` without it: there must be one adapter."
@@ -94,11 +93,13 @@ class DevFTTrainer(DevFTMixin, Trainer):
         )
 
 
-def _load(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of one name, at one revision."""
+def _load(
+    name: str, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and, unless given, tokenizer of one name, at one revision."""
     path = resolve_model_name(name)
     shared = {key: options[key] for key in ("revision", "trust_remote_code", "token") if key in options}
-    return load_base(path, **options), AutoTokenizer.from_pretrained(path, **shared)
+    return load_base(path, **options), tokenizer or AutoTokenizer.from_pretrained(path, **shared)
 
 
 def _as_rows(dataset: Dataset) -> Dataset:

@@ -92,12 +92,21 @@ def dense(parameter: torch.Tensor) -> torch.Tensor:
         )
     if state is None:
         return parameter
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit
 
-    if getattr(state, "packing_format_for_cpu", False):
-        # An evaluation on a CPU has repacked the weight for its kernels: back, as bitsandbytes does before it saves.
-        parameter.data, parameter.quant_state = _convert_weight_packed_for_cpu_inverse(parameter.data, state)
+    unpack(parameter)
     return dequantize_4bit(parameter.data, parameter.quant_state)
+
+
+def unpack(parameter: torch.Tensor) -> None:
+    """Undo what an evaluation on a CPU does to a 4-bit weight: repacked for bitsandbytes' inference kernels, it can
+    neither be read nor passed a gradient through."""
+    if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse  # as it does before it saves
+
+        parameter.data, parameter.quant_state = _convert_weight_packed_for_cpu_inverse(
+            parameter.data, parameter.quant_state
+        )
 
 
 class DenseValues(Sequence):
