@@ -6,6 +6,7 @@
 Every key of a config is also a flag. Without data files, the tasks are made up by the package's generator.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -68,4 +69,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        # All processes of a launch meet the same mistake: one of them tells it.
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)

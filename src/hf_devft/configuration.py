@@ -1,10 +1,12 @@
 """What a run is: `DevFTConfig` (what the user says) and `StageConfig` (what one stage came to)."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -187,6 +189,8 @@ class DevFTConfig(TrainingArguments):
     generation_max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer, in tokens."})
 
     def __post_init__(self):
+        # Several processes without an accelerator would each take itself for the only one.
+        self.use_cpu |= int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
         super().__post_init__()
         self.adapter_fusion = self.adapter_fusion or self.fusion
         if any(name in OptimizerNames(self.optim).value for name in _UNSUPPORTED_OPTIMIZERS):

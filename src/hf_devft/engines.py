@@ -95,7 +95,8 @@ class DeepSpeedEngine(Engine):
             self.model, self.optimizer = self.accelerator.prepare(model, trainer.create_optimizer())
         elif self._sharded:
             self.model = self.accelerator.prepare(model)
-        else:  # every process holds all of the model
+        else:  # every process holds all of the model, in the type that training has cast the base to
+            model = model.to(plugin.hf_ds_config.dtype())
             self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self._blank_scale = copy.copy(self._zero.loss_scaler) if train else None
 

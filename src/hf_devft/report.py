@@ -60,7 +60,7 @@ class RunReport:
 def with_start(stages: list[StageConfig], log_history: list[dict]) -> list[StageConfig]:
     """The stages, after a stage 0 that stands for the start where that was evaluated."""
     start = [row for row in log_history if row.get("stage") == 0]
-    none = {"stage": 0, "rounds_done": 0, "totals": Ledger().totals()}
+    none = {"stage": 0, "num_layers": stages[-1].full_layers, "rounds_done": 0, "totals": Ledger().totals()}
     return [replace(stages[-1], metrics=row, **none) for row in start[:1]] + stages
 
 
