@@ -22,9 +22,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# bitsandbytes for the tests alone: where it is installed, it greets every run with a line about its kernels.
+# The extras for the tests alone: where they are installed, they greet every run with lines of their own.
 $(TESTABLE): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quantization]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,quantization]'
 	@touch $@
 
 quickstart: install  ## Run the main job: federated tuning in stages on the embedded base

@@ -97,6 +97,22 @@ def test_the_run_is_the_same_on_several_processes(alone, tmp_path, name, process
         assert metrics[1]["eval_full_exact_match"] == metrics[0]["eval_full_exact_match"]
 
 
+def test_half_precision_under_zero2(tmp_path):
+    options = {
+        "bf16": True,
+        "gradient_accumulation_steps": 2,
+        "activation_checkpointing": True,
+        "eval_strategy": "epoch",
+    }
+    losses = []
+    for name, command in (("one", None), ("zero2", "zero2")):
+        given = options | {"output_dir": str(tmp_path / name)}
+        result = launch(tmp_path, command, 2, given) if command else run([sys.executable], given)
+        assert result.returncode == 0, result.stderr
+        losses.append([record["loss"] for record in json.loads((tmp_path / name / "ledger.json").read_text())])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
 @pytest.mark.parametrize("placement", ["client_parallel", "data_parallel"])
 def test_a_process_that_fails_ends_the_launch_with_its_error(tmp_path, placement):
     options = {"output_dir": str(tmp_path / "output"), "client_placement": placement, "fail": [1, 2]}

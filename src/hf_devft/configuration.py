@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_available
 from transformers.training_args import OptimizerNames
 
 
@@ -189,6 +190,8 @@ class DevFTConfig(TrainingArguments):
     generation_max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer, in tokens."})
 
     def __post_init__(self):
+        if self.deepspeed and not is_deepspeed_available():
+            raise ImportError("DeepSpeed is not installed: pip install 'hf-devft[deepspeed]'")
         # Several processes without an accelerator would each take itself for the only one.
         self.use_cpu |= int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
         super().__post_init__()
@@ -221,6 +224,9 @@ class DevFTConfig(TrainingArguments):
             self.client_placement = "data_parallel" if deepspeed else "client_parallel"
         _choice("client_placement", self.client_placement, CLIENT_PLACEMENTS)
         together = self.client_placement == "data_parallel"
+        for name, instead in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+            if deepspeed and name in self.deepspeed_plugin.deepspeed_config:
+                raise ValueError(f"the DeepSpeed config has its own {name}: leave it out, and set `{instead}`.")
         if deepspeed and not together:
             raise ValueError('DeepSpeed trains each client on all processes: set client_placement="data_parallel".')
         if deepspeed and self.deepspeed_plugin.zero_stage == 3 and self.grouping == "calibrated":
