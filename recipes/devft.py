@@ -3,6 +3,8 @@
     accelerate launch recipes/devft.py                                    # the quickstart
     accelerate launch recipes/devft.py --config recipes/configs/fedit.yaml --seed 1 --output_dir outputs/fedit
 
+    accelerate launch recipes/devft.py --resume_from_checkpoint last      # starts a run, or goes on with it
+
 Every key of a config is also a flag. Without data files, the tasks are made up by the package's generator.
 """
 
