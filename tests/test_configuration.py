@@ -59,7 +59,6 @@ def test_one_value_or_one_per_stage(tmp_path):
     ({"growth_factor": 1.0}, "does not grow"),
     ({"dirichlet_alpha": 0.0}, "above 0"),
     ({"num_train_epochs": 5}, "stage_rounds"),
-    ({"push_to_hub": True}, "hf upload"),
     ({"optim": "schedule_free_adamw"}, "start afresh"),
     ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "one data loader"),
     ({"client_placement": "somewhere"}, "choose one of client_parallel, data_parallel"),

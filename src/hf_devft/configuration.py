@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_available
 from transformers.training_args import OptimizerNames
+from transformers.utils import PushToHubMixin
 
 
 STAGE_CONFIG_NAME = "stage_config.json"
@@ -27,7 +28,6 @@ CLIENT_PLACEMENTS = ("client_parallel", "data_parallel")
 # Options of `TrainingArguments` that have no meaning here, the value that says nothing, and what to use instead.
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "num_train_epochs": (3.0, "an epoch is a stage here: set `stage_layers` and `stage_rounds`"),
-    "push_to_hub": (False, "pushing is not implemented yet: upload `output_dir` with `hf upload`"),
     "fsdp": (None, "shard with DeepSpeed ZeRO-3 instead (recipes/accelerate/zero3.yaml)"),
     "train_sampling_strategy": ("random", "clients shuffle their own rows"),
     "neftune_noise_alpha": (None, "noise on the embeddings is not implemented"),
@@ -321,7 +321,7 @@ class DevFTConfig(TrainingArguments):
 
 
 @dataclass
-class StageConfig:
+class StageConfig(PushToHubMixin):
     """The record of one stage, saved beside its adapter as `stage_config.json`.
 
     Attributes:
@@ -358,8 +358,8 @@ class StageConfig:
     metrics: dict[str, float] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `stage_config.json` into a folder."""
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write `stage_config.json` into a folder. What `push_to_hub` passes on for models is ignored."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{STAGE_CONFIG_NAME}.tmp"

@@ -2,10 +2,11 @@
 
 import copy
 import functools
+import logging
 import time
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from huggingface_hub import CommitInfo, HfApi
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint, rotate_checkpoints
 
 from hf_devft.checkpoint import SCHEDULE, Checkpoint, RunState
 from hf_devft.configuration import DevFTConfig, StageConfig
@@ -34,6 +36,7 @@ from hf_devft.federation.rounds import Federation, RoundOutcome
 from hf_devft.federation.sampling import ClientSampling, Placement, client_seed, turns
 from hf_devft.files import atomic_folder
 from hf_devft.hub.artifacts import SUBMODEL, check_lora, load_adapter, save_adapter
+from hf_devft.hub.push import HubPusher, Push, finished_stages, left_over, stage_push
 from hf_devft.metrics import ExactMatch
 from hf_devft.progress import RoundProgressCallback, print_stages
 from hf_devft.report import RunReport, describe_setup, with_start
@@ -44,6 +47,9 @@ from hf_devft.stages.layer_stack import LayerStack, find_layer_stack, with_layer
 from hf_devft.stages.submodel import build_submodel, build_whole
 from hf_devft.stages.transfer import State, check_every_layer, expand_adapter, fuse_adapter
 from hf_devft.stages.weights import is_stored, stored_bytes, unpack
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -127,6 +133,7 @@ class DevFTMixin:
                 f"clients_per_round={args.clients_per_round}, but there are {len(clients.rows)} clients: lower it."
             )
         eval_dataset = first_rows(eval_dataset, args.max_eval_samples)
+        self._pusher: HubPusher | None = None
         super().__init__(model=model, args=args, train_dataset=clients.dataset, eval_dataset=eval_dataset, **kwargs)
         if len(self.train_dataset) != len(clients.dataset):
             raise ValueError(
@@ -405,6 +412,9 @@ class DevFTMixin:
         if self.is_world_process_zero():
             finished = self.stages[: stage.stage]
             self._report().write(finished, self._full_adapter, sub, self.state.log_history, self.ledger)
+            if self._pusher is not None and self.args.hub_strategy != HubStrategy.END:
+                self.callback_handler.on_push_begin(self.args, self.state, self.control)
+                self._pusher.submit(stage_push(self.args.output_dir, stage.stage))
             if not self.args.disable_tqdm:
                 print_stages(with_start(finished, self.state.log_history))
         self.accelerator.wait_for_everyone()
@@ -582,6 +592,7 @@ class DevFTMixin:
             base_name=config._name_or_path or None,
             base_revision=getattr(config, "_commit_hash", None),
             setup=describe_setup(self.args, self.clients, self.peft_config),
+            repo_id=self.hub_model_id if self.args.push_to_hub else None,
             evaluation_rows=_count(self.eval_dataset) if self.eval_dataset is not None else 0,
         )
 
@@ -591,6 +602,8 @@ class DevFTMixin:
             self._save(output_dir, adapter_state(self.model))
         else:
             self._save(output_dir, self._expanded(self._sub_adapter()))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
 
     def _save(self, output_dir: str | None = None, state_dict: State | None = None) -> None:
         if not self.args.should_save:
@@ -615,6 +628,7 @@ class DevFTMixin:
                 self.save_model(str(folder), _internal_call=True)
                 if not self.args.save_only_model:
                     self._save_run_state(folder)
+            self._push_from_checkpoint(target)
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,
@@ -633,6 +647,72 @@ class DevFTMixin:
             if (name := type(callback).__name__) in self.state.stateful_callbacks:
                 self.state.stateful_callbacks[name] = callback.state()
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    # --- the Hub -----------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Settle where to push. The repository is made by the first push, so that no run waits or dies for the Hub."""
+        args = self.args
+        self.hub_model_id = args.hub_model_id or Path(args.output_dir).absolute().name
+        if self.is_world_process_zero():
+            api = HfApi(token=args.hub_token if token is None else token)
+            private = args.hub_private_repo if private is None else private
+            self._pusher = HubPusher(self.hub_model_id, api, private, args.hub_revision)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> CommitInfo | None:
+        """Push every finished stage, each as a commit and a tag; where there is none, the adapter as it is.
+
+        Args:
+            commit_message: default: the stage's name.
+            blocking: wait for it, and raise what goes wrong; else push beside what comes next, as training does.
+            token, revision, private: instead of `hub_token`, `hub_revision`, `hub_private_repo`.
+
+        Returns:
+            The last commit; None on other processes than the main one, and where it is not waited for.
+        """
+        finished = finished_stages(self.args.output_dir)
+        if not finished:
+            self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self._pusher is None or (token, revision, private) != (None, None, None):
+            self.init_hf_repo(token, private)
+            self._pusher.revision = revision or self.args.hub_revision
+        pushes = [stage_push(self.args.output_dir, stage) for stage in finished]
+        pushes = pushes or [Push("Adapter", {"": Path(self.args.output_dir)})]
+        commit = None
+        for push in pushes:
+            push = replace(push, title=commit_message or push.title)
+            if blocking:
+                commit = self._pusher.push(push)
+            else:
+                self._pusher.submit(push)
+        return commit
+
+    def _push_from_checkpoint(self, checkpoint_folder: Path) -> None:
+        """With `hub_strategy` "checkpoint" the newest one, as `last-checkpoint/`; with "all_checkpoints" every one."""
+        names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint_folder.name}
+        name = names.get(self.args.hub_strategy)
+        if self._pusher is None or name is None or (self._pusher.pending and not self.args.hub_always_push):
+            return  # as `Trainer`: not while the push before is under way
+        self._pusher.submit(Push(f"Round {self.state.global_step}, checkpoint", {name: checkpoint_folder}))
+
+    def _finish_current_push(self) -> None:
+        if self._pusher is None:
+            return
+        if self.args.hub_strategy == HubStrategy.END:
+            self.push_to_hub(blocking=False)
+        if self._pusher.finish():
+            logger.warning(left_over(self._pusher, self.args.output_dir))
+
+    # --- checkpoints of other runs -----------------------------------------------------------------------------
 
     def _setting(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it continues."""

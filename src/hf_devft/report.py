@@ -29,6 +29,7 @@ class RunReport:
     base_revision: str | None
     setup: dict[str, Any]
     evaluation_rows: int
+    repo_id: str | None = None
 
     def write(self, stages: list[StageConfig], full: State, sub: State, log_history: list[dict], ledger: Ledger):
         """Write the newest of the finished `stages`: `stage-N/`, and the root anew.
@@ -52,7 +53,9 @@ class RunReport:
             (folder / LEDGER).write_text(json.dumps(ledger.to_dicts()))
 
         def write_card(folder: Path, location: str) -> None:
-            model_card(stages, context, location).save(folder / "README.md")
+            # On the Hub, the root at the stage's tag is the stage, and so is the copy in its folder.
+            where = f'"{location}"' if self.repo_id is None else f'"{self.repo_id}", revision="stage-{stage.stage}"'
+            model_card(stages, context, where).save(folder / "README.md")
 
         save_stage(self.output_dir, stage, self.peft_config, full, sub, self.tokenizer, write_extras, write_card)
 

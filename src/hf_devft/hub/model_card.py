@@ -35,7 +35,7 @@ def model_card(stages: list[StageConfig], context: CardContext, location: str) -
     """The card of the newest of the finished `stages`.
 
     Args:
-        location: folder or repository that the snippet loads from.
+        location: arguments of `from_pretrained` in the snippet.
     """
     stage = stages[-1]
     base = stage.base_model_name_or_path

@@ -1,0 +1,173 @@
+"""Commits and tags: what a run has written goes to the Hub beside the training, which never dies of it.
+
+python -m hf_devft.hub.push outputs/run me/run     # what a run could not push, or a run made without pushing
+"""
+
+import logging
+import sys
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from hf_devft.configuration import STAGE_CONFIG_NAME
+from hf_devft.hub.artifacts import SUBMODEL
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Push:
+    """One commit.
+
+    Attributes:
+        title: what the commit is, as its message.
+        folders: {folder in the repository ("" for the root): local folder}.
+        tag: to set on the commit, or None.
+    """
+
+    title: str
+    folders: dict[str, Path]
+    tag: str | None = None
+
+    def operations(self) -> list[CommitOperationAdd]:
+        """Every file of the folders; a compact adapter, checkpoints and hidden files stay out of the root."""
+        return [
+            CommitOperationAdd("/".join(filter(None, [where, path.relative_to(folder).as_posix()])), path)
+            for where, folder in self.folders.items()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and (where or _belongs_to_root(path.relative_to(folder)))
+        ]
+
+
+def _belongs_to_root(path: Path) -> bool:
+    return path.parts[0] != SUBMODEL and not path.parts[0].startswith((".", "checkpoint-"))
+
+
+def stage_push(output_dir: str | Path, stage: int) -> Push:
+    """A finished stage: the root, `stage-N/`, and the tag `stage-N`."""
+    name = f"stage-{stage}"
+    folder = Path(output_dir) / name
+    return Push(f"Stage {stage}", {"": folder, name: folder}, tag=name)
+
+
+def finished_stages(output_dir: str | Path) -> list[int]:
+    """The stages that `output_dir` holds, in order."""
+    found = [path.parent.name for path in Path(output_dir).glob(f"stage-*/{STAGE_CONFIG_NAME}")]
+    return sorted(int(name.removeprefix("stage-")) for name in found)
+
+
+class HubPusher:
+    """Pushes in order, one at a time, in a thread of its own. What fails is tried again with the next push.
+
+    Args:
+        repo_id: "user/name", or "name" for the token's owner.
+        api: the client, with its token.
+        private: whether a repository that is not there yet is made private.
+        revision: the branch to commit to; default: main.
+
+    Attributes:
+        error: what kept the oldest of the pending pushes back the last time, or None.
+    """
+
+    def __init__(self, repo_id: str, api: HfApi, private: bool | None = None, revision: str | None = None):
+        self.repo_id = repo_id
+        self.api = api
+        self.private = private
+        self.revision = revision
+        self.error: Exception | None = None
+        self._ready = False
+        self._pending: deque[Push] = deque()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="hub")
+        self._running: Future | None = None
+
+    @property
+    def pending(self) -> list[Push]:
+        """What is not on the Hub yet."""
+        return list(self._pending)
+
+    def submit(self, push: Push) -> None:
+        """Push beside whatever comes next. Never raises, never waits."""
+        self._pending.append(push)
+        self._running = self._worker.submit(self._drain)
+
+    def finish(self) -> list[Push]:
+        """Wait for the pushes, try what failed once more, and return what is still not on the Hub."""
+        if self._running is not None:
+            self._running.result()
+        if self._pending:
+            self._worker.submit(self._drain).result()
+        return self.pending
+
+    def push(self, push: Push) -> CommitInfo:
+        """Push at once.
+
+        Raises:
+            HfHubHTTPError, OSError: as `huggingface_hub` says.
+        """
+        self._make_ready()
+        commit = self.api.create_commit(
+            self.repo_id, push.operations(), commit_message=push.title, revision=self.revision
+        )
+        if push.tag is not None:
+            self._tag(push.tag, commit.oid)
+        return commit
+
+    def _drain(self) -> None:
+        while self._pending:
+            try:
+                self.push(self._pending[0])
+            except Exception as error:  # of the network, the Hub, the token: the run goes on in any case
+                self.error = error
+                logger.warning(f"{self._pending[0].title} is not on the Hub yet ({_first_line(error)}).")
+                return
+            self._pending.popleft()
+        self.error = None
+
+    def _make_ready(self) -> None:
+        if not self._ready:
+            self.repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+            if self.revision is not None:
+                self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+            self._ready = True
+
+    def _tag(self, tag: str, oid: str) -> None:
+        try:
+            self.api.create_tag(self.repo_id, tag=tag, revision=oid)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            self.api.delete_tag(self.repo_id, tag=tag)  # of an earlier run, or of this one before it was resumed
+            self.api.create_tag(self.repo_id, tag=tag, revision=oid)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+def left_over(pusher: HubPusher, output_dir: str | Path) -> str:
+    """What a run's end says of what could not be pushed."""
+    titles = ", ".join(push.title for push in pusher.pending)
+    return (
+        f"Not on the Hub: {titles} ({_first_line(pusher.error)}). Nothing is lost, all of it is in {output_dir}/. "
+        f"Push it with: python -m hf_devft.hub.push {output_dir} {pusher.repo_id}"
+    )
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 2 or not finished_stages(argv[0]):
+        raise ValueError("usage: python -m hf_devft.hub.push OUTPUT_DIR REPO_ID, OUTPUT_DIR holding stage-N folders")
+    pusher = HubPusher(argv[1], HfApi())
+    for stage in finished_stages(argv[0]):
+        print(pusher.push(stage_push(argv[0], stage)).commit_url)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

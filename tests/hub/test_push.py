@@ -1,0 +1,99 @@
+import huggingface_hub.utils._http
+import pytest
+from huggingface_hub import HfApi
+from server import TOKEN, Fault, serve
+
+from hf_devft.hub.push import HubPusher, finished_stages, left_over, stage_push
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between the client's retries
+    huggingface_hub.utils._http.close_session()
+    with serve(tmp_path / "hub") as server:
+        yield server
+    huggingface_hub.utils._http.close_session()
+
+
+@pytest.fixture
+def output(tmp_path):
+    """A run of two stages."""
+    for stage in (1, 2):
+        folder = tmp_path / "run" / f"stage-{stage}"
+        (folder / "submodel").mkdir(parents=True)
+        (folder / "stage_config.json").write_text(f'{{"stage": {stage}}}')
+        (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n")
+        (folder / "adapter_model.safetensors").write_bytes(b"full" * stage)
+        (folder / "submodel" / "adapter_model.safetensors").write_bytes(b"sub" * stage)
+    return tmp_path / "run"
+
+
+def pusher(hub, token=TOKEN, **kwargs) -> HubPusher:
+    return HubPusher("me/run", HfApi(endpoint=hub.url, token=token), **kwargs)
+
+
+def test_a_stage_is_one_commit_and_a_tag(hub, output):
+    pushing = pusher(hub, private=True)
+    for stage in finished_stages(output):
+        pushing.submit(stage_push(output, stage))
+    assert pushing.finish() == []
+    repo = hub.repos["me/run"]
+    assert repo.private
+    assert list(repo.messages.values()) == ["initial commit", "Stage 1", "Stage 2"]
+    assert set(repo.tags) == {"stage-1", "stage-2"}
+    at = {tag: repo.commits[oid] for tag, oid in repo.tags.items()}
+    names = {"README.md", "adapter_model.safetensors", "stage_config.json"}
+    first = names | {f"stage-1/{name}" for name in names} | {"stage-1/submodel/adapter_model.safetensors"}
+    assert set(at["stage-1"]) == first | {".gitattributes"}
+    assert at["stage-2"]["adapter_model.safetensors"] == at["stage-2"]["stage-2/adapter_model.safetensors"]
+    assert at["stage-2"]["adapter_model.safetensors"] != at["stage-1"]["adapter_model.safetensors"]
+    assert set(first) < set(at["stage-2"])
+
+
+def test_a_branch_of_its_own(hub, output):
+    pushing = pusher(hub, revision="try")
+    pushing.push(stage_push(output, 1))
+    repo = hub.repos["me/run"]
+    assert "stage-1/README.md" in repo.commits[repo.branches["try"]]
+    assert "stage-1/README.md" not in repo.commits[repo.branches["main"]]
+
+
+def test_pushing_again_moves_the_tag(hub, output):
+    pushing = pusher(hub)
+    pushing.push(stage_push(output, 1))
+    before = hub.repos["me/run"].tags["stage-1"]
+    (output / "stage-1" / "adapter_model.safetensors").write_bytes(b"other")
+    pushing.push(stage_push(output, 1))
+    assert hub.repos["me/run"].tags["stage-1"] != before
+
+
+@pytest.mark.parametrize("fault", [
+    Fault("/commit/", 500, times=1),
+    Fault("/api/repos/create", 403, times=1),
+    Fault("/lfs/", 0, times=6),  # the client itself tries five times
+    Fault("/tag/", 500, times=1),
+], ids=["commit-fails", "no-permission", "connection-cut", "tag-fails"])  # fmt: skip
+def test_what_fails_is_pushed_with_the_next_stage(hub, output, fault, caplog):
+    hub.faults.append(fault)
+    pushing = pusher(hub)
+    pushing.submit(stage_push(output, 1))
+    pushing._running.result()
+    assert [push.title for push in pushing.pending] == ["Stage 1"]
+    assert "Stage 1 is not on the Hub yet" in caplog.text
+    pushing.submit(stage_push(output, 2))
+    assert pushing.finish() == []
+    assert set(hub.repos["me/run"].tags) == {"stage-1", "stage-2"}
+    assert pushing.error is None
+
+
+@pytest.mark.parametrize(("token", "faults"), [("hf_wrong", []), (TOKEN, [Fault("/", 503)])], ids=["no-token", "down"])
+def test_what_never_gets_there_is_told_with_the_command_that_pushes_it(hub, output, token, faults):
+    hub.faults += faults
+    pushing = pusher(hub, token)
+    for stage in (1, 2):
+        pushing.submit(stage_push(output, stage))
+    assert [push.title for push in pushing.finish()] == ["Stage 1", "Stage 2"]
+    message = left_over(pushing, output)
+    assert "Not on the Hub: Stage 1, Stage 2" in message
+    assert f"python -m hf_devft.hub.push {output} me/run" in message

@@ -1,0 +1,116 @@
+"""A run that pushes, and a process without our code that loads what it pushed, by the Hub's protocol."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from server import TOKEN, Fault, serve
+
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "devft.py"
+SHORT = [
+    "--stage_rounds", "1", "--local_steps", "1", "--task_rows", "100", "--task_eval_rows", "8",
+    "--eval_strategy", "no", "--predict_with_generate", "false", "--push_to_hub", "--hub_model_id", "me/run",
+]  # fmt: skip
+
+
+def run(home: Path, url: str, *command, token: str = TOKEN) -> subprocess.CompletedProcess:
+    hub = {"HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, env=os.environ | hub
+    )
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pushed")
+    with serve(folder / "hub") as hub:
+        result = run(
+            folder / "home", hub.url, RECIPE, *SHORT, "--output_dir", folder / "run", "--hub_private_repo", "true",
+            "--hub_strategy", "checkpoint",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        yield hub, folder, result
+
+
+def test_every_stage_is_a_commit_with_a_tag(pushed):
+    hub, _, result = pushed
+    repo = hub.repos["me/run"]
+    assert repo.private
+    messages = list(repo.messages.values())
+    assert [message for message in messages if message.startswith("Stage")] == ["Stage 1", "Stage 2", "Stage 3"]
+    assert set(repo.tags) == {"stage-1", "stage-2", "stage-3"}
+    newest = repo.commits[repo.branches["main"]]
+    expected = {"README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png", "stage_config.json"}
+    for stage in ("", "stage-1/", "stage-2/", "stage-3/"):
+        assert {stage + name for name in expected} <= set(newest)
+    assert "last-checkpoint/devft_state.json" in newest
+    assert "Not on the Hub" not in result.stderr
+    assert hub.cards
+    assert 'from_pretrained("me/run", revision="stage-3")' in hub.cards[-1]
+
+
+LOAD = """
+import json, sys
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+def weights(model):
+    return sum(float(p.double().abs().sum()) for n, p in model.named_parameters() if "lora_" in n)
+
+newest = AutoPeftModelForCausalLM.from_pretrained("me/run")
+base = newest.peft_config["default"].base_model_name_or_path
+found = {"newest": weights(newest)}
+for stage in ("stage-1", "stage-2", "stage-3"):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "me/run", subfolder=stage)
+    found[stage] = weights(model)
+    found[f"{stage}, by tag"] = weights(AutoPeftModelForCausalLM.from_pretrained("me/run", revision=stage))
+AutoTokenizer.from_pretrained("me/run")
+assert "hf_devft" not in sys.modules
+print(json.dumps(found))
+"""
+
+
+def test_a_process_without_our_code_loads_every_stage_by_name(pushed):
+    hub, folder, _ = pushed
+    result = run(folder / "home", hub.url, "-c", LOAD)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    for stage in ("stage-1", "stage-2", "stage-3"):
+        assert found[stage] == found[f"{stage}, by tag"]
+    assert found["newest"] == found["stage-3"] != found["stage-1"]
+
+
+READ = """
+from hf_devft import StageConfig
+config = StageConfig.from_pretrained("me/run", subfolder="stage-2")
+assert config.num_layers == 8 and StageConfig.from_pretrained("me/run", revision="stage-1").num_layers == 4
+config.push_to_hub("me/record")
+assert StageConfig.from_pretrained("me/record") == config
+"""
+
+
+def test_a_stages_record_is_read_and_pushed_by_name(pushed):
+    hub, folder, _ = pushed
+    result = run(folder / "home", hub.url, "-c", READ)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_run_survives_a_hub_that_is_down_and_is_pushed_by_the_command_it_names(tmp_path):
+    with serve(tmp_path / "hub") as hub:
+        hub.faults.append(Fault("/", 500))
+        output = tmp_path / "run"
+        result = run(tmp_path / "home", hub.url, RECIPE, *SHORT, "--output_dir", output)
+        assert result.returncode == 0, result.stderr
+        assert (output / "stage-3" / "adapter_model.safetensors").exists()
+        assert "Not on the Hub: Stage 1, Stage 2, Stage 3" in result.stderr
+        command = result.stderr.partition("Push it with: python ")[2].split()[:4]
+        assert command == ["-m", "hf_devft.hub.push", str(output), "me/run"]
+        hub.faults.clear()
+        result = run(tmp_path / "home", hub.url, *command)
+        assert result.returncode == 0, result.stderr
+        assert set(hub.repos["me/run"].tags) == {"stage-1", "stage-2", "stage-3"}
