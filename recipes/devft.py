@@ -46,13 +46,13 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
     )
 
 
-def main(argv: list[str]) -> None:
+def make_trainer(argv: list[str]) -> DevFTTrainer:
     recipe, args = parse_arguments(argv, QUICKSTART)
     # The run has one bar and one table of its own.
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     train, evaluation, calibration = load_data(recipe, args)
-    trainer = DevFTTrainer(
+    return DevFTTrainer(
         recipe.model_name_or_path,
         args,
         peft_config=recipe.lora_config(),
@@ -62,14 +62,14 @@ def main(argv: list[str]) -> None:
         compute_metrics=LanguageModelMetrics(),
         preprocess_logits_for_metrics=reduce_logits,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if trainer.is_world_process_zero():
-        print(f"Adapters, model card and plot are in {args.output_dir}/")
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        trainer = make_trainer(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:
-        # All processes of a launch meet the same mistake: one of them tells it.
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        process = os.environ.get("RANK", "0")
+        sys.exit(f"error: {error}" if process == "0" else f"error on process {process}: {error}")
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if trainer.is_world_process_zero():
+        print(f"Adapters, model card and plot are in {trainer.args.output_dir}/")

@@ -71,6 +71,12 @@ def test_bad_values_say_what_to_change(tmp_path, options, message):
         config(tmp_path, **options)
 
 
+def test_an_fsdp_launch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        config(tmp_path)
+
+
 def stage_config(**kwargs) -> StageConfig:
     defaults = {"stage": 1, "num_stages": 2, "num_layers": 2, "full_layers": 4, "rounds": 3, "learning_rate": 1e-3}
     return StageConfig(**defaults | {"groups": [[0, 1], [2, 3]], "metrics": {"loss": 1.5}} | kwargs)

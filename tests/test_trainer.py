@@ -17,6 +17,7 @@ from hf_devft.federation.batches import client_batches
 from hf_devft.federation.partition import partition_dataset
 from hf_devft.federation.rounds import QuorumError
 from hf_devft.federation.sampling import client_seed, sample_clients
+from hf_devft.stages.adapter import adapter_state
 
 
 def final_adapter(trainer) -> dict[str, torch.Tensor]:
@@ -373,6 +374,21 @@ def test_resume_gives_the_same_adapter_bit_for_bit(make_trainer, tmp_path, stopp
     assert ledgers[0] == ledgers[1]
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_finished_stages_folder_is_where_a_run_can_go_on(make_trainer, tmp_path, stage):
+    options = {"stage_layers": [2, 3, 4], "lr_scheduler_type": "cosine", "transfer": "split"}
+    whole = make_trainer(output_dir=tmp_path / "whole", **options)
+    whole.train()
+    resumed = make_trainer(output_dir=tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"stage-{stage}"))
+    assert_equal(final_adapter(resumed), final_adapter(whole))
+    ledgers = [[(r.round, r.clients, r.bytes_up, r.loss) for r in t.ledger.rounds] for t in (resumed, whole)]
+    assert ledgers[0] == ledgers[1]
+    assert not (tmp_path / "resumed" / f"stage-{stage}").exists()
+    with pytest.raises(ValueError, match="nothing is left to do"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "stage-3"))
+
+
 @pytest.mark.parametrize("resume", [None, True])
 def test_a_trainer_goes_on_after_an_interruption(make_trainer, tmp_path, resume):
     class InterruptOnce(TrainerCallback):
@@ -391,6 +407,66 @@ def test_a_trainer_goes_on_after_an_interruption(make_trainer, tmp_path, resume)
     whole = make_trainer(output_dir=tmp_path / "whole", **options)
     whole.train()
     assert_equal(final_adapter(trainer), final_adapter(whole))
+
+
+@pytest.mark.parametrize("where", ["hf_devft.mixin.make_engine", "hf_devft.mixin.RunReport.write"])
+def test_an_interruption_while_a_stage_is_built_or_finished(make_trainer, tmp_path, monkeypatch, where):
+    trainer = make_trainer()
+    start = adapter_state(trainer.model)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert load_file(tmp_path / "saved" / "adapter_model.safetensors").keys() == start.keys()
+    trainer.train()
+    assert trainer.stages[-1].rounds_done == 2
+
+
+def test_running_out_of_memory_in_an_evaluation_does_not_start_the_run_anew(make_trainer, eval_tasks, monkeypatch):
+    trainer = make_trainer(eval_dataset=eval_tasks, auto_find_batch_size=True)
+
+    def fail(*args):
+        raise RuntimeError("CUDA out of memory.")
+
+    monkeypatch.setattr(trainer, "_evaluate_full_depth", fail)
+    with pytest.raises(RuntimeError, match="per_device_eval_batch_size"):
+        trainer.train()
+    assert [record.round for record in trainer.ledger.rounds] == [1, 2]
+
+
+def test_a_calibrated_run_measures_each_submodel_once(make_trainer, eval_tasks):
+    class Counting(DevFTTrainer):
+        measured = []
+
+        def _loss_of_layers(self, base, kept):
+            self.measured.append(tuple(kept))
+            return super()._loss_of_layers(base, kept)
+
+    make_trainer(
+        cls=Counting, eval_dataset=eval_tasks, grouping="calibrated", stage_layers=[2, 3, 4], stage_rounds=[1]
+    ).train()
+    assert len(set(Counting.measured)) == len(Counting.measured)
+
+
+def test_a_base_by_name_can_be_evaluated_before_it_is_trained(tmp_path, tasks, eval_tasks, tokenizer):
+    tiny_llama().save_pretrained(tmp_path / "models" / "tiny")
+    losses = []
+    for model in (str(tmp_path / "models"), tiny_llama()):
+        options = {"model_init_kwargs": {"subfolder": "tiny"}} if isinstance(model, str) else {}
+        trainer = DevFTTrainer(
+            model,
+            config(tmp_path / "run", **options),
+            peft_config=lora(),
+            train_dataset=tasks,
+            eval_dataset=eval_tasks,
+            processing_class=tokenizer,
+        )
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:  # the adapter may be another one by now
+                parameter.data.fill_(0.1)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
 
 
 def test_a_checkpoint_loads_as_a_plain_adapter(make_trainer):
@@ -463,6 +539,29 @@ def test_a_client_that_raises_is_left_out_and_the_next_one_gets_its_own_rows(mak
     # Round 2 starts from elsewhere, but with the same rows.
     assert ill.ledger.rounds[1].clients == healthy.ledger.rounds[1].clients
     assert ill.ledger.rounds[1].tokens == healthy.ledger.rounds[1].tokens
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_nothing_of_a_failed_client_stays(make_trainer, micro_batch):
+    """Wherever in an accumulated step it fails, the next client learns the same."""
+    updates = []
+
+    class Ill(DevFTTrainer):
+        seen, fails_at = 0, 0
+
+        def compute_loss(self, *args, **kwargs):
+            self.seen += 1
+            if self.seen == self.fails_at:
+                raise RuntimeError("no more disk")
+            return super().compute_loss(*args, **kwargs)
+
+    for fails_at in (1, micro_batch + 1):
+        trainer = make_trainer(cls=Ill, gradient_accumulation_steps=3, stage_layers=[4], stage_rounds=[1])
+        trainer.fails_at = fails_at
+        trainer.train()
+        assert len(trainer.ledger.rounds[0].dropped) == 1
+        updates.append(final_adapter(trainer))
+    assert_equal(*updates)
 
 
 def test_clients_drop_out_by_config(make_trainer):

@@ -29,6 +29,7 @@ CLIENT_PLACEMENTS = ("client_parallel", "data_parallel")
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "num_train_epochs": (3.0, "an epoch is a stage here: set `stage_layers` and `stage_rounds`"),
     "fsdp": (None, "shard with DeepSpeed ZeRO-3 instead (recipes/accelerate/zero3.yaml)"),
+    "parallelism_config": (None, "tensor, context and sequence parallelism are not implemented"),
     "train_sampling_strategy": ("random", "clients shuffle their own rows"),
     "neftune_noise_alpha": (None, "noise on the embeddings is not implemented"),
     "use_liger_kernel": (False, "Liger kernels are not implemented"),
@@ -130,6 +131,8 @@ class DevFTConfig(TrainingArguments):
             Keyword arguments of `AutoModelForCausalLM.from_pretrained` where the model is given by name.
         max_length (`int`, *optional*, defaults to `512`):
             Tokens that a prompt with its completion is cut to (paper: 512).
+        resume_from_hub (`str`, *optional*):
+            Repository that an earlier run has pushed to: go on with the stage after its last one.
         max_eval_samples (`int`, *optional*):
             Evaluate on the first so many rows only.
         predict_with_generate (`bool`, *optional*, defaults to `False`):
@@ -183,6 +186,9 @@ class DevFTConfig(TrainingArguments):
         default=None, metadata={"help": "Keyword arguments of from_pretrained, as JSON."}
     )
     max_length: int = field(default=512, metadata={"help": "Tokens that a prompt with its completion is cut to."})
+    resume_from_hub: str | None = field(
+        default=None, metadata={"help": "Repository of an earlier run: go on with the stage after its last one."}
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
     predict_with_generate: bool = field(
         default=False, metadata={"help": "Measure exact match by generation at each stage's end."}
@@ -224,6 +230,8 @@ class DevFTConfig(TrainingArguments):
             self.client_placement = "data_parallel" if deepspeed else "client_parallel"
         _choice("client_placement", self.client_placement, CLIENT_PLACEMENTS)
         together = self.client_placement == "data_parallel"
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            raise ValueError("FSDP is not supported: shard with DeepSpeed ZeRO-3 (recipes/accelerate/zero3.yaml).")
         for name, instead in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
             if deepspeed and name in self.deepspeed_plugin.deepspeed_config:
                 raise ValueError(f"the DeepSpeed config has its own {name}: leave it out, and set `{instead}`.")

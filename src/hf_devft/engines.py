@@ -42,8 +42,6 @@ class Engine:
         self._flat = self.layout.flatten()
         for parameter, view in zip(self.layout.parameters, self.layout.cut(self._flat), strict=True):
             parameter.data = view
-        if train:
-            trainer._wrap_model(model)  # sets the options of DDP
         alone = not train or trainer.args.client_placement == "client_parallel"
         self.model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=alone)
         if train:
@@ -62,8 +60,9 @@ class Engine:
 
     def begin_client(self, flat: torch.Tensor, learning_rate: float) -> None:
         """A client starts from the adapter `flat` with the optimiser as it was made, at this round's learning rate;
-        parameter groups of other rates keep their ratio."""
+        parameter groups of other rates keep their ratio. Nothing stays of a client before that failed in a step."""
         self.write(flat)
+        self.model.zero_grad()
         self._reset_optimizer()
         for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * learning_rate / self.learning_rate
@@ -72,6 +71,7 @@ class Engine:
         self.optimizer.load_state_dict(self._blank_optimizer)
         if self._blank_scaler is not None:
             self.accelerator.scaler.load_state_dict(self._blank_scaler)
+            self.accelerator.scaler._per_optimizer_states.clear()  # of a step that was not finished
 
     def gradient_sync(self, last: bool) -> AbstractContextManager:
         """For a backward pass: processes add their gradients up in the `last` one of a step."""

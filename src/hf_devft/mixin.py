@@ -35,7 +35,7 @@ from hf_devft.federation.partition import ClientData, make_clients
 from hf_devft.federation.rounds import Federation, RoundOutcome
 from hf_devft.federation.sampling import ClientSampling, Placement, client_seed, turns
 from hf_devft.files import atomic_folder
-from hf_devft.hub.artifacts import SUBMODEL, check_lora, load_adapter, save_adapter
+from hf_devft.hub.artifacts import SUBMODEL, check_lora, download_stage, load_adapter, save_adapter
 from hf_devft.hub.push import HubPusher, Push, finished_stages, left_over, stage_push
 from hf_devft.metrics import ExactMatch
 from hf_devft.progress import RoundProgressCallback, print_stages
@@ -145,10 +145,12 @@ class DevFTMixin:
         self.ledger = Ledger()
         self.engine: Engine | None = None
         self.placement = Placement(args.client_placement, args.process_index, args.world_size)
-        if self.placement.shares_batches and not (self.model_accepts_loss_kwargs or self.compute_loss_func):
+        cuts = self.placement.shares_batches or args.auto_find_batch_size
+        if cuts and not (self.model_accepts_loss_kwargs or self.compute_loss_func):
             raise ValueError(
-                'client_placement="data_parallel" cuts a batch unevenly, so the loss must be a mean over all its '
-                "tokens: use a model that takes `num_items_in_batch`, or pass `compute_loss_func`."
+                'client_placement="data_parallel" and auto_find_batch_size cut a batch in uneven parts, so the loss '
+                "must be a mean over all its tokens: use a model that takes `num_items_in_batch`, or pass "
+                "`compute_loss_func`."
             )
         self._running: _Running | None = None
         self._base: PreTrainedModel | None = None  # the full base without adapter, from the first stage on
@@ -173,7 +175,7 @@ class DevFTMixin:
             raise ValueError('grouping="calibrated" needs calibration texts: pass `calibration_dataset`.')
         if args.predict_with_generate and (self.eval_dataset is None or self.processing_class is None):
             raise ValueError("predict_with_generate needs `eval_dataset` and `processing_class`.")
-        self._loss_without = functools.cache(self._loss_of_layers)
+        self._losses: dict[tuple[int, ...], float] = {}  # calibration loss of the base with only some layers
         self._similarity = functools.cache(lambda: layer_similarity(find_layer_stack(self._base)))
         for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
             self.remove_callback(callback)
@@ -183,28 +185,45 @@ class DevFTMixin:
     # --- the loop: stages, rounds ---------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`; with `resume_from_checkpoint="last"` from the newest checkpoint in `output_dir`, or from
-        the start where there is none, so that one command starts a run and goes on with it."""
+        """As `Trainer.train`; also goes on with the stage after a finished one, whose folder is given, and, with
+        `args.resume_from_hub` and no checkpoint, after the last one that was pushed there.
+
+        Args:
+            resume_from_checkpoint: "last" is the newest checkpoint in `output_dir`, or the start where there is none,
+                so that one command starts a run and goes on with it.
+        """
         if resume_from_checkpoint == "last":
             folder = Path(self.args.output_dir)
             resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+        if not resume_from_checkpoint and self.args.resume_from_hub:
+            with self.args.main_process_first(desc="download of the last stage"):
+                resume_from_checkpoint = download_stage(
+                    self.args.resume_from_hub, self.args.hub_revision, self.args.hub_token
+                )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _inner_training_loop(
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
     ):
         """`Trainer`'s loop with rounds for steps and stages for epochs."""
+        if batch_size != self._train_batch_size:
+            raise RuntimeError(
+                "out of memory outside of local training, whose steps `auto_find_batch_size` cuts: lower "
+                "`per_device_eval_batch_size`, or train fewer layers."
+            )
         if resume_from_checkpoint is not None and self._checkpoint is None:
             self._load_from_checkpoint(resume_from_checkpoint)  # `train` leaves it out under DeepSpeed
         checkpoint, self._checkpoint = self._checkpoint, None
-        if self._running is not None or self.model is self._base:
-            self._make_whole()  # a run was interrupted
+        if self._base is not None:
+            self._make_whole()  # where a run was interrupted
         self._full_adapter = checkpoint.full if checkpoint else adapter_state(self.model)
         planned = sum(stage.rounds for stage in self.stages)
         max_steps = planned if args.max_steps < 0 else min(args.max_steps, planned)
         self._init_training_state(max_steps, max_steps, len(self.stages), resume_from_checkpoint, trial)
         self.ledger = checkpoint.run.ledger if checkpoint else Ledger()
-        self._schedule = RoundSchedule(self, max_steps, checkpoint.schedule if checkpoint else None)
+        self._schedule = RoundSchedule(
+            self, max_steps, self.state.global_step, checkpoint.schedule if checkpoint else None
+        )
         self._federation = self._make_federation(range(self.state.global_step, max_steps))
         self._local_training = LocalTraining(self)
         self._peak_memory = PeakMemory(args.device)
@@ -367,7 +386,7 @@ class DevFTMixin:
         self._peak_memory.reset()
         base = self._release()
         stack = find_layer_stack(base)
-        if checkpoint:
+        if checkpoint and checkpoint.sub is not None:
             adapter = checkpoint.sub
         else:
             stage.groups = self._group(stage, base, stack)
@@ -411,7 +430,14 @@ class DevFTMixin:
             stage.metrics |= self._evaluate_full_depth(stage.stage)
         if self.is_world_process_zero():
             finished = self.stages[: stage.stage]
-            self._report().write(finished, self._full_adapter, sub, self.state.log_history, self.ledger)
+            self._report().write(
+                finished,
+                self._full_adapter,
+                sub,
+                self.state.log_history,
+                self.ledger,
+                lambda folder: self._save_run_state(folder, stage.stage + 1, done=0, over=False),
+            )
             if self._pusher is not None and self.args.hub_strategy != HubStrategy.END:
                 self.callback_handler.on_push_begin(self.args, self.state, self.control)
                 self._pusher.submit(stage_push(self.args.output_dir, stage.stage))
@@ -423,6 +449,8 @@ class DevFTMixin:
         """Make the full model with the full-depth adapter the model, unless it is."""
         if self._whole:
             return
+        if self._base is None:
+            self._full_adapter = adapter_state(self.model)
         base = self._release()
         self._use(attach_adapter(build_whole(base), self.peft_config, self._full_adapter), train=False)
         self._whole = True
@@ -457,20 +485,25 @@ class DevFTMixin:
                 tensor.data = tensor.data.to(device)
 
     def _group(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack) -> Groups:
-        if stage.grouping == "calibrated":
-            base = build_whole(base)  # many of its submodels are measured
+        whole = functools.cache(lambda: build_whole(base).to(self.args.device))
+
+        def loss_of(kept: list[int]) -> float:
+            if (key := tuple(kept)) not in self._losses:
+                self._losses[key] = self._loss_of_layers(whole(), kept)
+            return self._losses[key]
+
         task = GroupingTask(
             kinds=stack.kinds,
             capacity=stage.num_layers,
             seed=self.args.seed,
             similarity=self._similarity,
-            loss_of=lambda kept: self._loss_without(base, tuple(kept)),
+            loss_of=loss_of,
         )
         # Machines may differ in their last bits: the main process's groups are everyone's.
         return broadcast_object_list([group_layers(task, stage.grouping)])[0]
 
     @torch.no_grad()
-    def _loss_of_layers(self, base: PreTrainedModel, kept: tuple[int, ...]) -> float:
+    def _loss_of_layers(self, base: PreTrainedModel, kept: list[int]) -> float:
         """Mean calibration loss of the base with only the layers `kept`, without adapter."""
         model = with_layers(base, find_layer_stack(base), kept).eval()
         losses = {}
@@ -598,10 +631,12 @@ class DevFTMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The full-depth adapter, and within a stage also the submodel's as it travels."""
-        if self._running is None:
-            self._save(output_dir, adapter_state(self.model))
-        else:
+        if self._running is not None:
             self._save(output_dir, self._expanded(self._sub_adapter()))
+        elif self._base is not None and not self._whole:
+            self._save(output_dir, self._full_adapter)  # between two stages
+        else:
+            self._save(output_dir, adapter_state(self.model))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
@@ -627,7 +662,9 @@ class DevFTMixin:
             with atomic_folder(target) as folder:
                 self.save_model(str(folder), _internal_call=True)
                 if not self.args.save_only_model:
-                    self._save_run_state(folder)
+                    running = self._running
+                    self._save_run_state(folder, running.stage.stage, running.done, self.control.should_epoch_stop)
+                    torch.save(self._schedule.state_dict(), folder / SCHEDULE)
             self._push_from_checkpoint(target)
             rotate_checkpoints(
                 output_dir=str(run_dir),
@@ -637,12 +674,9 @@ class DevFTMixin:
             )
         self.accelerator.wait_for_everyone()
 
-    def _save_run_state(self, folder: Path) -> None:
-        running = self._running
-        over = self.control.should_epoch_stop
-        state = RunState(self.stages, running.stage.stage, running.done, over, self._setting(), self.ledger)
-        state.save(folder)
-        torch.save(self._schedule.state_dict(), folder / SCHEDULE)
+    def _save_run_state(self, folder: Path, stage: int, done: int, over: bool) -> None:
+        """What a run needs to go on with the round after `done` of `stage`, but for the adapters and the schedule."""
+        RunState(self.stages, stage, done, over, self._setting(), self.ledger).save(folder)
         for callback in (*self.callback_handler.callbacks, self.control):
             if (name := type(callback).__name__) in self.state.stateful_callbacks:
                 self.state.stateful_callbacks[name] = callback.state()
@@ -735,6 +769,11 @@ class DevFTMixin:
             raise ValueError(
                 f"{resume_from_checkpoint} is of a run with {', '.join(differing)}: resume with the same, or start "
                 "anew in another `output_dir`."
+            )
+        if checkpoint.run.stage > len(self.stages):
+            raise ValueError(
+                f"{resume_from_checkpoint} is the last stage's: nothing is left to do. To train further, start a new "
+                "run from its adapter."
             )
         for stage, old in zip(self.stages, checkpoint.run.stages, strict=True):
             stage.groups, stage.metrics, stage.totals, stage.rounds_done = (

@@ -1,6 +1,6 @@
 """What a finished stage leaves behind: its folder, card, plot and table."""
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.federation.ledger import Ledger
 from hf_devft.federation.partition import ClientData
-from hf_devft.hub.artifacts import LEDGER, PLOT, save_stage
+from hf_devft.hub.artifacts import PLOT, save_stage
 from hf_devft.hub.model_card import CardContext, model_card
 from hf_devft.plotting import plot_run
 from hf_devft.progress import stage_rows
@@ -31,11 +31,20 @@ class RunReport:
     evaluation_rows: int
     repo_id: str | None = None
 
-    def write(self, stages: list[StageConfig], full: State, sub: State, log_history: list[dict], ledger: Ledger):
+    def write(
+        self,
+        stages: list[StageConfig],
+        full: State,
+        sub: State,
+        log_history: list[dict],
+        ledger: Ledger,
+        save_state: Callable[[Path], None],
+    ) -> None:
         """Write the newest of the finished `stages`: `stage-N/`, and the root anew.
 
         Args:
             full, sub: its full-depth and compact adapter.
+            save_state: writes what a run needs to go on with the next stage, ledger included.
         """
         stage = stages[-1]
         stage.base_model_name_or_path, stage.base_model_revision = self.base_name, self.base_revision
@@ -50,7 +59,7 @@ class RunReport:
 
         def write_extras(folder: Path) -> None:
             figure.savefig(folder / PLOT, dpi=120)
-            (folder / LEDGER).write_text(json.dumps(ledger.to_dicts()))
+            save_state(folder)
 
         def write_card(folder: Path, location: str) -> None:
             # On the Hub, the root at the stage's tag is the stage, and so is the copy in its folder.

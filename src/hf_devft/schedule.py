@@ -9,14 +9,23 @@ class RoundSchedule:
     """`trainer`'s learning rate schedule, stepped once a round.
 
     It runs on an optimiser of its own that has nothing to optimise, as those of the stages come and go.
+
+    Args:
+        num_rounds: of the whole run.
+        done: rounds that are over already.
+        state: a `state_dict` of then; without it, the schedule is run through them. (One that goes by a metric starts
+            anew.)
     """
 
-    def __init__(self, trainer: Trainer, num_rounds: int, state: dict | None = None):
+    def __init__(self, trainer: Trainer, num_rounds: int, done: int = 0, state: dict | None = None):
         self.base_rate = trainer.args.learning_rate
         self.clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.base_rate)
         trainer.lr_scheduler = None
         self.scheduler = trainer.create_scheduler(num_rounds, optimizer=self.clock)
-        if state is not None:
+        if state is None:
+            for _ in range(done):
+                self.step()
+        else:
             self.scheduler.load_state_dict(state["scheduler"])
             self.clock.load_state_dict(state["clock"])
 

@@ -21,7 +21,7 @@ from hf_devft.federation.partition import ClientData
 from hf_devft.hub.artifacts import check_lora
 from hf_devft.mixin import DevFTMixin, clients_of
 from hf_devft.stages.adapter import new_adapter
-from hf_devft.stages.streaming import load_base
+from hf_devft.stages.streaming import load_base, where_from
 
 
 class DevFTTrainer(DevFTMixin, Trainer):
@@ -29,7 +29,8 @@ class DevFTTrainer(DevFTMixin, Trainer):
 
     Args:
         model: a model, a name or path for `AutoModelForCausalLM.from_pretrained` (whose layers are then read from the
-            checkpoint only as stages need them), "embedded" for the small base that
+            checkpoint only as stages need them, so that `trainer.model` can run from the first `train` or `evaluate`
+            on), "embedded" for the small base that
             ships with the package, or a `PeftModel` whose LoRA adapter is the start.
         args: the run.
         peft_config: `LoraConfig` of the adapter; not with a `PeftModel`.
@@ -98,8 +99,7 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and, unless given, tokenizer of one name, at one revision."""
     path = resolve_model_name(name)
-    shared = {key: options[key] for key in ("revision", "trust_remote_code", "token") if key in options}
-    return load_base(path, **options), tokenizer or AutoTokenizer.from_pretrained(path, **shared)
+    return load_base(path, **options), tokenizer or AutoTokenizer.from_pretrained(path, **where_from(options))
 
 
 def _as_rows(dataset: Dataset) -> Dataset:

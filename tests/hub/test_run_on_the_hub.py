@@ -100,6 +100,22 @@ def test_a_stages_record_is_read_and_pushed_by_name(pushed):
     assert result.returncode == 0, result.stderr
 
 
+def test_a_run_goes_on_from_the_hub_on_another_machine(pushed, tmp_path):
+    hub, folder, _ = pushed
+    repo = hub.repos["me/run"]
+    repo.branches["halfway"] = repo.tags["stage-2"]
+    local = [part for part in SHORT if part != "--push_to_hub"]
+    result = run(
+        tmp_path / "home", hub.url, RECIPE, *local, "--resume_from_hub", "me/run", "--hub_revision", "halfway",
+        "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "run" / "stage-2").exists()
+    for name in ("adapter_model.safetensors", "submodel/adapter_model.safetensors"):
+        here, there = (path / "stage-3" / name for path in (tmp_path / "run", folder / "run"))
+        assert here.read_bytes() == there.read_bytes()
+
+
 def test_a_run_survives_a_hub_that_is_down_and_is_pushed_by_the_command_it_names(tmp_path):
     with serve(tmp_path / "hub") as hub:
         hub.faults.append(Fault("/", 500))

@@ -9,6 +9,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from transformers import Trainer
 
+from hf_devft.metrics import IGNORED
+
 
 @dataclass
 class LocalResult:
@@ -56,6 +58,8 @@ class LocalTraining:
             model.zero_grad()
             for inputs in micro_batches:
                 positions = inputs[getattr(model, "main_input_name", "input_ids")].numel()
+                if self.trainer.placement.shares_batches and not inputs["labels"].ne(IGNORED).any():
+                    continue  # a stand-in for an empty share
                 tokens += positions
                 seen += _count(inputs, positions, args.include_num_input_tokens_seen)
         return LocalResult(total / args.local_steps, tokens, seen, grad_norm)

@@ -148,8 +148,8 @@ class Federation:
         try:
             result, adapter = train_client(client, batches)
         except Exception as error:
-            if self.placement.shares_batches:
-                raise  # the other processes wait for this one in the middle of a step
+            if not self.placement.outlives_errors:
+                raise
             self._first_error = self._first_error or error
             self._warn(round_index, client, f"failed and was left out: {type(error).__name__}: {error}")
             return report
@@ -164,6 +164,8 @@ class Federation:
 
     def _of_all_processes(self, reports: torch.Tensor) -> torch.Tensor:
         """Each client's report, from the process or the processes that trained it."""
+        if self.placement.count == 1:
+            return reports
         reports = reports.to(self.device)
         self.add_up(reports)
         if self.placement.shares_batches:  # all know the client, each counted its own tokens

@@ -68,7 +68,13 @@ class Placement:
     count: int = 1
 
     @property
+    def outlives_errors(self) -> bool:
+        """Whether a client can fail alone: not where other processes or DeepSpeed stand in the middle of its step."""
+        return self.kind == "client_parallel"
+
+    @property
     def shares_batches(self) -> bool:
+        """Whether several processes train a client together."""
         return self.kind == "data_parallel" and self.count > 1
 
     def clients(self, training: Sequence[int]) -> list[int]:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -33,6 +35,18 @@ def save_adapter(folder: str | Path, peft_config: LoraConfig, state: dict[str, t
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()
     }
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def download_stage(repo_id: str, revision: str | None = None, token: str | None = None) -> str:
+    """The newest stage of a repository, in a local folder; no more than a run needs to go on, and nothing pickled.
+
+    Raises:
+        ValueError: the repository cannot be read.
+    """
+    try:
+        return snapshot_download(repo_id, revision=revision, token=token, allow_patterns=["*.json", ADAPTER_WEIGHTS])
+    except (OSError, HFValidationError) as error:
+        raise ValueError(f"{repo_id} cannot be read from the Hub: {error}") from error
 
 
 def load_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:

@@ -14,12 +14,12 @@ import torch
 from sklearn.cluster import SpectralClustering
 
 from hf_devft.stages.layer_stack import LayerStack
-from hf_devft.stages.weights import dense, is_cheap_to_read
+from hf_devft.stages.weights import dense, is_cheap_to_read, piece
 
 
 Groups = list[list[int]]
 
-PIECE = 2**18  # elements of a layer's parameter that are compared at once
+PIECE = 2**20  # elements of a layer's parameter that are compared at once
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def layer_similarity(stack: LayerStack) -> torch.Tensor:
     for members in _by_kind(stack.kinds).values():
         index = torch.tensor(members)
         for parameters in zip(*(stack.layers[member].parameters() for member in members), strict=True):
-            for piece in _pieces(parameters):
-                gram[index[:, None], index] += (piece @ piece.T).cpu().double()
+            for rows in _pieces(parameters):
+                gram[index[:, None], index] += (rows @ rows.T).cpu().double()
     norms = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
     return (gram / torch.outer(norms, norms)).float()
 
@@ -63,7 +63,7 @@ def _pieces(parameters: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         yield torch.stack([dense(parameter).detach().flatten().float() for parameter in parameters])
         return
     for start in range(0, parameters[0].numel(), PIECE):
-        rows = [dense(parameter).detach().flatten()[start : start + PIECE].float() for parameter in parameters]
+        rows = [piece(parameter, start, start + PIECE).float() for parameter in parameters]
         yield torch.stack(rows)
 
 

@@ -30,8 +30,7 @@ def load_base(name_or_path: str, **options: Any) -> PreTrainedModel:
         name_or_path: a Hub name or a folder.
         options: of `from_pretrained`.
     """
-    about_code = {key: options[key] for key in ("revision", "trust_remote_code", "token") if key in options}
-    config = options.get("config") or AutoConfig.from_pretrained(name_or_path, **about_code)
+    config = options.get("config") or AutoConfig.from_pretrained(name_or_path, **where_from(options))
     quantized = options.get("quantization_config") or getattr(config, "quantization_config", None)
     if quantized or is_deepspeed_zero3_enabled() or "device_map" in options:
         return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
@@ -52,6 +51,15 @@ def load_base(name_or_path: str, **options: Any) -> PreTrainedModel:
         if parameter.is_meta:
             parameter.stored = Stored(weights, name, folder)
     return model
+
+
+def where_from(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s options that say where files come from; tokenizers and configs take them too."""
+    names = (
+        "revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies",
+        "trust_remote_code", "code_revision",
+    )  # fmt: skip
+    return {name: options[name] for name in names if name in options}
 
 
 def _device_map(skeleton: PreTrainedModel, stack_path: str) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """Read and rebuild parameters however they are stored: plain, in 4 bits, cut over processes, or in a checkpoint."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import OffloadedWeightsLoader
+from safetensors import safe_open
 from torch import nn
 
 
@@ -13,9 +15,20 @@ from torch import nn
 class Stored:
     """Where the values of a parameter on the meta device are: `weights[name]`; `keep` is what must not be deleted."""
 
-    weights: Mapping[str, torch.Tensor]
+    weights: OffloadedWeightsLoader
     name: str
     keep: Any = None
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """All values, or those of the flat tensor from `start` to `stop`; no more of the file is read."""
+        where = self.weights.index[self.name]
+        if "safetensors_file" not in where:
+            values = self.weights[self.name]
+            return values if stop is None else values.flatten()[start:stop]
+        with safe_open(where["safetensors_file"], framework="pt") as file:
+            values = file.get_tensor(where["weight_name"])  # still on the disk
+        values = values if stop is None else values.flatten()[start:stop]
+        return values.to(getattr(torch, where["dtype"]))
 
 
 def is_stored(parameter: torch.Tensor) -> bool:
@@ -80,7 +93,7 @@ def dense(parameter: torch.Tensor) -> torch.Tensor:
         ValueError: integers of another quantisation, which cannot be compared or added.
     """
     if is_stored(parameter):
-        return parameter.stored.weights[parameter.stored.name]
+        return parameter.stored.read()
     if is_sharded(parameter):
         with gathered([parameter]):
             return parameter.data.clone()
@@ -96,6 +109,13 @@ def dense(parameter: torch.Tensor) -> torch.Tensor:
 
     unpack(parameter)
     return dequantize_4bit(parameter.data, parameter.quant_state)
+
+
+def piece(parameter: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """`dense(parameter).flatten()[start:stop]`, of a stored parameter without reading the rest."""
+    if is_stored(parameter):
+        return parameter.stored.read(start, stop)
+    return dense(parameter).detach().flatten()[start:stop]
 
 
 def unpack(parameter: torch.Tensor) -> None:
