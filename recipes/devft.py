@@ -55,7 +55,7 @@ def make_trainer(argv: list[str]) -> DevFTTrainer:
     return DevFTTrainer(
         recipe.model_name_or_path,
         args,
-        peft_config=recipe.lora_config(),
+        peft_config=recipe.adapter_name_or_path or recipe.lora_config(),
         train_dataset=train,
         eval_dataset=evaluation,
         calibration_dataset=calibration,

@@ -20,6 +20,9 @@ class RecipeArguments:
     model_name_or_path: str = field(
         default="embedded", metadata={"help": 'Base model: a Hub name, a path, or "embedded".'}
     )
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "Adapter to start from, a folder or a Hub name, instead of a new one."}
+    )
     train_file: list[str] | None = field(
         default=None, metadata={"help": "JSON or JSONL files; column `source` holds the stem. Default: made-up tasks."}
     )

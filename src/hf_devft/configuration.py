@@ -391,6 +391,21 @@ class StageConfig(PushToHubMixin):
         try:
             content = json.loads(Path(path).read_text())
             known = {item.name for item in fields(cls)}
-            return cls(**{key: value for key, value in content.items() if key in known})
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+            config = cls(**{key: value for key, value in content.items() if key in known})
+            config._check()
+            return config
+        except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is not a stage's record: {error}") from error
+
+    def _check(self) -> None:
+        """Refuse what no run writes, before anything is built from it."""
+        for name in ("stage", "num_stages", "num_layers", "full_layers", "rounds"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ValueError(f"{name}={value!r} is not a positive number")
+        if type(self.fusion_beta) not in (int, float) or not isinstance(self.metrics, dict):
+            raise ValueError("fusion_beta or metrics are of another type")
+        if self.groups is None:
+            return
+        layers = sorted(layer for group in self.groups for layer in group)
+        if layers != list(range(self.full_layers)) or len(self.groups) != self.num_layers or not all(self.groups):
+            raise ValueError(f"groups={self.groups!r} are not {self.num_layers} groups of {self.full_layers} layers")

@@ -18,9 +18,9 @@ from hf_devft.configuration import DevFTConfig
 from hf_devft.data import each, first_rows, to_prompt_completion, tokenize
 from hf_devft.embedded import resolve_model_name
 from hf_devft.federation.partition import ClientData
-from hf_devft.hub.artifacts import check_lora
+from hf_devft.hub.artifacts import check_lora, fetch_adapter, load_adapter
 from hf_devft.mixin import DevFTMixin, clients_of
-from hf_devft.stages.adapter import new_adapter
+from hf_devft.stages.adapter import attach_adapter, new_adapter
 from hf_devft.stages.streaming import load_base, where_from
 
 
@@ -33,7 +33,8 @@ class DevFTTrainer(DevFTMixin, Trainer):
             on), "embedded" for the small base that
             ships with the package, or a `PeftModel` whose LoRA adapter is the start.
         args: the run.
-        peft_config: `LoraConfig` of the adapter; not with a `PeftModel`.
+        peft_config: `LoraConfig` of a new adapter, or the folder or Hub name of one to start from; not with a
+            `PeftModel`.
         train_dataset: one dataset to partition, or {client: dataset}; of token ids (`input_ids`, `labels`), or of
             prompt/completion, instruction/(input)/output or question/answer text.
         eval_dataset: of the same form, held by the server.
@@ -53,7 +54,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
         model: PreTrainedModel | PeftModel | str,
         args: DevFTConfig,
         *,
-        peft_config: LoraConfig | None = None,
+        peft_config: LoraConfig | str | None = None,
         train_dataset: Dataset | dict[str, Dataset] | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         calibration_dataset: Dataset | None = None,
@@ -62,7 +63,9 @@ class DevFTTrainer(DevFTMixin, Trainer):
         partitioner: Any = None,
         **kwargs,
     ):
-        if peft_config is not None:
+        if isinstance(peft_config, str):
+            start = load_adapter(fetch_adapter(peft_config))
+        elif peft_config is not None:
             check_lora(peft_config)
         # The data first: a mistake in it is found before a large model is loaded.
         train_dataset = each(train_dataset, _as_rows) if isinstance(train_dataset, dict) else train_dataset
@@ -74,7 +77,9 @@ class DevFTTrainer(DevFTMixin, Trainer):
             raise ValueError(
                 "pass `peft_config` with a plain model, and a `PeftModel` without it: there must be one adapter."
             )
-        if peft_config is not None:
+        if isinstance(peft_config, str):
+            model = attach_adapter(model, *start)
+        elif peft_config is not None:
             model = new_adapter(model, peft_config)
         if processing_class is not None and processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token

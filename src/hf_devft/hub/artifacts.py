@@ -3,12 +3,13 @@
 import copy
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftType
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
@@ -49,17 +50,36 @@ def download_stage(repo_id: str, revision: str | None = None, token: str | None 
         raise ValueError(f"{repo_id} cannot be read from the Hub: {error}") from error
 
 
+def fetch_adapter(name_or_path: str | Path, subfolder: str = "", revision: str | None = None) -> Path:
+    """The local folder of an adapter in a folder or a repository. Nothing pickled is downloaded.
+
+    Raises:
+        ValueError: the repository cannot be read.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path) / subfolder
+    files = [str(PurePosixPath(subfolder) / name) for name in (CONFIG_NAME, ADAPTER_WEIGHTS)]
+    try:
+        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=files)) / subfolder
+    except (OSError, HFValidationError) as error:
+        raise ValueError(f"{name_or_path} is neither a folder nor a readable repository: {error}") from error
+
+
 def load_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """The config and the tensors of an adapter folder.
 
     Raises:
         ValueError: a file is missing or broken, or the adapter is not LoRA.
     """
-    weights = Path(folder) / ADAPTER_WEIGHTS
+    folder = Path(folder)
+    if missing := [name for name in (CONFIG_NAME, ADAPTER_WEIGHTS) if not (folder / name).is_file()]:
+        raise ValueError(
+            f"{folder} holds no readable adapter: {', '.join(missing)} is missing (pickled weights are not read)."
+        )
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        state = load_file(weights)
-    except (OSError, ValueError, SafetensorError) as error:
+        state = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no readable adapter: {error}") from error
     check_lora(config)
     return config, state
@@ -75,6 +95,8 @@ def check_lora(config: PeftConfig) -> None:
         raise ValueError(
             f"{type(config).__name__} is not supported: stages carry LoRA adapters, pass a `peft.LoraConfig`."
         )
+    if type(config.r) is not int or config.r < 1 or not isinstance(config.lora_alpha, (int, float)):
+        raise ValueError(f"an adapter of rank {config.r!r} and alpha {config.lora_alpha!r} is none.")
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(
             f"LoraConfig(init_lora_weights={config.init_lora_weights!r}) changes the base, which stages share: use "

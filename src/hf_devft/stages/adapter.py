@@ -25,8 +25,10 @@ def attach_adapter(base: PreTrainedModel, config: LoraConfig, state: State) -> P
     Raises:
         ValueError: the adapter's tensors are not those of this base and config.
     """
+    config = copy.deepcopy(config)
+    config.inference_mode = False
     with torch.random.fork_rng():
-        model = new_adapter(base, copy.deepcopy(config))
+        model = new_adapter(base, config)
     load_adapter_state(model, state)
     return model
 

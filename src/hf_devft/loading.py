@@ -1,0 +1,48 @@
+"""Load what a run has left: a stage's compact submodel, from a folder or the Hub."""
+
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from hf_devft.configuration import StageConfig
+from hf_devft.embedded import resolve_model_name
+from hf_devft.hub.artifacts import SUBMODEL, fetch_adapter, load_adapter
+from hf_devft.stages.adapter import attach_adapter
+from hf_devft.stages.fusion import FUSIONS
+from hf_devft.stages.layer_stack import find_layer_stack
+from hf_devft.stages.streaming import load_base
+from hf_devft.stages.submodel import build_submodel
+
+
+def load_submodel(
+    base: str | PreTrainedModel, name_or_path: str | Path, stage: int, revision: str | None = None
+) -> PeftModel:
+    """The submodel that a stage trained, with the adapter it trained, for devices that run only the small one.
+
+    `.merge_and_unload()` makes it a plain transformers model, whose `save_pretrained` needs no code of ours to load.
+
+    Args:
+        base: the run's base, as a model or by name (then only the layers of the submodel's groups are read); give it
+            in the dtype it was trained in.
+        name_or_path: the run's `output_dir`, or its repository.
+        stage: from 1.
+        revision: of the repository.
+
+    Raises:
+        OSError: there is no such stage.
+        ValueError: its record or its adapter is broken, or is of another base.
+    """
+    config = StageConfig.from_pretrained(name_or_path, subfolder=f"stage-{stage}", revision=revision)
+    if config.groups is None or config.fusion not in FUSIONS:
+        raise ValueError(f"stage {stage} of {name_or_path} has groups {config.groups} and fusion {config.fusion!r}.")
+    base = load_base(resolve_model_name(base)) if isinstance(base, str) else base
+    stack = find_layer_stack(base)
+    if len(stack) != config.full_layers:
+        raise ValueError(
+            f"the base has {len(stack)} layers, but stage {stage} of {name_or_path} was made from one of "
+            f"{config.full_layers} ({config.base_model_name_or_path}): give that."
+        )
+    adapter = load_adapter(fetch_adapter(name_or_path, f"stage-{stage}/{SUBMODEL}", revision))
+    submodel = build_submodel(base, stack, config.groups, config.fusion, config.fusion_beta)
+    return attach_adapter(submodel, *adapter).requires_grad_(False).eval()
