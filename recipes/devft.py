@@ -48,6 +48,8 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
 
 def make_trainer(argv: list[str]) -> DevFTTrainer:
     recipe, args = parse_arguments(argv, QUICKSTART)
+    if recipe.dataset_name and args.card_datasets is None:
+        args.card_datasets = [recipe.dataset_name]
     # The run has one bar and one table of its own.
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

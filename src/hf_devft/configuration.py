@@ -133,6 +133,12 @@ class DevFTConfig(TrainingArguments):
             Tokens that a prompt with its completion is cut to (paper: 512).
         resume_from_hub (`str`, *optional*):
             Repository that an earlier run has pushed to: go on with the stage after its last one.
+        card_license (`str`, *optional*):
+            Metadata of the model card: licence of the adapter.
+        card_language (`list[str]`, *optional*):
+            Metadata of the model card: languages (ISO 639-1).
+        card_datasets (`list[str]`, *optional*):
+            Metadata of the model card: names of the datasets on the Hub.
         max_eval_samples (`int`, *optional*):
             Evaluate on the first so many rows only.
         predict_with_generate (`bool`, *optional*, defaults to `False`):
@@ -189,6 +195,9 @@ class DevFTConfig(TrainingArguments):
     resume_from_hub: str | None = field(
         default=None, metadata={"help": "Repository of an earlier run: go on with the stage after its last one."}
     )
+    card_license: str | None = field(default=None, metadata={"help": "Model card: licence of the adapter."})
+    card_language: list[str] | None = field(default=None, metadata={"help": "Model card: languages, ISO 639-1."})
+    card_datasets: list[str] | None = field(default=None, metadata={"help": "Model card: datasets on the Hub."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
     predict_with_generate: bool = field(
         default=False, metadata={"help": "Measure exact match by generation at each stage's end."}

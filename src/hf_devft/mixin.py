@@ -2,11 +2,10 @@
 
 import copy
 import functools
-import logging
 import time
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,18 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from huggingface_hub import CommitInfo, HfApi
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from hf_devft.checkpoint import SCHEDULE, Checkpoint, RunState
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.data import first_rows
 from hf_devft.engines import Engine, make_engine, shard
-from hf_devft.evaluation import generate_answers
+from hf_devft.evaluation import EvaluationMixin
 from hf_devft.federation.batches import ClientBatches, FederatedBatchSampler, ShareCollator
 from hf_devft.federation.client import LocalResult, LocalTraining
 from hf_devft.federation.ledger import Ledger, PeakMemory, RoundRecord, flops_per_token
@@ -36,9 +34,8 @@ from hf_devft.federation.rounds import Federation, RoundOutcome
 from hf_devft.federation.sampling import ClientSampling, Placement, client_seed, turns
 from hf_devft.files import atomic_folder
 from hf_devft.hub.artifacts import SUBMODEL, check_lora, download_stage, load_adapter, save_adapter
-from hf_devft.hub.push import HubPusher, Push, finished_stages, left_over, stage_push
-from hf_devft.metrics import ExactMatch
 from hf_devft.progress import RoundProgressCallback, print_stages
+from hf_devft.pushing import PushMixin
 from hf_devft.report import RunReport, describe_setup, with_start
 from hf_devft.schedule import RoundSchedule
 from hf_devft.stages.adapter import adapter_state, attach_adapter, detach_adapter
@@ -47,9 +44,6 @@ from hf_devft.stages.layer_stack import LayerStack, find_layer_stack, with_layer
 from hf_devft.stages.submodel import build_submodel, build_whole
 from hf_devft.stages.transfer import State, check_every_layer, expand_adapter, fuse_adapter
 from hf_devft.stages.weights import is_stored, stored_bytes, unpack
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,7 +79,7 @@ def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -
     )
 
 
-class DevFTMixin:
+class DevFTMixin(EvaluationMixin, PushMixin):
     """Federated rounds in developmental stages, for a `Trainer` subclass that ends its `__init__` with a LoRA model.
 
         class DevFTSFTTrainer(DevFTMixin, SFTTrainer): ...
@@ -133,7 +127,6 @@ class DevFTMixin:
                 f"clients_per_round={args.clients_per_round}, but there are {len(clients.rows)} clients: lower it."
             )
         eval_dataset = first_rows(eval_dataset, args.max_eval_samples)
-        self._pusher: HubPusher | None = None
         super().__init__(model=model, args=args, train_dataset=clients.dataset, eval_dataset=eval_dataset, **kwargs)
         if len(self.train_dataset) != len(clients.dataset):
             raise ValueError(
@@ -438,9 +431,7 @@ class DevFTMixin:
                 self.ledger,
                 lambda folder: self._save_run_state(folder, stage.stage + 1, done=0, over=False),
             )
-            if self._pusher is not None and self.args.hub_strategy != HubStrategy.END:
-                self.callback_handler.on_push_begin(self.args, self.state, self.control)
-                self._pusher.submit(stage_push(self.args.output_dir, stage.stage))
+            self._push_stage(stage.stage)
             if not self.args.disable_tqdm:
                 print_stages(with_start(finished, self.state.log_history))
         self.accelerator.wait_for_everyone()
@@ -534,75 +525,7 @@ class DevFTMixin:
             sub, self._full_adapter, running.stack.path, running.stage.groups, running.stage.transfer
         )
 
-    # --- evaluation ------------------------------------------------------------------------------------
-
-    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
-        """As `Trainer`'s; a stop that it brings about ends the stage, and the run only in the last one."""
-        stopping = self.control.should_training_stop
-        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        if self.control.should_training_stop and not stopping:
-            self.control.should_training_stop = False
-            self.control.should_epoch_stop = True
-        self._peak_memory.release()
-        return metrics
-
-    def evaluation_loop(self, *args, **kwargs):
-        """As `Trainer`'s, but a batch's loss never depends on what other processes evaluate at the time."""
-        if self._running is None:
-            self._make_whole()
-        averaging, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            self.args.average_tokens_across_devices = averaging
-
-    def _evaluate_full_depth(self, stage: int) -> dict[str, float]:
-        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        metrics: dict[str, float] = {}
-        for name, dataset in datasets.items():
-            prefix = f"eval_full_{name}" if name else "eval_full"
-            output = self.evaluation_loop(
-                self.get_eval_dataloader(dataset),
-                description="Evaluation at full depth",
-                prediction_loss_only=True if self.compute_metrics is None else None,
-                metric_key_prefix=prefix,
-            )
-            metrics |= {key: value for key, value in output.metrics.items() if not key.endswith("preparation_time")}
-            if self.args.predict_with_generate:
-                metrics[f"{prefix}_exact_match"] = self._exact_match(dataset)
-            self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
-        for name in ("loss", "exact_match"):
-            values = [metrics[key] for key in metrics if key.endswith(f"_{name}")]
-            if isinstance(self.eval_dataset, dict) and values:
-                metrics[f"eval_full_{name}"] = float(np.mean(values))  # over the evaluation sets
-        self.log(metrics | {"stage": stage})
-        return metrics
-
-    def _exact_match(self, dataset: Dataset) -> float:
-        answers, references = generate_answers(
-            self.model,
-            self.processing_class,
-            dataset,
-            self.args.generation_max_new_tokens,
-            self.args.eval_batch_size,
-            process=self._evaluation_share(),
-        )
-        return ExactMatch().compute(predictions=answers, references=references)["exact_match"]
-
-    def _evaluation_share(self) -> tuple[int, int]:
-        """(index, count) of processes that share what is evaluated: none where all hold only a part of the model."""
-        sharded = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        return (0, 1) if sharded else (self.args.process_index, self.args.world_size)
-
-    def _submodel_metrics(self, stage: StageConfig) -> dict[str, float]:
-        """The submodel's evaluation in the round that the stage hands on: the best checkpointed one, or the last."""
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        rounds = {row["step"] for row in self.state.log_history if row.get("stage") == stage.stage}
-        step = best or max(rounds, default=0)
-        rows = [row for row in self.state.log_history if row["step"] == step and row.get("stage") == stage.stage]
-        metrics = {key: value for row in rows for key, value in row.items() if key.startswith("eval_")}
-        losses = [value for key, value in metrics.items() if key.endswith("_loss")]
-        return metrics | {"eval_loss": float(np.mean(losses))} if losses else {}
+    # --- logs and files ---------------------------------------------------------------------------------------------
 
     def store_flos(self) -> None:
         """`total_flos` is the ledger's count."""
@@ -614,8 +537,6 @@ class DevFTMixin:
             logs = logs | {"stage": self._running.stage.stage, "bytes": self.ledger.bytes}
         super().log(logs, start_time)
 
-    # --- files ---------------------------------------------------------------------------------------------
-
     def _report(self) -> RunReport:
         config = self._base.config
         return RunReport(
@@ -626,6 +547,7 @@ class DevFTMixin:
             base_revision=getattr(config, "_commit_hash", None),
             setup=describe_setup(self.args, self.clients, self.peft_config),
             repo_id=self.hub_model_id if self.args.push_to_hub else None,
+            metadata={name: getattr(self.args, f"card_{name}") for name in ("license", "language", "datasets")},
             evaluation_rows=_count(self.eval_dataset) if self.eval_dataset is not None else 0,
         )
 
@@ -681,72 +603,6 @@ class DevFTMixin:
             if (name := type(callback).__name__) in self.state.stateful_callbacks:
                 self.state.stateful_callbacks[name] = callback.state()
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-
-    # --- the Hub -----------------------------------------------------------------------------------------------
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Settle where to push. The repository is made by the first push, so that no run waits or dies for the Hub."""
-        args = self.args
-        self.hub_model_id = args.hub_model_id or Path(args.output_dir).absolute().name
-        if self.is_world_process_zero():
-            api = HfApi(token=args.hub_token if token is None else token)
-            private = args.hub_private_repo if private is None else private
-            self._pusher = HubPusher(self.hub_model_id, api, private, args.hub_revision)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = None,
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-    ) -> CommitInfo | None:
-        """Push every finished stage, each as a commit and a tag; where there is none, the adapter as it is.
-
-        Args:
-            commit_message: default: the stage's name.
-            blocking: wait for it, and raise what goes wrong; else push beside what comes next, as training does.
-            token, revision, private: instead of `hub_token`, `hub_revision`, `hub_private_repo`.
-
-        Returns:
-            The last commit; None on other processes than the main one, and where it is not waited for.
-        """
-        finished = finished_stages(self.args.output_dir)
-        if not finished:
-            self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        if self._pusher is None or (token, revision, private) != (None, None, None):
-            self.init_hf_repo(token, private)
-            self._pusher.revision = revision or self.args.hub_revision
-        pushes = [stage_push(self.args.output_dir, stage) for stage in finished]
-        pushes = pushes or [Push("Adapter", {"": Path(self.args.output_dir)})]
-        commit = None
-        for push in pushes:
-            push = replace(push, title=commit_message or push.title)
-            if blocking:
-                commit = self._pusher.push(push)
-            else:
-                self._pusher.submit(push)
-        return commit
-
-    def _push_from_checkpoint(self, checkpoint_folder: Path) -> None:
-        """With `hub_strategy` "checkpoint" the newest one, as `last-checkpoint/`; with "all_checkpoints" every one."""
-        names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint_folder.name}
-        name = names.get(self.args.hub_strategy)
-        if self._pusher is None or name is None or (self._pusher.pending and not self.args.hub_always_push):
-            return  # as `Trainer`: not while the push before is under way
-        self._pusher.submit(Push(f"Round {self.state.global_step}, checkpoint", {name: checkpoint_folder}))
-
-    def _finish_current_push(self) -> None:
-        if self._pusher is None:
-            return
-        if self.args.hub_strategy == HubStrategy.END:
-            self.push_to_hub(blocking=False)
-        if self._pusher.finish():
-            logger.warning(left_over(self._pusher, self.args.output_dir))
-
-    # --- checkpoints of other runs -----------------------------------------------------------------------------
 
     def _setting(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it continues."""

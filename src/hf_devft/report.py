@@ -1,7 +1,7 @@
 """What a finished stage leaves behind: its folder, card, plot and table."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class RunReport:
     setup: dict[str, Any]
     evaluation_rows: int
     repo_id: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def write(
         self,
@@ -51,10 +52,12 @@ class RunReport:
         figure = plot_run(log_history, ledger, stages)
         context = CardContext(
             model_name=Path(self.output_dir).name,
+            source=self.repo_id or self.output_dir,
             plot=PLOT,
             setup=self.setup,
             table=stage_rows(with_start(stages, log_history)),
             evaluation=f"{self.evaluation_rows} held-out rows" if self.evaluation_rows else "no data",
+            **self.metadata,
         )
 
         def write_extras(folder: Path) -> None:

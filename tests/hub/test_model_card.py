@@ -1,7 +1,12 @@
+import re
 from pathlib import Path
 
 import pytest
+from conftest import config, lora, tiny_llama
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+
+from hf_devft import DevFTTrainer
 
 
 @pytest.fixture
@@ -21,6 +26,41 @@ def test_the_card_tells_the_runs_own_numbers(output):
     assert "stage 2 of 2" in card.text
     assert f'from_pretrained("{output.args.output_dir}")' in card.text
     assert "stage 1 of 2" in (folder / "stage-1" / "README.md").read_text()
+
+
+def test_the_metadata_is_the_hubs_own(make_trainer, eval_tasks):
+    trainer = make_trainer(
+        eval_dataset=eval_tasks,
+        stage_rounds=[1],
+        card_license="apache-2.0",
+        card_language=["en"],
+        card_datasets=["me/d"],
+    )
+    trainer.model.get_base_model().config._name_or_path = "me/base"
+    trainer.train()
+    data = ModelCard.load(Path(trainer.args.output_dir) / "README.md").data.to_dict()
+    expected = {
+        "base_model": "me/base", "base_model_relation": "adapter", "library_name": "peft", "license": "apache-2.0",
+        "language": ["en"], "datasets": ["me/d"], "pipeline_tag": "text-generation",
+    }  # fmt: skip
+    assert {key: data[key] for key in expected} == expected
+    assert data["model-index"][0]["results"][0]["dataset"]["type"] == "me/d"
+
+
+def test_the_cards_snippets_run(tmp_path, monkeypatch, tasks, tokenizer):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trainer = DevFTTrainer(
+        str(tmp_path / "base"), config(tmp_path / "run", stage_rounds=[1]), peft_config=lora(), train_dataset=tasks
+    )
+    trainer.train()
+    for stage, folder in ((1, tmp_path / "run" / "stage-1"), (2, tmp_path / "run")):
+        monkeypatch.chdir(tmp_path)
+        snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+        assert len(snippets) == 2
+        for snippet in snippets:
+            exec(snippet, {})
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.num_hidden_layers == 2 * stage
 
 
 def test_there_is_a_plot_beside_every_card(output):

@@ -1,7 +1,9 @@
 import huggingface_hub.utils._http
 import pytest
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from server import TOKEN, Fault, serve
+from transformers import TrainerCallback
 
 from hf_devft.hub.push import HubPusher, finished_stages, left_over, stage_push
 
@@ -97,3 +99,47 @@ def test_what_never_gets_there_is_told_with_the_command_that_pushes_it(hub, outp
     message = left_over(pushing, output)
     assert "Not on the Hub: Stage 1, Stage 2" in message
     assert f"python -m hf_devft.hub.push {output} me/run" in message
+
+
+def test_by_hand(hub, make_trainer, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    trainer = make_trainer(hub_model_id="me/hand", hub_token=TOKEN)
+    trainer.push_to_hub()  # the adapter as it is
+    repo = hub.repos["me/hand"]
+    assert list(repo.messages.values())[1:] == ["Adapter"]
+    trainer.train()
+    assert len(repo.messages) == 2, "only by hand"
+    commit = trainer.push_to_hub()
+    assert repo.tags["stage-2"] == commit.oid == repo.branches["main"]
+    assert "stage-1/stage_config.json" in repo.commits[commit.oid]
+
+
+def test_the_end_strategy_pushes_every_stage_at_the_end(hub, make_trainer, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+
+    class Watch(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            assert not hub.repos
+
+    make_trainer(
+        push_to_hub=True, hub_model_id="end", hub_strategy="end", hub_token=TOKEN, callbacks=[Watch()]
+    ).train()
+    assert set(hub.repos["me/end"].tags) == {"stage-1", "stage-2"}
+
+
+def test_checkpoints_are_pushed_as_the_strategy_says(hub, make_trainer, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    make_trainer(
+        push_to_hub=True, hub_model_id="all", hub_strategy="all_checkpoints", hub_token=TOKEN, hub_always_push=True,
+        save_strategy="steps", save_steps=1,
+    ).train()  # fmt: skip
+    repo = hub.repos["me/all"]
+    newest = repo.commits[repo.branches["main"]]
+    assert {f"checkpoint-{step}/devft_state.json" for step in (1, 2, 3, 4)} <= set(newest)
+
+
+def test_pushing_by_hand_tells_what_goes_wrong(hub, make_trainer, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    trainer = make_trainer(hub_model_id="somebody/run", hub_token=TOKEN)
+    with pytest.raises(HfHubHTTPError, match="403"):
+        trainer.push_to_hub()

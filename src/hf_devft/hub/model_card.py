@@ -15,17 +15,23 @@ class CardContext:
 
     Attributes:
         model_name: title.
+        source: folder or repository that holds all stages.
         plot: file name of the plot, in the card's folder.
         setup: {what: value} of the federation.
         table: (titles, rows) of the finished stages.
         evaluation: what the metrics were measured on.
+        license, language, datasets: for the metadata, where the run says.
     """
 
     model_name: str
+    source: str
     plot: str
     setup: dict[str, object]
     table: tuple[list[str], list[list[str]]]
     evaluation: str
+    license: str | None = None
+    language: list[str] | None = None
+    datasets: list[str] | None = None
 
 
 _METRICS = {"eval_full_loss": ("loss", "loss"), "eval_full_exact_match": ("exact_match", "exact match")}
@@ -42,7 +48,7 @@ def model_card(stages: list[StageConfig], context: CardContext, location: str) -
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type="federated",
+            dataset_type=(context.datasets or ["held-out"])[0],
             dataset_name=context.evaluation,
             metric_type=kind,
             metric_name=f"{name} at full depth",
@@ -51,11 +57,15 @@ def model_card(stages: list[StageConfig], context: CardContext, location: str) -
         for key, (kind, name) in _METRICS.items()
         if key in stage.metrics
     ]
+    on_hub = base is not None and not Path(base).exists()  # the Hub knows no local paths
     data = ModelCardData(
-        base_model=None if base is None or Path(base).exists() else base,  # the Hub knows no local paths
+        **({"base_model": base, "base_model_relation": "adapter"} if on_hub else {}),
+        license=context.license,
+        language=context.language,
+        datasets=context.datasets,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["devft", "federated-learning", "lora", "base_model:adapter"],
+        tags=["devft", "federated-learning", "lora"],
         model_name=context.model_name,
         eval_results=results or None,
     )
