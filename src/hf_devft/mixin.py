@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
@@ -132,6 +132,11 @@ class DevFTMixin(EvaluationMixin, PushMixin):
             raise ValueError(
                 f"the trainer made {len(self.train_dataset)} rows of the clients' {len(clients.dataset)}, so it is "
                 "not known whose they are: turn off packing and filtering."
+            )
+        if args.deepspeed_plugin is not None and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            raise ValueError(
+                f"DeepSpeed was asked for, but Accelerate runs {self.accelerator.distributed_type.value}: on a CPU, write "
+                "`use_cpu: true` into the launch config."
             )
         self.clients = clients
         self.calibration_dataset = calibration_dataset
