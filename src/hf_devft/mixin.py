@@ -135,8 +135,8 @@ class DevFTMixin(EvaluationMixin, PushMixin):
             )
         if args.deepspeed_plugin is not None and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             raise ValueError(
-                f"DeepSpeed was asked for, but Accelerate runs {self.accelerator.distributed_type.value}: on a CPU, write "
-                "`use_cpu: true` into the launch config."
+                f"DeepSpeed was asked for, but Accelerate runs {self.accelerator.distributed_type.value}: launch by "
+                "`accelerate launch` with a config like recipes/accelerate/zero3.yaml."
             )
         self.clients = clients
         self.calibration_dataset = calibration_dataset
