@@ -88,6 +88,7 @@ WEIGHTS, CONFIG = "submodel/adapter_model.safetensors", "submodel/adapter_config
     ("stage_config.json", edit(groups=[[0, 1], [1, 2, 3]]), "not a stage's record: groups"),
     ("stage_config.json", edit(groups=[[0, 1, 2], ["../3"]]), "not a stage's record"),
     ("stage_config.json", edit(num_layers=10**9), "not a stage's record"),
+    ("stage_config.json", edit(full_layers=10**15), "not a stage's record: groups"),
     ("stage_config.json", edit(full_layers="4"), "not a positive number"),
     ("stage_config.json", edit(fusion="__import__"), "fusion '__import__'"),
     ("stage_config.json", edit(groups=None), "has groups None"),
@@ -98,11 +99,18 @@ WEIGHTS, CONFIG = "submodel/adapter_model.safetensors", "submodel/adapter_config
     (WEIGHTS, pickle_instead, "pickled weights are not read"),
     (CONFIG, edit(peft_type="IA3"), "LoraConfig"),
     (CONFIG, edit(r="many"), "rank 'many'"),
+    (CONFIG, edit(r=2_000_000), "its tensors have"),
     (CONFIG, lambda path: path.write_text("[]"), "no readable adapter"),
 ])  # fmt: skip
 def test_what_is_broken_or_hostile_is_refused(run, tmp_path, name, change, message):
     with pytest.raises(ValueError, match=message):
         load_submodel(tiny_llama(), broken(run, tmp_path, name, change), stage=1)
+
+
+def test_a_pattern_from_elsewhere_is_not_run(run, tmp_path):
+    never_ends = edit(target_modules=r"(([a-z0-9_]|\.)+)+!")
+    model = load_submodel(tiny_llama(), broken(run, tmp_path, CONFIG, never_ends), stage=1)
+    assert len(model.peft_config["default"].target_modules) == 7
 
 
 def test_another_base_is_refused(run):

@@ -7,6 +7,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_devft.configuration import StageConfig
 from hf_devft.federation.ledger import Ledger
@@ -75,6 +76,7 @@ class Checkpoint:
         """
         folder = Path(folder)
         try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text())  # the Trainer's own part
             content = json.loads((folder / RUN_STATE).read_text())
             stages = [StageConfig(**stage) for stage in content.pop("stages")]
             ledger = Ledger.from_dicts(json.loads((folder / LEDGER).read_text()))

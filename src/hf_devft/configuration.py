@@ -385,7 +385,11 @@ class StageConfig(PushToHubMixin):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, subfolder: str | None = None, revision: str | None = None
+        cls,
+        name_or_path: str | Path,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
     ) -> "StageConfig":
         """Read `stage_config.json` from a folder or a Hub repository. Keys of newer versions are ignored.
 
@@ -396,7 +400,9 @@ class StageConfig(PushToHubMixin):
         if Path(name_or_path).is_dir():
             path = Path(name_or_path) / (subfolder or "") / STAGE_CONFIG_NAME
         else:
-            path = hf_hub_download(str(name_or_path), STAGE_CONFIG_NAME, subfolder=subfolder, revision=revision)
+            path = hf_hub_download(
+                str(name_or_path), STAGE_CONFIG_NAME, subfolder=subfolder, revision=revision, token=token
+            )
         try:
             content = json.loads(Path(path).read_text())
             known = {item.name for item in fields(cls)}
@@ -416,5 +422,10 @@ class StageConfig(PushToHubMixin):
         if self.groups is None:
             return
         layers = sorted(layer for group in self.groups for layer in group)
-        if layers != list(range(self.full_layers)) or len(self.groups) != self.num_layers or not all(self.groups):
+        if (
+            len(layers) != self.full_layers
+            or layers != list(range(len(layers)))
+            or len(self.groups) != self.num_layers
+            or not all(self.groups)
+        ):
             raise ValueError(f"groups={self.groups!r} are not {self.num_layers} groups of {self.full_layers} layers")

@@ -16,7 +16,11 @@ from hf_devft.stages.submodel import build_submodel
 
 
 def load_submodel(
-    base: str | PreTrainedModel, name_or_path: str | Path, stage: int, revision: str | None = None
+    base: str | PreTrainedModel,
+    name_or_path: str | Path,
+    stage: int,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> PeftModel:
     """The submodel that a stage trained, with the adapter it trained, for devices that run only the small one.
 
@@ -27,13 +31,13 @@ def load_submodel(
             in the dtype it was trained in.
         name_or_path: the run's `output_dir`, or its repository.
         stage: from 1.
-        revision: of the repository.
+        revision, token: of the repository.
 
     Raises:
         OSError: there is no such stage.
         ValueError: its record or its adapter is broken, or is of another base.
     """
-    config = StageConfig.from_pretrained(name_or_path, subfolder=f"stage-{stage}", revision=revision)
+    config = StageConfig.from_pretrained(name_or_path, subfolder=f"stage-{stage}", revision=revision, token=token)
     if config.groups is None or config.fusion not in FUSIONS:
         raise ValueError(f"stage {stage} of {name_or_path} has groups {config.groups} and fusion {config.fusion!r}.")
     base = load_base(resolve_model_name(base)) if isinstance(base, str) else base
@@ -43,6 +47,6 @@ def load_submodel(
             f"the base has {len(stack)} layers, but stage {stage} of {name_or_path} was made from one of "
             f"{config.full_layers} ({config.base_model_name_or_path}): give that."
         )
-    adapter = load_adapter(fetch_adapter(name_or_path, f"stage-{stage}/{SUBMODEL}", revision))
+    adapter = load_adapter(fetch_adapter(name_or_path, f"stage-{stage}/{SUBMODEL}", revision, token))
     submodel = build_submodel(base, stack, config.groups, config.fusion, config.fusion_beta)
     return attach_adapter(submodel, *adapter).requires_grad_(False).eval()

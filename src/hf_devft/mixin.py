@@ -33,7 +33,7 @@ from hf_devft.federation.partition import ClientData, make_clients
 from hf_devft.federation.rounds import Federation, RoundOutcome
 from hf_devft.federation.sampling import ClientSampling, Placement, client_seed, turns
 from hf_devft.files import atomic_folder
-from hf_devft.hub.artifacts import SUBMODEL, check_lora, download_stage, load_adapter, save_adapter
+from hf_devft.hub.artifacts import SUBMODEL, check_lora, download_stage, load_adapter, newest_commit, save_adapter
 from hf_devft.progress import RoundProgressCallback, print_stages
 from hf_devft.pushing import PushMixin
 from hf_devft.report import RunReport, describe_setup, with_start
@@ -194,10 +194,12 @@ class DevFTMixin(EvaluationMixin, PushMixin):
             folder = Path(self.args.output_dir)
             resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
         if not resume_from_checkpoint and self.args.resume_from_hub:
+            commit = None
+            if self.is_world_process_zero():  # another run may push meanwhile: all take the same commit
+                commit = newest_commit(self.args.resume_from_hub, self.args.hub_revision, self.args.hub_token)
+            commit = broadcast_object_list([commit])[0]
             with self.args.main_process_first(desc="download of the last stage"):
-                resume_from_checkpoint = download_stage(
-                    self.args.resume_from_hub, self.args.hub_revision, self.args.hub_token
-                )
+                resume_from_checkpoint = download_stage(self.args.resume_from_hub, commit, self.args.hub_token)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _inner_training_loop(
@@ -551,7 +553,7 @@ class DevFTMixin(EvaluationMixin, PushMixin):
             base_name=config._name_or_path or None,
             base_revision=getattr(config, "_commit_hash", None),
             setup=describe_setup(self.args, self.clients, self.peft_config),
-            repo_id=self.hub_model_id if self.args.push_to_hub else None,
+            repo_id=self._pusher.full_name() if self.args.push_to_hub else None,
             metadata={name: getattr(self.args, f"card_{name}") for name in ("license", "language", "datasets")},
             evaluation_rows=_count(self.eval_dataset) if self.eval_dataset is not None else 0,
         )

@@ -64,7 +64,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
         **kwargs,
     ):
         if isinstance(peft_config, str):
-            start = load_adapter(fetch_adapter(peft_config))
+            start = load_adapter(fetch_adapter(peft_config, token=args.hub_token))
         elif peft_config is not None:
             check_lora(peft_config)
         # The data first: a mistake in it is found before a large model is loaded.

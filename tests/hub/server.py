@@ -158,6 +158,8 @@ def make_app(hub: HubServer) -> FastAPI:
         for path, blob in repo.commits[oid].items():
             size = (hub.blobs / blob).stat().st_size
             found[path] = {"type": "file", "path": path, "size": size, "oid": blob[:40]}
+            if path.endswith(".safetensors"):
+                found[path]["lfs"] = {"oid": blob, "size": size, "pointerSize": 130}
             for parent in list(Path(path).parents)[:-1]:
                 found[str(parent)] = {"type": "directory", "path": str(parent), "size": 0, "oid": "0" * 40}
         return found

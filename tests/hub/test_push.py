@@ -1,3 +1,7 @@
+import gc
+import json
+from pathlib import Path
+
 import huggingface_hub.utils._http
 import pytest
 from huggingface_hub import HfApi
@@ -96,9 +100,10 @@ def test_what_never_gets_there_is_told_with_the_command_that_pushes_it(hub, outp
     for stage in (1, 2):
         pushing.submit(stage_push(output, stage))
     assert [push.title for push in pushing.finish()] == ["Stage 1", "Stage 2"]
+    pushing.private, pushing.revision = True, "try"
     message = left_over(pushing, output)
     assert "Not on the Hub: Stage 1, Stage 2" in message
-    assert f"python -m hf_devft.hub.push {output} me/run" in message
+    assert f"python -m hf_devft.hub.push {output} me/run --private --revision try" in message
 
 
 def test_by_hand(hub, make_trainer, monkeypatch):
@@ -143,3 +148,42 @@ def test_pushing_by_hand_tells_what_goes_wrong(hub, make_trainer, monkeypatch):
     trainer = make_trainer(hub_model_id="somebody/run", hub_token=TOKEN)
     with pytest.raises(HfHubHTTPError, match="403"):
         trainer.push_to_hub()
+
+
+def test_by_hand_pushes_only_what_is_not_there(hub, make_trainer, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    trainer = make_trainer(push_to_hub=True, hub_model_id="run", hub_token=TOKEN)
+    trainer.train()
+    repo = hub.repos["me/run"]
+    before = list(repo.messages.values())
+    assert trainer.push_to_hub() is None
+    assert list(repo.messages.values()) == before, "the root would go back to stage 1"
+    trainer.push_to_hub(revision="side", private=True)
+    assert trainer._pusher.revision is None, "an exception for one push only"
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert 'from_pretrained("me/run", revision="stage-2")' in card
+    assert "load_submodel" not in card, "the base has no name to load it by"
+
+
+def test_a_checkpoint_that_is_rotated_away_is_still_pushed(hub, make_trainer, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    hub.faults.append(Fault("/commit/", 500, times=2))
+    trainer = make_trainer(
+        push_to_hub=True, hub_model_id="all", hub_strategy="all_checkpoints", hub_token=TOKEN, hub_always_push=True,
+        save_strategy="steps", save_steps=1, save_total_limit=1,
+    )  # fmt: skip
+    trainer.train()
+    repo = hub.repos["me/all"]
+    newest = repo.commits[repo.branches["main"]]
+    assert {f"checkpoint-{step}/devft_state.json" for step in (1, 2, 3, 4)} <= set(newest)
+    gc.collect()
+    assert not list(Path(trainer.args.output_dir).glob(".push-*"))
+
+
+def test_stages_of_an_earlier_run_are_not_this_runs(output):
+    (output / "stage-1-old").mkdir()
+    (output / "stage-1-old" / "stage_config.json").write_text("{}")
+    assert finished_stages(output) == [1, 2]
+    one = {"stage": 1, "num_stages": 2, "num_layers": 2, "full_layers": 4, "rounds": 1, "learning_rate": 0.1}
+    (output / "stage_config.json").write_text(json.dumps(one))
+    assert finished_stages(output) == [1]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils import CONFIG_NAME
@@ -38,6 +38,18 @@ def save_adapter(folder: str | Path, peft_config: LoraConfig, state: dict[str, t
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
+def newest_commit(repo_id: str, revision: str | None = None, token: str | None = None) -> str:
+    """The commit that a repository's branch stands at.
+
+    Raises:
+        ValueError: the repository cannot be read.
+    """
+    try:
+        return HfApi(token=token).model_info(repo_id, revision=revision).sha
+    except (OSError, HFValidationError) as error:
+        raise ValueError(f"{repo_id} cannot be read from the Hub: {error}") from error
+
+
 def download_stage(repo_id: str, revision: str | None = None, token: str | None = None) -> str:
     """The newest stage of a repository, in a local folder; no more than a run needs to go on, and nothing pickled.
 
@@ -50,7 +62,9 @@ def download_stage(repo_id: str, revision: str | None = None, token: str | None 
         raise ValueError(f"{repo_id} cannot be read from the Hub: {error}") from error
 
 
-def fetch_adapter(name_or_path: str | Path, subfolder: str = "", revision: str | None = None) -> Path:
+def fetch_adapter(
+    name_or_path: str | Path, subfolder: str = "", revision: str | None = None, token: str | None = None
+) -> Path:
     """The local folder of an adapter in a folder or a repository. Nothing pickled is downloaded.
 
     Raises:
@@ -60,7 +74,8 @@ def fetch_adapter(name_or_path: str | Path, subfolder: str = "", revision: str |
         return Path(name_or_path) / subfolder
     files = [str(PurePosixPath(subfolder) / name) for name in (CONFIG_NAME, ADAPTER_WEIGHTS)]
     try:
-        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=files)) / subfolder
+        folder = snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=files)
+        return Path(folder) / subfolder
     except (OSError, HFValidationError) as error:
         raise ValueError(f"{name_or_path} is neither a folder nor a readable repository: {error}") from error
 
@@ -82,6 +97,13 @@ def load_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no readable adapter: {error}") from error
     check_lora(config)
+    ranks = {tensor.shape[0] for key, tensor in state.items() if "lora_A" in key}
+    if ranks != {config.r}:
+        raise ValueError(f"{folder} holds no readable adapter: its rank is {config.r}, its tensors have {ranks}.")
+    if isinstance(config.target_modules, str):
+        # A pattern from elsewhere is not run: the tensors tell which modules it found.
+        config.target_modules = {key.split(".lora_")[0].rpartition(".")[2] for key in state}
+        config.exclude_modules = None
     return config, state
 
 

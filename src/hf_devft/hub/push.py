@@ -3,18 +3,23 @@
 python -m hf_devft.hub.push outputs/run me/run     # what a run could not push, or a run made without pushing
 """
 
+import argparse
+import hashlib
 import logging
+import re
+import shlex
 import sys
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from hf_devft.configuration import STAGE_CONFIG_NAME
-from hf_devft.hub.artifacts import SUBMODEL
+from hf_devft.configuration import STAGE_CONFIG_NAME, StageConfig
+from hf_devft.hub.artifacts import ADAPTER_WEIGHTS, SUBMODEL
 
 
 logger = logging.getLogger(__name__)
@@ -28,14 +33,22 @@ class Push:
         title: what the commit is, as its message.
         folders: {folder in the repository ("" for the root): local folder}.
         tag: to set on the commit, or None.
+        keep: what must live as long as the push: the holder of a temporary folder.
     """
 
     title: str
     folders: dict[str, Path]
     tag: str | None = None
+    keep: Any = None
 
     def operations(self) -> list[CommitOperationAdd]:
-        """Every file of the folders; a compact adapter, checkpoints and hidden files stay out of the root."""
+        """Every file of the folders; a compact adapter, checkpoints and hidden files stay out of the root.
+
+        Raises:
+            FileNotFoundError: a folder is not there any more.
+        """
+        if gone := [str(folder) for folder in self.folders.values() if not folder.is_dir()]:
+            raise FileNotFoundError(f"{', '.join(gone)} is not there any more.")
         return [
             CommitOperationAdd("/".join(filter(None, [where, path.relative_to(folder).as_posix()])), path)
             for where, folder in self.folders.items()
@@ -56,9 +69,13 @@ def stage_push(output_dir: str | Path, stage: int) -> Push:
 
 
 def finished_stages(output_dir: str | Path) -> list[int]:
-    """The stages that `output_dir` holds, in order."""
-    found = [path.parent.name for path in Path(output_dir).glob(f"stage-*/{STAGE_CONFIG_NAME}")]
-    return sorted(int(name.removeprefix("stage-")) for name in found)
+    """The stages of the run in `output_dir`, in order: up to the one at the root, not what an earlier run has left."""
+    names = [path.parent.name for path in Path(output_dir).glob(f"stage-*/{STAGE_CONFIG_NAME}")]
+    found = sorted(int(name.removeprefix("stage-")) for name in names if re.fullmatch(r"stage-\d+", name))
+    if not found or not (Path(output_dir) / STAGE_CONFIG_NAME).exists():
+        return found
+    newest = StageConfig.from_pretrained(output_dir).stage
+    return [stage for stage in found if stage <= newest]
 
 
 class HubPusher:
@@ -103,6 +120,25 @@ class HubPusher:
             self._worker.submit(self._drain).result()
         return self.pending
 
+    def full_name(self) -> str:
+        """The repository with its owner, who is asked for where `repo_id` names none; as given where that fails."""
+        if "/" not in self.repo_id:
+            try:
+                self.repo_id = f"{self.api.whoami()['name']}/{self.repo_id}"
+            except Exception as error:  # as in `_drain`
+                logger.debug(f"the Hub does not say whose repository it is: {error}")
+        return self.repo_id
+
+    def holds(self, push: Push) -> bool:
+        """Whether the tag of a stage's push is there, with the same adapter."""
+        path = Path(push.folders[push.tag]) / ADAPTER_WEIGHTS
+        try:
+            found = self.api.get_paths_info(self.repo_id, [f"{push.tag}/{ADAPTER_WEIGHTS}"], revision=push.tag)
+        except HfHubHTTPError:
+            return False
+        lfs = found[0].lfs if found else None
+        return lfs is not None and lfs.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
     def push(self, push: Push) -> CommitInfo:
         """Push at once.
 
@@ -131,7 +167,7 @@ class HubPusher:
     def _make_ready(self) -> None:
         if not self._ready:
             self.repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
-            if self.revision is not None:
+            if self.revision is not None and not self.revision.startswith("refs/"):
                 self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
             self._ready = True
 
@@ -152,18 +188,32 @@ def _first_line(error: Exception) -> str:
 def left_over(pusher: HubPusher, output_dir: str | Path) -> str:
     """What a run's end says of what could not be pushed."""
     titles = ", ".join(push.title for push in pusher.pending)
+    command = [str(output_dir), pusher.repo_id]
+    command += ["--private"] if pusher.private else []
+    command += ["--revision", pusher.revision] if pusher.revision else []
     return (
         f"Not on the Hub: {titles} ({_first_line(pusher.error)}). Nothing is lost, all of it is in {output_dir}/. "
-        f"Push it with: python -m hf_devft.hub.push {output_dir} {pusher.repo_id}"
+        f"Push it with: python -m hf_devft.hub.push {shlex.join(command)}"
     )
 
 
+def push_stages(pusher: HubPusher, output_dir: str | Path) -> list[CommitInfo]:
+    """Push at once, in order, every stage of `output_dir` that the repository does not hold yet."""
+    pushes = [stage_push(output_dir, stage) for stage in finished_stages(output_dir)]
+    return [pusher.push(push) for push in pushes if not pusher.holds(push)]
+
+
 def main(argv: list[str]) -> None:
-    if len(argv) != 2 or not finished_stages(argv[0]):
-        raise ValueError("usage: python -m hf_devft.hub.push OUTPUT_DIR REPO_ID, OUTPUT_DIR holding stage-N folders")
-    pusher = HubPusher(argv[1], HfApi())
-    for stage in finished_stages(argv[0]):
-        print(pusher.push(stage_push(argv[0], stage)).commit_url)
+    parser = argparse.ArgumentParser("python -m hf_devft.hub.push", description="Push the stages of a run.")
+    parser.add_argument("output_dir", help="holds stage-N folders")
+    parser.add_argument("repo_id")
+    parser.add_argument("--revision", help="branch to commit to")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    args = parser.parse_args(argv)
+    if not finished_stages(args.output_dir):
+        raise ValueError(f"{args.output_dir} holds no finished stage of a run.")
+    commits = push_stages(HubPusher(args.repo_id, HfApi(), args.private, args.revision), args.output_dir)
+    print(*([commit.commit_url for commit in commits] or ["Everything is on the Hub already."]), sep="\n")
 
 
 if __name__ == "__main__":
