@@ -93,7 +93,7 @@ WEIGHTS, CONFIG = "submodel/adapter_model.safetensors", "submodel/adapter_config
     ("stage_config.json", edit(fusion="__import__"), "fusion '__import__'"),
     ("stage_config.json", edit(groups=None), "has groups None"),
     ("stage_config.json", lambda path: path.write_text("{"), "not a stage's record"),
-    (WEIGHTS, reshape, "differ in name or shape"),
+    (WEIGHTS, reshape, "its tensors have"),
     (WEIGHTS, rename, "differ in name or shape"),
     (WEIGHTS, lambda path: path.write_bytes(b"\x80\x04."), "no readable adapter"),
     (WEIGHTS, pickle_instead, "pickled weights are not read"),

@@ -97,7 +97,7 @@ def load_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no readable adapter: {error}") from error
     check_lora(config)
-    ranks = {tensor.shape[0] for key, tensor in state.items() if "lora_A" in key}
+    ranks = {tensor.shape[0] for key, tensor in state.items() if "lora_A" in key or "lora_embedding_A" in key}
     if ranks != {config.r}:
         raise ValueError(f"{folder} holds no readable adapter: its rank is {config.r}, its tensors have {ranks}.")
     if isinstance(config.target_modules, str):
