@@ -64,13 +64,14 @@ class PushMixin:
         pusher = self._pusher
         if pusher is None or (token, revision, private) != (None, None, None):
             pusher = self._make_pusher(token, revision, private)
+        adapter = Push(commit_message or "Adapter", {"": Path(output_dir)})
         if not blocking:
-            for push in [stage_push(output_dir, stage) for stage in finished]:
+            for push in [stage_push(output_dir, stage) for stage in finished] or [adapter]:
                 pusher.submit(push)
             return None
         pusher.finish()  # what training has pushed comes first
         if not finished:
-            return pusher.push(Push(commit_message or "Adapter", {"": Path(output_dir)}))
+            return pusher.push(adapter)
         return next(reversed(push_stages(pusher, output_dir)), None)
 
     def _push_stage(self, stage: int) -> None:
