@@ -8,7 +8,7 @@ import torch
 from conftest import config, lora, tiny_llama
 from datasets import Dataset
 from peft import IA3Config, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 
 from hf_devft import DevFTMixin, DevFTTrainer, StageConfig
@@ -481,6 +481,16 @@ def test_a_checkpoint_of_another_run_is_refused(make_trainer):
     for other in ({"stage_layers": [3, 4]}, {"fusion": "mean"}, {"seed": 1}, {"num_clients": 5}):
         with pytest.raises(ValueError, match=f"is of a run with .*{next(iter(other)).removeprefix('num_')}"):
             make_trainer(**other).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("folder", ["checkpoint-1", "stage-1"])
+def test_a_checkpoint_with_another_adapter_is_refused(make_trainer, folder):
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    trainer.train()
+    path = Path(trainer.args.output_dir) / folder / "adapter_model.safetensors"
+    save_file({key: tensor[..., :-1].clone() for key, tensor in load_file(path).items() if "lora_A" in key}, path)
+    with pytest.raises(ValueError, match="names or shapes differ"):
+        make_trainer().train(resume_from_checkpoint=str(path.parent))
 
 
 def test_an_interrupted_checkpoint_is_never_picked_up(make_trainer, monkeypatch):

@@ -633,6 +633,14 @@ class DevFTMixin(EvaluationMixin, PushMixin):
                 f"{resume_from_checkpoint} is of a run with {', '.join(differing)}: resume with the same, or start "
                 "anew in another `output_dir`."
             )
+        shapes = [
+            {key: tensor.shape for key, tensor in state.items()} for state in (checkpoint.full, self._full_adapter)
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"the adapter in {resume_from_checkpoint} is not one of this base and LoRA config: names or shapes "
+                "differ. Resume with the same."
+            )
         if checkpoint.run.stage > len(self.stages):
             raise ValueError(
                 f"{resume_from_checkpoint} is the last stage's: nothing is left to do. To train further, start a new "
