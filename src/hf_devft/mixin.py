@@ -264,6 +264,7 @@ class DevFTMixin(EvaluationMixin, PushMixin):
             self._schedule.step()
             running.done += 1
             self.state.global_step += 1
+            self._seed_round()
             self.state.epoch = running.stage.stage - 1 + running.done / running.stage.rounds
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
             self._log_save_evaluate(grad_norm, learning_rate, trial, ignore_keys_for_eval, start_time)
@@ -289,7 +290,6 @@ class DevFTMixin(EvaluationMixin, PushMixin):
             self._tr_loss += outcome.loss
         self.state.num_input_tokens_seen += outcome.seen
         self._record(outcome, time.perf_counter() - started)
-        self._seed_round()
         return outcome.grad_norm if self.args.max_grad_norm > 0 else None
 
     def _seed_round(self) -> None:
@@ -478,6 +478,8 @@ class DevFTMixin(EvaluationMixin, PushMixin):
 
     def _move_model_to_device(self, model, device) -> None:
         """As `Trainer`'s, but for layers that are still in the checkpoint."""
+        if not any(map(is_stored, model.parameters())):
+            return super()._move_model_to_device(model, device)
         for tensor in (*model.parameters(), *model.buffers()):
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
