@@ -34,23 +34,25 @@ OPTIONS = {
 ROUNDING = 1e-3  # of an adapter's norm; observed: up to 3e-5
 
 
-def run(command: list, options: dict) -> subprocess.CompletedProcess:
+def run(command: list, options: dict, script: Path = SCRIPT) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*map(str, command), SCRIPT, json.dumps(options)],
+        [*map(str, command), script, json.dumps(options)],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)},
     )
 
 
-def launch(folder: Path, name: str, processes: int, options: dict) -> subprocess.CompletedProcess:
+def launch(
+    folder: Path, name: str, processes: int, options: dict, script: Path = SCRIPT
+) -> subprocess.CompletedProcess:
     """By the project's launch config `name`, on the CPU."""
     content = yaml.safe_load((LAUNCH_CONFIGS / f"{name}.yaml").read_text())
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump(content | {"use_cpu": True, "num_processes": processes}))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", 0]
-    return run(launcher, options)
+    return run(launcher, options, script)
 
 
 @pytest.fixture(scope="module")
@@ -124,20 +126,14 @@ def test_no_engine_outlives_its_stage(tmp_path):
     """DeepSpeed is known to keep ZeRO-3 engines: see `engines.py`."""
     script = tmp_path / "count.py"
     script.write_text(COUNT)
-    content = yaml.safe_load((LAUNCH_CONFIGS / "zero3.yaml").read_text())
-    (tmp_path / "zero3.yaml").write_text(yaml.safe_dump(content | {"use_cpu": True}))
-    result = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "zero3.yaml",
-         "--main_process_port", "0", script, SCRIPT.parent, tmp_path / "output"],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    options = {"output_dir": str(tmp_path / "output"), "stage_layers": [1, 2, 3, 4], "stage_rounds": [1]}
+    result = launch(tmp_path, "zero3", 2, options | {"fail": [0, 0]}, script)
     assert result.returncode == 0, result.stderr
     assert "engines alive: [1, 1, 1, 1]" in result.stdout
 
 
 COUNT = """
-import gc, sys
-sys.path.insert(0, sys.argv[1])
+import gc, json, sys
 import launched
 from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import TrainerCallback
@@ -150,9 +146,7 @@ class Count(TrainerCallback):
         alive.append(sum(type(thing) is DeepSpeedEngine for thing in gc.get_objects()))
 
 launched.Fail = lambda *args: Count()
-trainer = launched.main({
-    "output_dir": sys.argv[2], "stage_layers": [1, 2, 3, 4], "stage_rounds": [1], "fail": [0, 0]
-})
+trainer = launched.main(json.loads(sys.argv[1]))
 if trainer.is_world_process_zero():
     print("engines alive:", alive)
 """

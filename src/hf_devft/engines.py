@@ -113,11 +113,12 @@ class DeepSpeedEngine(Engine):
         from deepspeed import zero
         from deepspeed.utils import safe_set_full_fp32_param
 
+        values = list(zip(self.layout.parameters, self.layout.cut(flat), strict=True))
         # What the forward pass reads, then the optimiser's own copy in single precision.
         with torch.no_grad(), zero.GatheredParameters(self.layout.parameters, 0, enabled=self._sharded):
-            for parameter, value in zip(self.layout.parameters, self.layout.cut(flat), strict=True):
+            for parameter, value in values:
                 parameter.data.copy_(value)
-        for parameter, value in zip(self.layout.parameters, self.layout.cut(flat), strict=True):
+        for parameter, value in values:
             safe_set_full_fp32_param(parameter, value)
 
     def _reset_optimizer(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 
 USER, TOKEN = "me", "hf_secret"
@@ -79,8 +79,13 @@ def error(status: int, code: str, message: str) -> JSONResponse:
     return JSONResponse({"error": message}, status, {"X-Error-Code": code, "X-Error-Message": message})
 
 
+class NotThere(Exception):
+    """A repository or a revision that does not exist; answered with 404."""
+
+
 def make_app(hub: HubServer) -> FastAPI:
     app = FastAPI()
+    app.add_exception_handler(NotThere, lambda request, missing: error(404, *missing.args))
 
     @app.middleware("http")
     async def gate(request: Request, call_next):
@@ -120,17 +125,15 @@ def make_app(hub: HubServer) -> FastAPI:
             repo.commit("main", {".gitattributes": hub.store(b"*.safetensors filter=lfs\n")}, "initial commit")
         return JSONResponse({"url": f"{hub.url}/{repo_id}", "id": repo_id}, 409 if known else 200)
 
-    def find(repo_id: str, revision: str = "main") -> tuple[Repo, str] | JSONResponse:
+    def find(repo_id: str, revision: str = "main") -> tuple[Repo, str]:
         if (repo := hub.repos.get(repo_id)) is None:
-            return error(404, "RepoNotFound", "Repository not found")
+            raise NotThere("RepoNotFound", "Repository not found")
         if (oid := repo.find(revision)) is None:
-            return error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise NotThere("RevisionNotFound", f"Invalid rev id: {revision}")
         return repo, oid
 
     def describe(repo_id: str, revision: str):
-        if isinstance(found := find(repo_id, revision), Response):
-            return found
-        repo, oid = found
+        repo, oid = find(repo_id, revision)
         siblings = [{"rfilename": path} for path in sorted(repo.commits[oid])]
         return {"id": repo_id, "modelId": repo_id, "sha": oid, "private": repo.private, "siblings": siblings,
                 "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
@@ -145,8 +148,7 @@ def make_app(hub: HubServer) -> FastAPI:
 
     @app.get("/api/models/{user}/{name}/refs")
     def refs(user: str, name: str):
-        if isinstance(found := find(f"{user}/{name}"), Response):
-            return found
+        found = find(f"{user}/{name}")
         listed = {
             kind: [{"name": key, "ref": f"refs/{kind}/{key}", "targetCommit": oid} for key, oid in values.items()]
             for kind, values in (("branches", found[0].branches), ("tags", found[0].tags))
@@ -167,8 +169,7 @@ def make_app(hub: HubServer) -> FastAPI:
     @app.get("/api/models/{user}/{name}/tree/{revision}")
     @app.get("/api/models/{user}/{name}/tree/{revision}/{path:path}")
     def tree(user: str, name: str, revision: str, path: str = "", recursive: bool = False):
-        if isinstance(found := find(f"{user}/{name}", revision), Response):
-            return found
+        found = find(f"{user}/{name}", revision)
         inside = [
             entry
             for key, entry in sorted(entries(*found).items())
@@ -178,8 +179,7 @@ def make_app(hub: HubServer) -> FastAPI:
 
     @app.post("/api/models/{user}/{name}/paths-info/{revision}")
     async def paths_info(user: str, name: str, revision: str, request: Request):
-        if isinstance(found := find(f"{user}/{name}", revision), Response):
-            return found
+        found = find(f"{user}/{name}", revision)
         body = await request.body()
         wanted = json.loads(body)["paths"] if body.startswith(b"{") else [
             part.partition("=")[2].replace("%2F", "/") for part in body.decode().split("&") if part.startswith("paths")
@@ -188,8 +188,7 @@ def make_app(hub: HubServer) -> FastAPI:
 
     @app.post("/api/models/{user}/{name}/preupload/{revision}")
     async def preupload(user: str, name: str, revision: str, request: Request):
-        if isinstance(found := find(f"{user}/{name}", revision), Response):
-            return found
+        find(f"{user}/{name}", revision)
         files = (await request.json())["files"]
         mode = {True: "lfs", False: "regular"}
         return {
@@ -218,9 +217,7 @@ def make_app(hub: HubServer) -> FastAPI:
 
     @app.post("/api/models/{user}/{name}/commit/{revision}")
     async def commit(user: str, name: str, revision: str, request: Request):
-        if isinstance(found := find(f"{user}/{name}", revision), Response):
-            return found
-        repo, parent = found
+        repo, parent = find(f"{user}/{name}", revision)
         files, message = dict(repo.commits[parent]), ""
         for line in (await request.body()).splitlines():
             item = json.loads(line)
@@ -242,9 +239,7 @@ def make_app(hub: HubServer) -> FastAPI:
 
     @app.post("/api/models/{user}/{name}/branch/{branch}")
     async def create_branch(user: str, name: str, branch: str):
-        if isinstance(found := find(f"{user}/{name}"), Response):
-            return found
-        repo, oid = found
+        repo, oid = find(f"{user}/{name}")
         if branch in repo.branches:
             return error(409, "", "Reference already exists")
         repo.branches[branch] = oid
@@ -252,9 +247,7 @@ def make_app(hub: HubServer) -> FastAPI:
 
     @app.post("/api/models/{user}/{name}/tag/{revision}")
     async def create_tag(user: str, name: str, revision: str, request: Request):
-        if isinstance(found := find(f"{user}/{name}", revision), Response):
-            return found
-        repo, oid = found
+        repo, oid = find(f"{user}/{name}", revision)
         tag = (await request.json())["tag"]
         if tag in repo.tags:
             return error(409, "", "Tag reference exists already")
@@ -263,16 +256,13 @@ def make_app(hub: HubServer) -> FastAPI:
 
     @app.delete("/api/models/{user}/{name}/tag/{tag}")
     async def delete_tag(user: str, name: str, tag: str):
-        if isinstance(found := find(f"{user}/{name}"), Response):
-            return found
+        found = find(f"{user}/{name}")
         found[0].tags.pop(tag, None)
         return {}
 
     @app.api_route("/{user}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
     def resolve(user: str, name: str, revision: str, path: str, request: Request):
-        if isinstance(found := find(f"{user}/{name}", revision), Response):
-            return found
-        repo, oid = found
+        repo, oid = find(f"{user}/{name}", revision)
         if repo.private and request.headers.get("authorization") != f"Bearer {TOKEN}":
             return error(401, "RepoNotFound", "Repository not found")
         if (blob := repo.commits[oid].get(path)) is None:

@@ -1,6 +1,7 @@
 """The batches that clients train on: one data loader for a whole run, each client's rows in an order of its own."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,11 @@ def client_batches(rows: np.ndarray, batch_size: int, drop_last: bool, seed: int
         yield from (order[start : min(start + size, end)] for start in range(0, end, size))
 
 
+@dataclass(frozen=True)
 class FederatedBatchSampler:
     """Batches of row indices, client after client.
 
-    Args:
+    Attributes:
         rows: each client's row indices.
         turns: (round, client) of every local training to come.
         batches_per_client, batch_size, drop_last: see `DevFTConfig`.
@@ -35,23 +37,13 @@ class FederatedBatchSampler:
         placement: this process's share of each batch, which may be an empty one.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[np.ndarray],
-        turns: Iterable[tuple[int, int]],
-        batches_per_client: int,
-        batch_size: int,
-        drop_last: bool,
-        data_seed: int,
-        placement: Placement = Placement(),  # noqa: B008 -- frozen
-    ):
-        self.rows = rows
-        self.turns = turns
-        self.batches_per_client = batches_per_client
-        self.batch_size = batch_size
-        self.drop_last = drop_last
-        self.data_seed = data_seed
-        self.placement = placement
+    rows: Sequence[np.ndarray]
+    turns: Iterable[tuple[int, int]]
+    batches_per_client: int
+    batch_size: int
+    drop_last: bool
+    data_seed: int
+    placement: Placement = field(default_factory=Placement)
 
     def __iter__(self) -> Iterator[list[int]]:
         for round_index, client in self.turns:
@@ -60,15 +52,15 @@ class FederatedBatchSampler:
             yield from (self.placement.rows(next(batches)) for _ in range(self.batches_per_client))
 
 
+@dataclass(frozen=True)
 class ShareCollator:
     """A collator for shares of batches: an empty share becomes a row without labels, whose loss and gradient are 0.
 
     So every process takes part in every forward and backward pass, as DDP and DeepSpeed need it.
     """
 
-    def __init__(self, collate: Callable[[list], dict[str, torch.Tensor]], stand_in: Any):
-        self.collate = collate
-        self.stand_in = stand_in
+    collate: Callable[[list], dict[str, torch.Tensor]]
+    stand_in: Any
 
     def __call__(self, rows: list) -> dict[str, torch.Tensor]:
         batch = self.collate(rows or [self.stand_in])

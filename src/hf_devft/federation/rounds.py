@@ -15,7 +15,7 @@ from hf_devft.federation.sampling import ClientSampling, Placement
 logger = logging.getLogger(__name__)
 
 # What processes tell each other of a client, one row of numbers each.
-SENT, COUNTED, LOSS, GRAD_NORM, TOKENS, SEEN = range(6)
+COLUMNS = SENT, COUNTED, LOSS, GRAD_NORM, TOKENS, SEEN = range(6)
 
 
 class QuorumError(RuntimeError):
@@ -61,10 +61,11 @@ class RoundOutcome:
         return int(counted.sum())
 
 
+@dataclass
 class Federation:
     """Runs rounds, on one process or on several that each call it alike.
 
-    Args:
+    Attributes:
         method: combines the adapters.
         sampling: chooses the clients.
         placement: this process's share of the work.
@@ -77,31 +78,20 @@ class Federation:
         device: where those sums are made.
     """
 
-    def __init__(
-        self,
-        method: FederatedMethod,
-        sampling: ClientSampling,
-        placement: Placement,
-        names: list[str],
-        examples: list[int],
-        quorum: int,
-        retries: int,
-        batches_of: Callable[[Iterable[int], int], ClientBatches],
-        rounds: range,
-        add_up: Callable[[torch.Tensor], None],
-        device: torch.device,
-    ):
-        self.method = method
-        self.sampling = sampling
-        self.placement = placement
-        self.names = names
-        self.examples = examples
-        self.quorum = quorum
-        self.retries = retries
-        self.batches_of = batches_of
-        self.add_up = add_up
-        self.device = device
-        self._batches = batches_of(rounds, 0)
+    method: FederatedMethod
+    sampling: ClientSampling
+    placement: Placement
+    names: list[str]
+    examples: list[int]
+    quorum: int
+    retries: int
+    batches_of: Callable[[Iterable[int], int], ClientBatches]
+    rounds: range
+    add_up: Callable[[torch.Tensor], None]
+    device: torch.device
+
+    def __post_init__(self):
+        self._batches = self.batches_of(self.rounds, 0)
         self._first_error: Exception | None = None
 
     def run(
@@ -123,7 +113,7 @@ class Federation:
             sampled = self.sampling.sampled(round_index, attempt)
             batches = self._batches if attempt == 0 else self.batches_of([round_index], attempt)
             self.method.begin_round(start)
-            reports = torch.zeros(len(sampled), 6, dtype=torch.float64)
+            reports = torch.zeros(len(sampled), len(COLUMNS), dtype=torch.float64)
             for client in self.placement.clients(self.sampling.training(round_index, attempt)):
                 reports[sampled.index(client)] = self._train(round_index, client, batches.next_client(), train_client)
             counted = outcome.add(sampled, self._of_all_processes(reports))
@@ -144,7 +134,7 @@ class Federation:
 
     def _train(self, round_index: int, client: int, batches: ClientBatches, train_client: Callable) -> torch.Tensor:
         """A client's report; its adapter goes to the method, unless it fails."""
-        report = torch.zeros(6, dtype=torch.float64)
+        report = torch.zeros(len(COLUMNS), dtype=torch.float64)
         try:
             result, adapter = train_client(client, batches)
         except Exception as error:

@@ -2,7 +2,8 @@
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -38,16 +39,23 @@ def save_adapter(folder: str | Path, peft_config: LoraConfig, state: dict[str, t
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
+@contextmanager
+def _reading(repo_id: str) -> Iterator[None]:
+    """What goes wrong with a repository is a ValueError that names it."""
+    try:
+        yield
+    except (OSError, HFValidationError) as error:
+        raise ValueError(f"{repo_id} is neither a folder nor a readable repository: {error}") from error
+
+
 def newest_commit(repo_id: str, revision: str | None = None, token: str | None = None) -> str:
     """The commit that a repository's branch stands at.
 
     Raises:
         ValueError: the repository cannot be read.
     """
-    try:
+    with _reading(repo_id):
         return HfApi(token=token).model_info(repo_id, revision=revision).sha
-    except (OSError, HFValidationError) as error:
-        raise ValueError(f"{repo_id} cannot be read from the Hub: {error}") from error
 
 
 def download_stage(repo_id: str, revision: str | None = None, token: str | None = None) -> str:
@@ -56,10 +64,8 @@ def download_stage(repo_id: str, revision: str | None = None, token: str | None 
     Raises:
         ValueError: the repository cannot be read.
     """
-    try:
+    with _reading(repo_id):
         return snapshot_download(repo_id, revision=revision, token=token, allow_patterns=["*.json", ADAPTER_WEIGHTS])
-    except (OSError, HFValidationError) as error:
-        raise ValueError(f"{repo_id} cannot be read from the Hub: {error}") from error
 
 
 def fetch_adapter(
@@ -73,11 +79,9 @@ def fetch_adapter(
     if Path(name_or_path).is_dir():
         return Path(name_or_path) / subfolder
     files = [str(PurePosixPath(subfolder) / name) for name in (CONFIG_NAME, ADAPTER_WEIGHTS)]
-    try:
+    with _reading(str(name_or_path)):
         folder = snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=files)
-        return Path(folder) / subfolder
-    except (OSError, HFValidationError) as error:
-        raise ValueError(f"{name_or_path} is neither a folder nor a readable repository: {error}") from error
+    return Path(folder) / subfolder
 
 
 def load_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:

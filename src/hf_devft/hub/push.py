@@ -182,7 +182,7 @@ class HubPusher:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"
 
 
 def left_over(pusher: HubPusher, output_dir: str | Path) -> str:

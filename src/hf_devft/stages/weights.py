@@ -22,11 +22,11 @@ class Stored:
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """All values, or those of the flat tensor from `start` to `stop`; no more of the file is read."""
         where = self.weights.index[self.name]
-        if "safetensors_file" not in where:
+        if "safetensors_file" in where:
+            with safe_open(where["safetensors_file"], framework="pt") as file:
+                values = file.get_tensor(where["weight_name"])  # still on the disk
+        else:
             values = self.weights[self.name]
-            return values if stop is None else values.flatten()[start:stop]
-        with safe_open(where["safetensors_file"], framework="pt") as file:
-            values = file.get_tensor(where["weight_name"])  # still on the disk
         values = values if stop is None else values.flatten()[start:stop]
         return values.to(getattr(torch, where["dtype"]))
 
