@@ -4,23 +4,31 @@
     accelerate launch recipes/devft.py --config recipes/configs/fedit.yaml --seed 1 --output_dir outputs/fedit
 
     accelerate launch recipes/devft.py --resume_from_checkpoint last      # starts a run, or goes on with it
+    python recipes/devft.py --plan                                        # what it will cost, without any weights
 
 Every key of a config is also a flag. Without data files, the tasks are made up by the package's generator.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import datasets
 from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from hf_devft import DevFTConfig, DevFTTrainer
 from hf_devft.arguments import RecipeArguments, parse_arguments
-from hf_devft.data import load_files
-from hf_devft.embedded import task_dataset
+from hf_devft.data import load_files, tokenize
+from hf_devft.embedded import resolve_model_name, task_dataset
+from hf_devft.hub.artifacts import fetch_adapter, load_adapter
 from hf_devft.metrics import LanguageModelMetrics, reduce_logits
+from hf_devft.mixin import clients_of
+from hf_devft.planning import RunPlan, plan_run
+from hf_devft.progress import print_plan
+from hf_devft.stages.streaming import empty_base, where_from
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -46,13 +54,22 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
     )
 
 
-def make_trainer(argv: list[str]) -> DevFTTrainer:
-    recipe, args = parse_arguments(argv, QUICKSTART)
+def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
+    """What the run will cost; data on the Hub is not downloaded for it."""
+    path, options = resolve_model_name(recipe.model_name_or_path), args.model_init_kwargs or {}
+    config = recipe.lora_config()
+    if recipe.adapter_name_or_path:
+        config = load_adapter(fetch_adapter(recipe.adapter_name_or_path, token=args.hub_token))[0]
+    clients = None
+    if not recipe.dataset_name:
+        tokenizer = AutoTokenizer.from_pretrained(path, **where_from(options))
+        clients = clients_of(args, tokenize(load_data(recipe, args)[0], tokenizer, args.max_length))
+    return plan_run(args, empty_base(path, **options), config, clients)
+
+
+def make_trainer(recipe: RecipeArguments, args: DevFTConfig) -> DevFTTrainer:
     if recipe.dataset_name and args.card_datasets is None:
         args.card_datasets = [recipe.dataset_name]
-    # The run has one bar and one table of its own.
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     train, evaluation, calibration = load_data(recipe, args)
     return DevFTTrainer(
         recipe.model_name_or_path,
@@ -67,8 +84,16 @@ def make_trainer(argv: list[str]) -> DevFTTrainer:
 
 
 if __name__ == "__main__":
+    # The run has one bar and one table of its own.
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
-        trainer = make_trainer(sys.argv[1:])
+        recipe, args = parse_arguments(sys.argv[1:], QUICKSTART)
+        if recipe.plan or recipe.plan_json:
+            plan = make_plan(recipe, args)
+            print(json.dumps(plan.to_dict(), indent=2)) if recipe.plan_json else print_plan(plan)
+            sys.exit()
+        trainer = make_trainer(recipe, args)
     except (ValueError, FileNotFoundError) as error:
         process = os.environ.get("RANK", "0")
         sys.exit(f"error: {error}" if process == "0" else f"error on process {process}: {error}")

@@ -43,6 +43,9 @@ class RecipeArguments:
         default_factory=lambda: ["all-linear"], metadata={"help": "Modules to adapt."}
     )
 
+    plan: bool = field(default=False, metadata={"help": "Only say what the run would cost."})
+    plan_json: bool = field(default=False, metadata={"help": "The same as JSON."})
+
     def lora_config(self) -> LoraConfig:
         """The adapter's config."""
         modules = self.lora_target_modules

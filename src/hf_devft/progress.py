@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from hf_devft.configuration import StageConfig
+from hf_devft.planning import RunPlan, StagePlan
 
 
 class RoundProgressCallback(TrainerCallback):
@@ -82,6 +83,15 @@ def _number(value: float | None, style: str) -> str | None:
     return None if value is None else format(value, style)
 
 
+def _table(title: str, titles: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for column in titles:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def stage_rows(stages: list[StageConfig], without: Container[str] = ()) -> tuple[list[str], list[list[str]]]:
     """(titles, with a line break where they are long; one row of text per stage)."""
     columns = {title: value for title, value in _COLUMNS.items() if title not in without}
@@ -93,11 +103,43 @@ def stage_rows(stages: list[StageConfig], without: Container[str] = ()) -> tuple
 def print_stages(stages: list[StageConfig]) -> None:
     """Print the table of the finished stages."""
     titles, rows = stage_rows(stages, without=_CARD_ONLY)
-    title = f"stage {stages[-1].stage}/{stages[-1].num_stages} finished"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+    table = _table(f"stage {stages[-1].stage}/{stages[-1].num_stages} finished", titles, rows)
     with tqdm.external_write_mode():  # not into the bar
         Console().print(table)
+
+
+# Title of a column -> its value for a planned stage.
+_PLANNED = {
+    "stage": lambda plan: plan.stage,
+    "layers": lambda plan: str(plan.num_layers),
+    "rounds": lambda plan: str(plan.rounds),
+    "values": lambda plan: _si(plan.trainable),
+    "down\nB": lambda plan: _si(plan.bytes_down),
+    "up\nB": lambda plan: _si(plan.bytes_up),
+    "sent\nB": lambda plan: _si(plan.bytes),
+    "FLOPs": lambda plan: _si(plan.flops),
+    "client\nB": lambda plan: _si(plan.client_memory),
+    "server\nB": lambda plan: _si(plan.server_memory),
+}
+
+
+def _si(value: float) -> str:
+    """Three digits and a prefix, such as "1.25G"."""
+    power = min(int(math.log10(value)) // 3, 6) if value >= 1 else 0
+    digits = value / 1000**power
+    places = max(0, 2 - int(math.log10(max(digits, 1))))
+    return f"{digits:.{places}f}{' kMGTPE'[power]}".rstrip()
+
+
+def print_plan(plan: RunPlan) -> None:
+    """Print what a run will cost."""
+    rows: list[StagePlan] = [*plan.stages, plan.total, plan.without_stages]
+    Console().print(_table("plan", list(_PLANNED), [[value(row) for value in _PLANNED.values()] for row in rows]))
+    Console().print(
+        "values: that a client trains; down, up: to and from it in a round; sent, FLOPs: by all\n"
+        "in all rounds; client, server: peak memory, estimated.\n"
+        f"none: as many rounds without stages: {plan.without_stages.bytes / plan.total.bytes:.2f}x the bytes, "
+        f"{plan.without_stages.flops / plan.total.flops:.2f}x the FLOPs."
+    )
+    if not plan.measured:
+        Console().print("The data was not read: FLOPs and memory are as if every row had `max_length` tokens.")

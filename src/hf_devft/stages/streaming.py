@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_devft.stages.layer_stack import find_layer_stack
@@ -30,13 +30,11 @@ def load_base(name_or_path: str, **options: Any) -> PreTrainedModel:
         name_or_path: a Hub name or a folder.
         options: of `from_pretrained`.
     """
-    config = options.get("config") or AutoConfig.from_pretrained(name_or_path, **where_from(options))
+    config = _config(name_or_path, options)
     quantized = options.get("quantization_config") or getattr(config, "quantization_config", None)
     if quantized or is_deepspeed_zero3_enabled() or "device_map" in options:
         return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
-    with init_empty_weights():
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
-    path = find_layer_stack(skeleton).path
+    path = find_layer_stack(skeleton := empty_base(name_or_path, **options)).path
     # Only for checkpoints whose weights are not stored as the model has them (pickled ones, some mixtures of experts).
     folder = tempfile.TemporaryDirectory(prefix="hf-devft-")
     with _quiet("accelerate.big_modeling"):
@@ -51,6 +49,28 @@ def load_base(name_or_path: str, **options: Any) -> PreTrainedModel:
         if parameter.is_meta:
             parameter.stored = Stored(weights, name, folder)
     return model
+
+
+def empty_base(name_or_path: str, **options: Any) -> PreTrainedModel:
+    """The model without its weights, on the meta device; nothing but the config is read.
+
+    Args:
+        name_or_path, options: as for `load_base`; a quantisation is left to who needs to know of it.
+    """
+    config = _config(name_or_path, options)
+    dtype = options.get("dtype", "auto")
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=config.dtype if dtype == "auto" else dtype,
+            trust_remote_code=options.get("trust_remote_code", False),
+        )
+    model.tie_weights()
+    return model
+
+
+def _config(name_or_path: str, options: dict[str, Any]) -> PretrainedConfig:
+    return options.get("config") or AutoConfig.from_pretrained(name_or_path, **where_from(options))
 
 
 def where_from(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,253 @@
+"""What a run will cost, from its config alone: no weight is read, the model is on the meta device."""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+
+from hf_devft.configuration import DevFTConfig, StageConfig
+from hf_devft.federation.batches import FederatedBatchSampler
+from hf_devft.federation.ledger import flops_per_token
+from hf_devft.federation.memory import Memory
+from hf_devft.federation.methods import Clients, make_methods
+from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
+from hf_devft.federation.sampling import sample_clients
+from hf_devft.federation.wire import Wire
+from hf_devft.layout import AdapterLayout
+from hf_devft.stages.adapter import new_adapter, with_head
+from hf_devft.stages.grouping import GroupingTask, group_layers
+from hf_devft.stages.layer_stack import find_layer_stack, with_layers
+
+
+# Of a client's trained values in float32: themselves, their gradient, AdamW's two moments.
+_TRAINED_BYTES = 16
+# Of the server's: the global adapter, the update that has just come, and the float64 sum of those before.
+_SERVER_BYTES = 16
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage will cost.
+
+    Attributes:
+        stage: its name; num_layers, rounds: its size.
+        trainable: values that a client trains.
+        base_bytes: of the submodel's base weights.
+        bytes_down, bytes_up: to and from one client in one round, on average.
+        bytes: both ways, of all clients in all rounds; flops, tokens (padding included): likewise.
+        client_memory: peak in bytes of base, adapter, optimiser and activations of one micro-batch.
+        server_memory: peak in bytes of the submodel that it makes, and of aggregation; evaluation is not counted.
+    """
+
+    stage: str
+    num_layers: int
+    rounds: int
+    trainable: int
+    base_bytes: int
+    bytes_down: float
+    bytes_up: float
+    bytes: float
+    tokens: float
+    flops: float
+    client_memory: int
+    server_memory: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will cost, and the same rounds without stages.
+
+    Attributes:
+        stages: a plan each; total: of all of them; without_stages: as many rounds of the full model.
+        measured: whether tokens were counted in the run's data, or as if every row had `max_length` of them.
+    """
+
+    stages: list[StagePlan]
+    total: StagePlan
+    without_stages: StagePlan
+    measured: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def plan_run(
+    args: DevFTConfig, base: PreTrainedModel, peft_config: LoraConfig, clients: ClientData | None = None
+) -> RunPlan:
+    """The plan of a run.
+
+    Bytes are those that the ledger will count where every message of a method is as long as the first round's: not
+    with `flora`, `fedex_lora`, `c2a` and methods with `client_ranks`, of which this counts a whole adapter each way.
+    FLOPs are the ledger's formula. As if all clients held every stage.
+
+    Args:
+        base: without adapter; may be on the meta device, see `empty_base`.
+        clients: their tokenised rows (`input_ids`), for the lengths of batches; default: every row has `max_length`.
+
+    Raises:
+        ValueError: stages or methods that cannot run on this base.
+    """
+    stages = args.resolve_stages(len(find_layer_stack(base)))
+    ends = np.cumsum([0, *(stage.rounds for stage in stages)]).tolist()
+    batches = functools.partial(planned_batches, args, clients)
+    submodels = _Submodels(args, base, peft_config)
+    plans = [
+        _plan_stage(args, submodels, stage, batches(range(*span)))
+        for stage, span in zip(stages, itertools.pairwise(ends), strict=True)
+    ]
+    alone = _plan_stage(args, submodels, replace(stages[-1], rounds=ends[-1]), batches(range(ends[-1])))
+    return RunPlan(plans, _total(plans), replace(alone, stage="none"), clients is not None)
+
+
+def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range) -> list[tuple[int, int]]:
+    """(rows, length) of every micro-batch of these rounds, with `client_selection="uniform"` and a collator that pads
+    to a multiple of 8; of the longest ones possible where the clients are not known."""
+    steps = args.local_steps * args.gradient_accumulation_steps
+    if clients is None:
+        return [(args.train_batch_size, args.max_length)] * (len(rounds) * args.clients_per_round * steps)
+    lengths = np.fromiter(map(len, clients.dataset["input_ids"]), dtype=int)
+    everyone = range(len(clients.rows))
+    sampler = FederatedBatchSampler(
+        rows=list(clients.rows.values()),
+        turns=[
+            (index, client)
+            for index in rounds
+            for client in sample_clients(everyone, args.clients_per_round, args.seed, index)
+        ],
+        batches_per_client=steps,
+        batch_size=args.train_batch_size,
+        drop_last=args.dataloader_drop_last,
+        data_seed=args.seed if args.data_seed is None else args.data_seed,
+    )
+    return [(len(batch), 8 * -(-int(lengths[batch].max()) // 8)) for batch in sampler]
+
+
+class _Submodels:
+    """The submodels of a run's stages by their number of layers, without memory; each is looked at once."""
+
+    def __init__(self, args: DevFTConfig, base: PreTrainedModel, peft_config: LoraConfig):
+        self._args, self._base, self._peft_config, self._stack = args, base, peft_config, find_layer_stack(base)
+        self.model, self.activations = functools.cache(self._model), functools.cache(self._activations)
+
+    def _model(self, layers: int) -> tuple[PeftModel, int]:
+        """(with its adapter, bytes of its base weights)."""
+        args, stack, config = self._args, self._stack, self._peft_config
+        groups = group_layers(GroupingTask(stack.kinds, layers), "even")  # of any grouping's sizes
+        submodel = with_layers(self._base, stack, [group[0] for group in groups])
+        stored = _base_bytes(submodel, stack.path, (args.model_init_kwargs or {}).get("quantization_config"))
+        if args.temporary_head and layers < len(stack):
+            config, _ = with_head(config, submodel)
+        return new_adapter(submodel, config), stored
+
+    def _activations(self, layers: int, rows: int, length: int) -> int:
+        return activation_bytes(self._model(layers)[0], rows, length)
+
+
+def _plan_stage(args: DevFTConfig, submodels: _Submodels, stage: StageConfig, batches: list) -> StagePlan:
+    model, base_bytes = submodels.model(stage.num_layers)
+    layout = AdapterLayout.of(model)
+    down, up, trained = _messages(args, layout)
+    kept = submodels.activations(stage.num_layers, *max(batches, key=math.prod))
+    turns, returning = args.clients_per_round * stage.rounds, 1 - args.client_dropout_rate
+    tokens = returning * sum(rows * length for rows, length in batches)
+    return StagePlan(
+        stage=str(stage.stage),
+        num_layers=stage.num_layers,
+        rounds=stage.rounds,
+        trainable=trained,
+        base_bytes=base_bytes,
+        bytes_down=down,
+        bytes_up=up,
+        bytes=turns * (down + returning * up),
+        tokens=tokens,
+        flops=tokens * flops_per_token(model),
+        client_memory=base_bytes + _TRAINED_BYTES * trained + kept,
+        server_memory=base_bytes + _SERVER_BYTES * sum(layout.sizes),
+    )
+
+
+def _base_bytes(model: PreTrainedModel, stack_path: str, quantization: dict[str, Any] | None) -> int:
+    """Bytes of the weights; bitsandbytes packs the layers' matrices, with a scale for each block of 64 values."""
+    quantization = quantization or {}
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    packed = [module.weight for module in model.get_submodule(stack_path).modules() if isinstance(module, nn.Linear)]
+    if quantization.get("load_in_4bit"):
+        scale = 1 / 64 + 4 / (64 * 256) if quantization.get("bnb_4bit_use_double_quant") else 4 / 64
+        return total - sum(round(weight.nbytes - weight.numel() * (0.5 + scale)) for weight in packed)
+    if quantization.get("load_in_8bit"):
+        return total - sum(weight.nbytes - weight.numel() for weight in packed)
+    return total
+
+
+def _messages(args: DevFTConfig, layout: AdapterLayout) -> tuple[float, float, int]:
+    """Bytes to a client and from it in a round, and the values that it trains: means over the first two rounds, as
+    some methods take turns."""
+    memory = Memory()
+    method, correction, _ = make_methods(args.federated_method, args.federated_method_kwargs)
+    count = args.num_clients or DEFAULT_NUM_CLIENTS
+    method.begin_run(Clients(examples=[1] * count, seed=args.seed, memory=memory))
+    method.begin_stage(layout, torch.zeros(sum(layout.sizes)))
+    wire = Wire(args.wire_dtype, args.wire_top_k, memory)
+    both = 2 if correction is not None and correction.records else 1
+    rounds = []
+    for method.round_index in range(2):
+        values = [
+            sum(layout.sizes[place] for place in places(0))
+            for places in (method.receives, method.sends, method.trains)
+        ]
+        rounds.append((both * wire.bytes_down(values[0]), both * wire.bytes_up(values[1]), values[2]))
+    down, up, trained = (sum(column) / len(rounds) for column in zip(*rounds, strict=True))
+    return down, up, max(values[2] for values in rounds)
+
+
+def _total(plans: Sequence[StagePlan]) -> StagePlan:
+    last = plans[-1]
+    return StagePlan(
+        stage="all",
+        num_layers=last.num_layers,
+        rounds=sum(plan.rounds for plan in plans),
+        trainable=last.trainable,
+        base_bytes=last.base_bytes,
+        bytes_down=sum(plan.rounds * plan.bytes_down for plan in plans) / sum(plan.rounds for plan in plans),
+        bytes_up=sum(plan.rounds * plan.bytes_up for plan in plans) / sum(plan.rounds for plan in plans),
+        bytes=sum(plan.bytes for plan in plans),
+        tokens=sum(plan.tokens for plan in plans),
+        flops=sum(plan.flops for plan in plans),
+        client_memory=max(plan.client_memory for plan in plans),
+        server_memory=max(plan.server_memory for plan in plans),
+    )
+
+
+def activation_bytes(model: PeftModel, rows: int, length: int) -> int:
+    """What a forward pass of `rows` x `length` tokens keeps for the backward pass, and the gradient of the largest
+    of it: counted by running it on tensors without memory.
+
+    Args:
+        model: with its adapter; of no use afterwards.
+    """
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if (storage := tensor.untyped_storage())._cdata not in ours:
+            kept[storage._cdata] = tensor  # held, so that no other storage gets its address
+        return tensor
+
+    # Not on the meta device, where attention takes a slower path that keeps its scores.
+    with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(pack, lambda tensor: tensor):
+        model = model.to_empty(device="cpu").train()
+        ours = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        tokens = torch.zeros(rows, length, dtype=torch.long)
+        model(input_ids=tokens, labels=tokens)
+    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+    return sum(sizes) + max(sizes, default=0)
