@@ -207,8 +207,8 @@ def _messages(args: DevFTConfig, layout: AdapterLayout) -> tuple[float, float, i
             for places in (method.receives, method.sends, method.trains)
         ]
         rounds.append((both * wire.bytes_down(values[0]), both * wire.bytes_up(values[1]), values[2]))
-    down, up, trained = (sum(column) / len(rounds) for column in zip(*rounds, strict=True))
-    return down, up, max(values[2] for values in rounds)
+    down, up, trained = zip(*rounds, strict=True)
+    return sum(down) / len(down), sum(up) / len(up), max(trained)
 
 
 def _total(plans: Sequence[StagePlan]) -> StagePlan:
