@@ -27,12 +27,16 @@ class Engine:
         model: what the forward pass goes through.
         optimizer: the stage's, or None.
         parameters: the adapter's; layout: how they lie in a vector.
+        adapter: a module of just these, for what goes over all that a module has.
+        flops_per_token: {(tensors trained, layers skipped): of training on a position}, as far as it is known.
     """
 
     def __init__(self, trainer: Trainer, model: PeftModel, train: bool):
         self.accelerator = trainer.accelerator
         self.learning_rate = trainer.args.learning_rate
         self.parameters = list(trainable(model).values())
+        self.adapter = nn.ParameterList(self.parameters)
+        self.flops_per_token: dict[tuple, float] = {}
         self.layout = AdapterLayout.of(model)
         self.optimizer = None
         self._prepare(trainer, model, train)
@@ -71,10 +75,14 @@ class Engine:
         chosen = set(self.layout.all if trains is None else trains)
         for place, parameter in enumerate(self.parameters):
             parameter.requires_grad_(place in chosen)
-        self.model.zero_grad()
+        self.zero_grad()
         self._reset_optimizer()
         for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * learning_rate / self.learning_rate
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.adapter.zero_grad()
 
     def _reset_optimizer(self) -> None:
         self.optimizer.load_state_dict(self._blank_optimizer)
@@ -93,7 +101,7 @@ class Engine:
     def close(self) -> None:
         """Give up the model and everything that was built for it."""
         self.model = self.optimizer = self._flat = None
-        self.parameters = self.layout = None
+        self.parameters = self.adapter = self.layout = None
         self.accelerator.free_memory()
 
 
@@ -147,6 +155,9 @@ class DeepSpeedEngine(Engine):
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad()  # it has buffers of its own
 
     def _reset_optimizer(self) -> None:
         self._zero.optimizer.state.clear()

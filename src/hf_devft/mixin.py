@@ -330,10 +330,12 @@ class DevFTMixin(StageMixin, FederationMixin, EvaluationMixin, PushMixin):
         seed = client_seed(self.args.seed, self.state.global_step, turn.client)
         # Where processes share a batch, each draws its own dropout.
         set_seed(seed + self.placement.index if self.placement.shares_batches else seed)
-        per_token = flops_per_token(self.model, [layers[index] for index in turn.skips])
+        known, kind = self.engine.flops_per_token, (turn.trains, turn.skips)
+        if kind not in known:
+            known[kind] = flops_per_token(self.model, [layers[index] for index in turn.skips])
         with self._without_layers(layers, turn.skips), self._tap(turn) as tap:
             result = self._local_training(self.model_wrapped, turn.batches, tap)
-        result.flops = result.tokens * per_token
+        result.flops = result.tokens * known[kind]
         if tap is not None and (gradient := tap.mean_gradient()) is not None:
             if self.placement.shares_batches:  # each has seen the gradient of its share
                 self._add_up(gradient)

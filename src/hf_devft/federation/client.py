@@ -61,9 +61,9 @@ class LocalTraining:
                 tap.begin_step()
             total += self._backward_in_pieces(model, micro_batches, num_items, tap)
             if args.max_grad_norm > 0:
-                grad_norm = self.trainer._clip_grad_norm(model)
+                grad_norm = self.trainer._clip_grad_norm(self.trainer.engine.adapter)
             self.trainer.optimizer.step()
-            model.zero_grad()
+            self.trainer.engine.zero_grad()
             for inputs in micro_batches:
                 positions = inputs[getattr(model, "main_input_name", "input_ids")].numel()
                 if self.trainer.placement.shares_batches and not inputs["labels"].ne(IGNORED).any():
@@ -84,7 +84,7 @@ class LocalTraining:
                     raise
                 if all(len(next(iter(piece.values()))) == 1 for piece in pieces):
                     raise  # a single row does not fit
-            model.zero_grad()
+            self.trainer.engine.zero_grad()
             clear_device_cache(garbage_collection=True)
             self.pieces *= 2
 

@@ -1,0 +1,104 @@
+"""What a round costs beside forward, backward and optimiser step: `python benchmarks/overhead.py`.
+
+The rounds of a run, against a plain PyTorch loop that takes the same local steps on the same batches and submodel and
+nothing else, in one process, in turns. Writes the ratios of their times to `results/overhead.md`.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+from bases import BASES, lora, make_base, rows, size_of, tokenizer
+from machine import machine
+from transformers import PreTrainedModel, set_seed
+
+from hf_devft import DevFTConfig, DevFTTrainer
+
+
+RESULTS = Path(__file__).parent / "results" / "overhead.md"
+CLIENTS, STEPS, BATCH = 2, 10, 16
+
+
+class InTurns(DevFTTrainer):
+    """Before every second round, times a plain loop over what the round is going to do, and after the others."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.plain: list[float] = []
+
+    def _run_round(self, learning_rate: float) -> float | None:
+        batches, first = self._next_batches(), self.state.global_step % 2 == 0
+        if first:
+            self.plain.append(plain_round(self.model, batches, learning_rate))
+        grad_norm = super()._run_round(learning_rate)
+        if not first:
+            self.plain.append(plain_round(self.model, batches, learning_rate))
+            self.engine.write(self._running.adapter)
+        return grad_norm
+
+    def _next_batches(self) -> list[list[dict]]:
+        """Those of each client of the round to come, from a loader of their own."""
+        index, federation = self.state.global_step, self._federation
+        batches = federation.batches_of([index], 0)
+        return [list(islice(batches.next_client(), STEPS)) for _ in federation.selection.sampled(index, 0)]
+
+
+def plain_round(model: torch.nn.Module, clients: list[list[dict]], learning_rate: float) -> float:
+    """Seconds of the local steps of a round's clients, written by hand."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    started = time.perf_counter()
+    model.train()
+    for batches in clients:
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        for batch in batches:
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return time.perf_counter() - started
+
+
+def measure(base: PreTrainedModel, stages: list[int], rounds: int) -> list[tuple[int, float, float]]:
+    """(layers, median seconds of a plain round, median ratio of a round to the plain one beside it) of each stage."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = DevFTConfig(
+            output_dir=folder, stage_layers=stages, stage_rounds=[rounds + 2], clients_per_round=CLIENTS,
+            local_steps=STEPS, per_device_train_batch_size=BATCH, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = InTurns(base, args, peft_config=lora(), train_dataset=rows(1000), processing_class=tokenizer())
+        trainer.train()
+    found = []
+    for stage in trainer.stages:
+        pairs = [
+            (plain, record.seconds)
+            for plain, record in zip(trainer.plain, trainer.ledger.rounds, strict=True)
+            if record.stage == stage.stage
+        ][2:]  # the first ones warm up
+        ratio = statistics.median(seconds / plain for plain, seconds in pairs)
+        found.append((stage.num_layers, statistics.median(plain for plain, _ in pairs), ratio))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="of each stage")
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
+    options = parser.parse_args()
+    set_seed(0)
+    lines = ["| base | layers | plain loop, s | a round / plain loop |", "|---|---:|---:|---:|"]
+    for name in options.bases:
+        base, stages = make_base(name), BASES[name][1]
+        size = size_of(base)
+        for layers, seconds, ratio in measure(base, stages, options.rounds):
+            lines.append(f"| {name}, {size} | {layers} | {seconds:.2f} | {ratio:.3f} |")
+            print(lines[-1], flush=True)
+    lines += ["", f"`python benchmarks/overhead.py --rounds {options.rounds}`, {machine()}; medians."]
+    RESULTS.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
