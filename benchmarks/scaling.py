@@ -79,7 +79,7 @@ def main() -> None:
         print(json.dumps(measure(options.point, options.rounds)))
         return
     lines = [
-        "| | start-up, s | a stage's set-up, s | a round, s | a round / sampled client, ms | peak memory above base and rows, MB |",
+        "| | start-up, s | a stage's set-up, s | a round, s | a round / client, ms | peak memory above start, MB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for point in POINTS:

@@ -116,6 +116,10 @@ class DevFTConfig(TrainingArguments):
             Clients sampled for a round (paper: 2).
         local_steps (`int`, *optional*, defaults to `10`):
             Optimiser steps of a client in a round (paper: 10).
+        clients_per_batch (`int`, *optional*):
+            How many of a round's clients a process trains in one forward and backward pass, with the same result but
+            for rounding. By default all of them on an accelerator and 1 on a CPU; where a model or an option cannot,
+            they are trained one after another (a warning says why, where a number was given).
         partition (`str`, *optional*, defaults to `"iid"`):
             How one dataset is cut into clients: `"iid"`, `"dirichlet"` over `partition_column`, or `"natural"`, one
             client for each value of `partition_column`.
@@ -221,6 +225,9 @@ class DevFTConfig(TrainingArguments):
     num_clients: int | None = field(default=None, metadata={"help": "Clients; default 20, or as the data says."})
     clients_per_round: int = field(default=2, metadata={"help": "Clients sampled for a round."})
     local_steps: int = field(default=10, metadata={"help": "Optimiser steps of a client in a round."})
+    clients_per_batch: int | None = field(
+        default=None, metadata={"help": "Clients trained in one batch. Default: all on an accelerator, 1 on a CPU."}
+    )
     partition: str = field(default="iid", metadata={"help": f"How a dataset is cut into clients: {PARTITIONS}."})
     partition_column: str | None = field(default=None, metadata={"help": "Column for dirichlet and natural."})
     dirichlet_alpha: float = field(default=0.5, metadata={"help": "Concentration of the Dirichlet partition."})
@@ -338,8 +345,8 @@ class DevFTConfig(TrainingArguments):
     def _check_numbers(self) -> None:
         minima = {
             "initial_layers": 1, "calibration_samples": 1, "num_clients": 1, "clients_per_round": 1,
-            "local_steps": 1, "max_length": 2, "max_eval_samples": 1, "generation_max_new_tokens": 1,
-            "round_quorum": 1, "round_retries": 0,
+            "local_steps": 1, "clients_per_batch": 1, "max_length": 2, "max_eval_samples": 1,
+            "generation_max_new_tokens": 1, "round_quorum": 1, "round_retries": 0,
         }  # fmt: skip
         for name, minimum in minima.items():
             if (value := getattr(self, name)) is not None and value < minimum:

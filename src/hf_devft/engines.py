@@ -72,13 +72,17 @@ class Engine:
             trains: the places of the tensors that it trains; all by default.
         """
         self.write(flat)
-        chosen = set(self.layout.all if trains is None else trains)
-        for place, parameter in enumerate(self.parameters):
-            parameter.requires_grad_(place in chosen)
+        self.choose(self.layout.all if trains is None else trains)
         self.zero_grad()
         self._reset_optimizer()
         for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * learning_rate / self.learning_rate
+
+    def choose(self, trains: Sequence[int]) -> None:
+        """Train the tensors at these places only."""
+        chosen = set(trains)
+        for place, parameter in enumerate(self.parameters):
+            parameter.requires_grad_(place in chosen)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -5,8 +5,6 @@ import functools
 import json
 import time
 import zlib
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
@@ -27,25 +24,25 @@ from hf_devft.data import first_rows
 from hf_devft.engines import Engine
 from hf_devft.evaluation import EvaluationMixin
 from hf_devft.federating import FederationMixin
-from hf_devft.federation.client import LocalResult, LocalTraining
-from hf_devft.federation.gradient_tap import GradientTap
-from hf_devft.federation.ledger import Ledger, PeakMemory, RoundRecord, flops_per_token
+from hf_devft.federation.client import LocalTraining
+from hf_devft.federation.ledger import Ledger, PeakMemory, RoundRecord
 from hf_devft.federation.methods import make_methods
 from hf_devft.federation.partition import ClientData, make_clients
-from hf_devft.federation.rounds import ClientTurn, Federation, RoundOutcome
+from hf_devft.federation.rounds import Federation, RoundOutcome
 from hf_devft.federation.sampling import Placement, client_seed
 from hf_devft.files import atomic_folder
 from hf_devft.hub.artifacts import SUBMODEL, check_lora, download_stage, load_adapter, newest_commit, save_adapter
 from hf_devft.layout import State
+from hf_devft.local_training import LocalTrainingMixin
 from hf_devft.progress import RoundProgressCallback, print_stages
 from hf_devft.pushing import PushMixin
 from hf_devft.report import RunReport, describe_setup, with_start
 from hf_devft.schedule import RoundSchedule
 from hf_devft.stages.adapter import adapter_state, with_head
 from hf_devft.stages.grouping import GroupingTask, group_layers, layer_similarity
-from hf_devft.stages.layer_stack import find_layer_stack, returns_tuple, without_layers
+from hf_devft.stages.layer_stack import find_layer_stack
 from hf_devft.stages.residual import product_adapter, without_residual
-from hf_devft.stages.transfer import check_every_layer, expand_adapter, fuse_adapter
+from hf_devft.stages.transfer import check_every_layer
 from hf_devft.stages.weights import is_stored, unpack
 from hf_devft.staging import Running, StageMixin
 
@@ -63,7 +60,7 @@ def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -
     )
 
 
-class DevFTMixin(StageMixin, FederationMixin, EvaluationMixin, PushMixin):
+class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixin, PushMixin):
     """Federated rounds in developmental stages, for a `Trainer` subclass that ends its `__init__` with a LoRA model.
 
         class DevFTSFTTrainer(DevFTMixin, SFTTrainer): ...
@@ -236,7 +233,7 @@ class DevFTMixin(StageMixin, FederationMixin, EvaluationMixin, PushMixin):
             self, max_steps, self.state.global_step, checkpoint.schedule if checkpoint else None
         )
         self._federation = self._make_federation(checkpoint)
-        self._local_training = LocalTraining(self)
+        self._local_training, self._apart = LocalTraining(self), False
         self._peak_memory = PeakMemory(args.device)
         start_time = time.time()
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
@@ -288,7 +285,7 @@ class DevFTMixin(StageMixin, FederationMixin, EvaluationMixin, PushMixin):
             unpack(parameter)  # an evaluation may have been before
 
         outcome = self._federation.run(
-            self.state.global_step, running.adapter, functools.partial(self._train_client, learning_rate)
+            self.state.global_step, running.adapter, functools.partial(self._train_clients, learning_rate)
         )
         running.adapter = outcome.adapter
         self._apply_residual()
@@ -298,66 +295,6 @@ class DevFTMixin(StageMixin, FederationMixin, EvaluationMixin, PushMixin):
         self.state.num_input_tokens_seen += outcome.seen
         self._record(outcome, time.perf_counter() - started)
         return outcome.grad_norm if self.args.max_grad_norm > 0 else None
-
-    def _train_client(self, learning_rate: float, turn: ClientTurn) -> tuple[LocalResult, torch.Tensor]:
-        """A client's local training: its result, and the adapter, which the next client's may overwrite."""
-        running = self._running
-        smaller = running.smaller.get(self._held_by(turn.client, running.stage).stage)
-        if smaller is None:
-            return self._train_submodel(learning_rate, turn, running.layers)
-        layout, path = self.engine.layout, running.stack.path
-        full = self._expanded(layout.state(turn.start))
-        rules = (running.stage.adapter_fusion, running.stage.fusion_beta)
-        start = smaller.engine.layout.flat(fuse_adapter(full, path, smaller.stage.groups, *rules)).to(turn.start)
-        model, engine = self.model, self.engine
-        self._switch_to(smaller.model, smaller.engine)
-        try:
-            own = replace(turn, start=start, trains=smaller.engine.layout.all)
-            result, trained = self._train_submodel(learning_rate, own, smaller.layers)
-        finally:
-            self._switch_to(model, engine)
-        change = smaller.engine.layout.state(trained - start)
-        # Each layer of the running stage learns what the layers that it stands for have learned, on average.
-        change = expand_adapter(change, {}, path, smaller.stage.groups)
-        change = layout.flat(fuse_adapter(change, path, running.stage.groups, "mean"))
-        return result, turn.start + change.to(turn.start)
-
-    def _train_submodel(
-        self, learning_rate: float, turn: ClientTurn, layers: nn.ModuleList
-    ) -> tuple[LocalResult, torch.Tensor]:
-        """Local training of the model in use, whose layers these are."""
-        self.engine.begin_client(turn.start, learning_rate, turn.trains)
-        seed = client_seed(self.args.seed, self.state.global_step, turn.client)
-        # Where processes share a batch, each draws its own dropout.
-        set_seed(seed + self.placement.index if self.placement.shares_batches else seed)
-        known, kind = self.engine.flops_per_token, (turn.trains, turn.skips)
-        if kind not in known:
-            known[kind] = flops_per_token(self.model, [layers[index] for index in turn.skips])
-        with self._without_layers(layers, turn.skips), self._tap(turn) as tap:
-            result = self._local_training(self.model_wrapped, turn.batches, tap)
-        result.flops = result.tokens * known[kind]
-        if tap is not None and (gradient := tap.mean_gradient()) is not None:
-            if self.placement.shares_batches:  # each has seen the gradient of its share
-                self._add_up(gradient)
-                gradient /= self.placement.count
-            result.mean_gradient = gradient
-        return result, self.engine.read()
-
-    def _without_layers(self, layers: nn.ModuleList, skipped: tuple[int, ...]) -> AbstractContextManager:
-        if not skipped:
-            return nullcontext()
-        running = self._running
-        if running.in_tuple is None:
-            running.in_tuple = returns_tuple(self.model_wrapped, layers)
-        return without_layers(layers, skipped, running.in_tuple)
-
-    def _tap(self, turn: ClientTurn) -> GradientTap | AbstractContextManager:
-        if turn.gradient is None and not turn.records:
-            return nullcontext()
-        engine = self.engine
-        return GradientTap(
-            engine.parameters, engine.layout, engine.read, turn.gradient, turn.records, engine.loss_scale
-        )
 
     def _apply_residual(self) -> None:
         """Make the submodel's weights what the method says."""

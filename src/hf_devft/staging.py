@@ -17,6 +17,7 @@ from hf_devft.checkpoint import Checkpoint
 from hf_devft.configuration import StageConfig
 from hf_devft.data import first_rows
 from hf_devft.engines import Engine, make_engine, shard
+from hf_devft.federation.client_axis import ClientAxis, stack_clients
 from hf_devft.federation.ledger import flops_per_token
 from hf_devft.federation.methods import Residual
 from hf_devft.layout import State
@@ -39,6 +40,16 @@ class Smaller:
     layers: nn.ModuleList
 
 
+@dataclass(frozen=True)
+class Together:
+    """The running stage's model for `count` clients in one batch."""
+
+    model: PeftModel
+    engine: Engine
+    axis: ClientAxis
+    count: int
+
+
 @dataclass
 class Running:
     """The stage that is being trained.
@@ -52,6 +63,7 @@ class Running:
         layers: the submodel's.
         weights: those that a residual is added to, where the method has one.
         smaller: submodels of earlier stages that some clients train instead, by stage.
+        together: what several clients train in one batch, or None where they train one after another.
         setup: what it took to set the stage up.
         in_tuple: whether the layers return tuples, where that was asked for.
     """
@@ -65,6 +77,7 @@ class Running:
     layers: nn.ModuleList
     weights: OpenWeights | None
     smaller: dict[int, Smaller]
+    together: Together | None
     setup: dict[str, float]
     in_tuple: bool | None = None
 
@@ -101,6 +114,7 @@ class StageMixin:
         model = attach_adapter(submodel, config, adapter, grows=growing)
         adapter = adapter_state(model)
         weights = OpenWeights(model) if self._federation.method.needs_room else None
+        stacked = self._stack(model)  # before an engine wraps the model
         self._use(model, train=True)
         self._running = Running(
             stage=stage,
@@ -112,6 +126,7 @@ class StageMixin:
             layers=submodel.get_submodule(stack.path),
             weights=weights,
             smaller=self._make_smaller(stage, base, stack),
+            together=self._make_together(*stacked) if stacked else None,
             setup={
                 "setup_seconds": time.perf_counter() - started,
                 "setup_peak_memory": self._peak_memory.read(),
@@ -143,6 +158,17 @@ class StageMixin:
             smaller[number] = Smaller(earlier, self.model, self.engine, submodel.get_submodule(stack.path))
         self._switch_to(model, engine)
         return smaller
+
+    def _stack(self, model: PeftModel) -> tuple[PeftModel, ClientAxis, int] | None:
+        count = self._clients_in_a_batch(model)
+        return (*stack_clients(model, count), count) if count > 1 else None
+
+    def _make_together(self, stacked: PeftModel, axis: ClientAxis, count: int) -> Together:
+        model, engine = self.model, self.engine
+        self._use(stacked, train=True)
+        together = Together(stacked, self.engine, axis, count)
+        self._switch_to(model, engine)
+        return together
 
     def _make_whole(self) -> None:
         """Make the full model with the full-depth adapter the model, unless it is."""

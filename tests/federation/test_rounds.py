@@ -7,7 +7,7 @@ from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients
 from hf_devft.federation.methods.fedit import FedIT
 from hf_devft.federation.resources import ClientResources, make_resources
-from hf_devft.federation.rounds import Federation, QuorumError
+from hf_devft.federation.rounds import Federation, QuorumError, one_after_another
 from hf_devft.federation.sampling import Placement
 from hf_devft.federation.selection import ClientSelection, ResourceAware
 from hf_devft.federation.staleness import late_weights
@@ -57,7 +57,7 @@ def training(failing=(), infinite=(), trained=None):
         adapter = torch.full((2,), float("inf") if client in infinite else float(client))
         return LocalResult(torch.tensor(float(client)), tokens=10, seen=5, grad_norm=None, flops=7.0), adapter
 
-    return train_client
+    return one_after_another(train_client)
 
 
 def mean(clients) -> float:
@@ -136,10 +136,10 @@ def test_updates_that_come_late_count_where_they_arrive():
     run = federation(selection=ResourceAware(wait_for=0.3), resources=resources)
     adapter, changes, late, clock = torch.zeros(2), {}, 0, 0.0
 
-    def train(turn):
-        result, trained = training()(turn)
-        changes[turn.client] = trained - turn.start
-        return result, trained
+    def train(turns):
+        for turn, (result, trained) in training()(turns):
+            changes[turn.client] = trained - turn.start
+            yield turn, (result, trained)
 
     for index in range(10):
         before = dict(changes)

@@ -93,5 +93,23 @@ class ClientBatches:
         return self
 
     def __next__(self) -> Any:
+        if not self._left:
+            raise StopIteration
         self._left -= 1
         return next(self._batches)
+
+
+class CollectedBatches:
+    """A client's batches, drawn at once; a row that cannot be drawn fails where it would have failed."""
+
+    def __init__(self, batches: Iterator):
+        self._batches, self._error = [], None
+        try:
+            self._batches.extend(batches)
+        except Exception as error:
+            self._error = error
+
+    def __iter__(self) -> Iterator:
+        yield from self._batches
+        if self._error is not None:
+            raise self._error

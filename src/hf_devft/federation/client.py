@@ -65,11 +65,11 @@ class LocalTraining:
             self.trainer.optimizer.step()
             self.trainer.engine.zero_grad()
             for inputs in micro_batches:
-                positions = inputs[getattr(model, "main_input_name", "input_ids")].numel()
                 if self.trainer.placement.shares_batches and not inputs["labels"].ne(IGNORED).any():
                     continue  # a stand-in for an empty share
+                positions, counted = count_tokens(self.trainer, model, inputs)
                 tokens += positions
-                seen += _count(inputs, positions, args.include_num_input_tokens_seen)
+                seen += counted
         return LocalResult(total / args.local_steps, tokens, seen, grad_norm)
 
     def _backward_in_pieces(
@@ -111,7 +111,10 @@ def _cut(inputs: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.T
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
-def _count(inputs: dict[str, torch.Tensor], positions: int, what: str) -> int:
+def count_tokens(trainer: Trainer, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """A batch's positions, and those of them that `include_num_input_tokens_seen` counts."""
+    positions = inputs[getattr(model, "main_input_name", "input_ids")].numel()
+    what = trainer.args.include_num_input_tokens_seen
     if what == "non_padding" and "attention_mask" in inputs:
-        return int(inputs["attention_mask"].sum())
-    return 0 if what == "no" else positions
+        return positions, int(inputs["attention_mask"].sum())
+    return positions, 0 if what == "no" else positions

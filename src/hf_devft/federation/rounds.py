@@ -1,7 +1,7 @@
 """One communication round: sampled clients train from what they receive, and what they send is combined."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -48,6 +48,26 @@ class ClientTurn:
     skips: tuple[int, ...] = ()
     gradient: Callable[[torch.Tensor], torch.Tensor] | None = None
     records: bool = False
+
+
+# A client's result and its adapter, which the next one's may overwrite, or the error that it failed with.
+Trained = tuple[LocalResult, torch.Tensor] | Exception
+# Trains clients as their turns come.
+TrainClients = Callable[[Iterator[ClientTurn]], Iterator[tuple[ClientTurn, Trained]]]
+
+
+def one_after_another(train_client: Callable[[ClientTurn], tuple[LocalResult, torch.Tensor]]) -> TrainClients:
+    """Each client by itself; an error ends its own training alone."""
+
+    def train(turns: Iterator[ClientTurn]) -> Iterator[tuple[ClientTurn, Trained]]:
+        for turn in turns:
+            try:
+                trained = train_client(turn)
+            except Exception as error:
+                trained = error
+            yield turn, trained
+
+    return train
 
 
 @dataclass
@@ -218,12 +238,12 @@ class Federation:
         self,
         round_index: int,
         start: torch.Tensor,
-        train_client: Callable[[ClientTurn], tuple[LocalResult, torch.Tensor]],
+        train_clients: TrainClients,
     ) -> RoundOutcome:
         """One round from the global adapter `start`.
 
         Args:
-            train_client: (a client's turn) -> its result and its adapter, which may be reused afterwards.
+            train_clients: does the local training.
 
         Raises:
             QuorumError: see there; caused by the first client's error, where one raised on this process.
@@ -232,7 +252,7 @@ class Federation:
         for attempt in range(self.retries + 1):
             sampled = self.selection.sampled(round_index, attempt)
             batches = self._batches if attempt == 0 else self.batches_of([round_index], attempt)
-            reports = self._train_all(round_index, attempt, start, batches, train_client, outcome)
+            reports = self._train_all(round_index, attempt, start, batches, train_clients, outcome)
             counted = outcome.add(sampled, self._of_all_processes(reports))
             arrivals = {
                 client: index
@@ -254,7 +274,7 @@ class Federation:
             "`round_quorum`; then go on from the last checkpoint with `resume_from_checkpoint`."
         ) from self._first_error
 
-    def _train_all(self, round_index, attempt, start, batches, train_client, outcome) -> torch.Tensor:
+    def _train_all(self, round_index, attempt, start, batches, train_clients, outcome) -> torch.Tensor:
         """Train this process's clients of an attempt; their reports, a row for each client of all processes."""
         sampled, late = self.selection.sampled(round_index, attempt), self.selection.late(round_index, attempt)
         mine = set(self.placement.clients(self.selection.training(round_index, attempt)))
@@ -265,15 +285,18 @@ class Federation:
         beside = self.correction.download() if self.correction is not None else None
         if beside is not None:
             self.correction.arrive(self.wire.down(beside))
+
+        def turns() -> Iterator[ClientTurn]:
+            for client in sampled:
+                message = self.method.download(client)
+                outcome.bytes_down += self.wire.bytes_down(self._travelling(client, message))
+                outcome.bytes_down += 0 if beside is None else self.wire.bytes_down(beside.numel())
+                if client in mine:
+                    yield self._turn(client, self.method.start(client, self.wire.down(message)), batches.next_client())
+
         reports = torch.zeros(len(sampled), len(COLUMNS), dtype=torch.float64)
-        for row, client in enumerate(sampled):
-            message = self.method.download(client)
-            outcome.bytes_down += self.wire.bytes_down(self._travelling(client, message))
-            outcome.bytes_down += 0 if beside is None else self.wire.bytes_down(beside.numel())
-            if client in mine:
-                received = self.method.start(client, self.wire.down(message))
-                turn = self._turn(client, received, batches.next_client())
-                reports[row] = self._train(round_index, turn, train_client, client in late)
+        for turn, trained in train_clients(turns()):
+            reports[sampled.index(turn.client)] = self._report(round_index, turn, trained, turn.client in late)
         return reports
 
     def _turn(self, client: int, start: torch.Tensor, batches: ClientBatches) -> ClientTurn:
@@ -293,17 +316,16 @@ class Federation:
             records=self.correction is not None and self.correction.records,
         )
 
-    def _train(self, round_index: int, turn: ClientTurn, train_client: Callable, late: bool) -> torch.Tensor:
-        """A client's report; what it sends goes to the method, unless it fails."""
+    def _report(self, round_index: int, turn: ClientTurn, trained: Trained, late: bool) -> torch.Tensor:
+        """A client's report; what it sends goes to the method, unless it has failed."""
         report = torch.zeros(len(COLUMNS), dtype=torch.float64)
-        try:
-            result, adapter = train_client(turn)
-        except Exception as error:
+        if isinstance(trained, Exception):
             if not self.placement.outlives_errors:
-                raise
-            self._first_error = self._first_error or error
-            self._warn(round_index, turn.client, f"failed and was left out: {type(error).__name__}: {error}")
+                raise trained
+            self._first_error = self._first_error or trained
+            self._warn(round_index, turn.client, f"failed and was left out: {type(trained).__name__}: {trained}")
             return report
+        result, adapter = trained
         report[TOKENS], report[SEEN], report[FLOPS] = result.tokens, result.seen, result.flops
         finite = bool(torch.isfinite(adapter).all())
         if result.mean_gradient is not None:
