@@ -1,4 +1,4 @@
-"""Rounds with several clients in one batch, against one client after another: `python benchmarks/clients_per_batch.py`.
+"""Rounds with several clients in one batch, against one after another: `python benchmarks/clients_per_batch.py`.
 
 Rounds of 8 clients, 5 local steps, on an accelerator where there is one. Writes `results/clients_per_batch.md`.
 """
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", choices=BASES, default=["quickstart"])
     options = parser.parse_args()
     lines = [
-        "| base | rows a step | clients in a batch | a round, s | times as fast as one after another | adapters differ by |",
+        "| base | rows a step | clients in a batch | a round, s | times as fast | adapters differ by |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name in options.bases:

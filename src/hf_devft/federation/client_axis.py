@@ -160,9 +160,7 @@ def join_batches(batches: Sequence[dict[str, torch.Tensor]], padding: dict[str, 
         CannotStackError: batches that are not tensors of one row each, with labels, alike but for their length.
     """
     if any(set(batch) != set(batches[0]) for batch in batches) or not all(map(_is_joinable, batches)):
-        raise CannotStackError(
-            "the batches cannot be joined: they must be tensors of one row per example, with labels"
-        )
+        raise CannotStackError("the batches cannot be joined: they must be tensors of a row per example, with labels")
     rows, joined = max(len(batch["labels"]) for batch in batches), {}
     for name in batches[0]:
         tensors = [batch[name] for batch in batches]

@@ -14,7 +14,10 @@ Fusion = Callable[[torch.Tensor, Iterable[torch.Tensor], int, float], torch.Tens
 
 def differential(anchor: torch.Tensor, others: Iterable[torch.Tensor], size: int, beta: float) -> torch.Tensor:
     """θ_rep = θ_a + β Σ_{j≠a} (θ_j − θ_a) (§3.3, eq. 5)."""
-    return anchor + beta * sum(other - anchor for other in others)
+    differences = torch.zeros_like(anchor)
+    for other in others:
+        differences += other - anchor
+    return differences.mul_(beta).add_(anchor)
 
 
 def mean(anchor: torch.Tensor, others: Iterable[torch.Tensor], size: int, beta: float) -> torch.Tensor:

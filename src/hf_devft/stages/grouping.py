@@ -19,7 +19,7 @@ from hf_devft.stages.weights import dense, is_cheap_to_read, piece
 
 Groups = list[list[int]]
 
-PIECE = 2**20  # elements of a layer's parameter that are compared at once
+PIECE = 2**16  # elements of a layer's parameter that are compared at once: what a processor's cache holds
 
 
 @dataclass(frozen=True)

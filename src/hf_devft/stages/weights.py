@@ -1,5 +1,8 @@
 """Read and rebuild parameters however they are stored: plain, in 4 bits, cut over processes, or in a checkpoint."""
 
+import functools
+import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,13 +25,46 @@ class Stored:
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """All values, or those of the flat tensor from `start` to `stop`; no more of the file is read."""
         where = self.weights.index[self.name]
-        if "safetensors_file" in where:
+        if "safetensors_file" not in where:
+            values = self.weights[self.name]
+            values = values if stop is None else values.flatten()[start:stop]
+        elif stop is None:
             with safe_open(where["safetensors_file"], framework="pt") as file:
                 values = file.get_tensor(where["weight_name"])  # still on the disk
         else:
-            values = self.weights[self.name]
-        values = values if stop is None else values.flatten()[start:stop]
+            values = _read_piece(where["safetensors_file"], where["weight_name"], start, stop)
         return values.to(getattr(torch, where["dtype"]))
+
+
+# The types of safetensors' format that a model's weights have before they are quantised.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@functools.lru_cache(maxsize=64)
+def _header(path: str) -> tuple[int, dict[str, dict]]:
+    """Where the values begin, and {name: its dtype, shape and offsets from there}."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return 8 + size, json.loads(file.read(size))
+
+
+def _read_piece(path: str, name: str, start: int, stop: int) -> torch.Tensor:
+    """`safe_open(path).get_tensor(name).flatten()[start:stop]`, by a plain read: to map the file into memory for each
+    piece takes longer."""
+    begin, tensors = _header(path)
+    about = tensors[name]
+    if about["dtype"] not in _DTYPES:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name).flatten()[start:stop]
+    values = torch.empty(min(stop, math.prod(about["shape"])) - start, dtype=_DTYPES[about["dtype"]])
+    view = memoryview(values.view(torch.uint8).numpy())
+    with open(path, "rb", buffering=0) as file:
+        file.seek(begin + about["data_offsets"][0] + start * values.itemsize)
+        while len(view):
+            if not (count := file.readinto(view)):  # one call may read less than all
+                raise OSError(f"{path} ends within {name!r}: fetch the checkpoint again.")
+            view = view[count:]
+    return values
 
 
 def is_stored(parameter: torch.Tensor) -> bool:
