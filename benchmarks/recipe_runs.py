@@ -30,9 +30,10 @@ COLUMNS = {
 }
 
 
-def run_recipe(config: str, overrides: list[str], environment: Mapping[str, str]) -> dict:
-    """One run of the recipe: the full-depth metrics of its last stage, the ledger's totals over all stages, and the
-    process's wall time, with start-up, grouping, calibration and all evaluations."""
+def run_recipe(config: str, overrides: list[str], environment: Mapping[str, str], curve: bool = False) -> dict:
+    """One run of the recipe: the full-depth metrics of its last stage, the ledger's totals over all stages, the
+    process's wall time, with start-up, grouping, calibration and all evaluations, and, with `curve`, what every
+    evaluation at full depth found."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(RECIPES / "devft.py"), "--config", str(RECIPES / "configs" / config)]
@@ -45,11 +46,36 @@ def run_recipe(config: str, overrides: list[str], environment: Mapping[str, str]
         if done.returncode:
             raise RuntimeError(f"{config} {' '.join(overrides)}:\n{done.stderr}")
         stages = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("stage-*/stage_config.json"))]
+        points = {"curve": read_curve(Path(folder) / f"stage-{len(stages)}", stages)} if curve else {}
     names = ("bytes", "flops", "seconds")
     totals = {name: sum(stage["totals"][name] for stage in stages) for name in names}
     by_stage = [{"layers": s["num_layers"], "metrics": s["metrics"], "totals": s["totals"]} for s in stages]
     wall = time.perf_counter() - started
-    return {"metrics": stages[-1]["metrics"], "totals": totals, "wall_seconds": wall, "stages": by_stage}
+    return {"metrics": stages[-1]["metrics"], "totals": totals, "wall_seconds": wall, "stages": by_stage} | points
+
+
+def read_curve(folder: Path, stages: list[dict]) -> list[dict]:
+    """Every evaluation at full depth in a run whose last stage is in `folder`: the loss, and the rounds, bytes, FLOPs
+    and seconds (in rounds and in setting stages up) that the run has taken until then."""
+    rounds = json.loads((folder / "ledger.json").read_text())
+    losses = {}
+    for row in json.loads((folder / "trainer_state.json").read_text())["log_history"]:
+        done = row["step"]
+        deep = done > 0 and stages[rounds[done - 1]["stage"] - 1]["num_layers"] == stages[-1]["full_layers"]
+        loss = row.get("eval_full_loss", row.get("eval_loss") if deep else None)
+        if loss is not None:
+            losses[done] = loss
+    points = []
+    for done, loss in sorted(losses.items()):
+        begun = max((each["stage"] for each in rounds[:done]), default=0)
+        setup = sum(stage["totals"]["setup_seconds"] for stage in stages[:begun])
+        until = {
+            "bytes": sum(each["bytes_down"] + each["bytes_up"] for each in rounds[:done]),
+            "flops": sum(each["flops"] for each in rounds[:done]),
+            "seconds": setup + sum(each["seconds"] for each in rounds[:done]),
+        }
+        points.append({"rounds": done, "loss": loss} | until)
+    return points
 
 
 def revision() -> str:
@@ -59,7 +85,11 @@ def revision() -> str:
 
 
 def run_all(
-    variants: Mapping[str, tuple[str, list[str]]], path: Path, seeds: Sequence[int], workers: int = 1
+    variants: Mapping[str, tuple[str, list[str]]],
+    path: Path,
+    seeds: Sequence[int],
+    workers: int = 1,
+    curve: bool = False,
 ) -> dict[str, dict[str, dict]]:
     """Every variant with every seed, {name: {seed: run}}; what is in `path` already is not run again.
 
@@ -67,6 +97,7 @@ def run_all(
         variants: name -> (config, overrides).
         path: JSON file of the results, written after every run.
         workers: how many runs at a time, each on its share of the cores.
+        curve: see `run_recipe`.
     """
     content = json.loads(path.read_text()) if path.exists() else {"runs": {}}
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
@@ -75,7 +106,7 @@ def run_all(
     def run(task: tuple[int, str]) -> None:
         seed, name = task
         config, overrides = variants[name]
-        result = run_recipe(config, [*overrides, "--seed", str(seed)], threads) | {"revision": commit}
+        result = run_recipe(config, [*overrides, "--seed", str(seed)], threads, curve) | {"revision": commit}
         with lock:
             content["runs"].setdefault(name, {})[str(seed)] = result
             content["machine"] = f"{date.today()}, {os.cpu_count()} CPU cores, {platform.machine()}"

@@ -1,0 +1,139 @@
+"""What DevFT and FedIT cost until they reach the same loss, on the quickstart's task.
+
+    python benchmarks/to_target.py --seeds 0 1 2 --workers 2
+
+In two regimes: "many rows", the quickstart's 4,000, of which FedIT has not seen enough when it stops, and "few rows",
+400 over the 20 clients, on which it stops improving. Every run is evaluated at full depth after every round in which
+the model has all its layers, and at every stage's end. A target is a loss; FedIT's cost is that of whichever of its
+runs is the first to reach it, by each measure, so that it has the learning rate and the length that suit it best.
+Writes `results/to_target.json`, `.md` and `docs/images/to_target.png`; a run that is already in the JSON is not
+repeated.
+"""
+
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from recipe_runs import arguments, note, run_all
+
+
+LINEAR = ["--lr_scheduler_type", "linear"]
+OFTEN = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start", "false", "--save_strategy", "no"]
+INT4 = ["--wire_dtype", "int4"]
+PAPER = ["--grouping", "deconfliction", "--fusion", "differential", "--transfer", "broadcast"]
+FEW = ["--task_rows", "400"]
+# Regime -> losses to reach.
+TARGETS = {"many rows": (0.5, 0.3, 0.25), "few rows": (0.8, 0.6, 0.5)}
+COSTS = {"rounds": "rounds", "seconds": "time", "bytes": "bytes", "flops": "FLOPs"}
+BASELINE = "FedIT"
+IMAGE = Path(__file__).parents[1] / "docs" / "images" / "to_target.png"
+
+
+def fedit(rounds: int, rate: str, *more: str) -> tuple[str, list[str]]:
+    return "fedit.yaml", [*OFTEN, "--stage_rounds", str(rounds), "--learning_rate", rate, *more]
+
+
+def devft(stages: str, rounds: str, rates: str, *more: str) -> tuple[str, list[str]]:
+    names = ("--stage_layers", stages), ("--stage_rounds", rounds), ("--stage_learning_rates", rates)
+    return "quickstart.yaml", [*OFTEN, *(word for name, values in names for word in (name, *values.split())), *more]
+
+
+VARIANTS = {
+    "many rows": {
+        "FedIT, 2e-3, 16 rounds": fedit(16, "2e-3"),
+        "FedIT, 6e-3 linear, 8 rounds": fedit(8, "6e-3", *LINEAR),
+        "FedIT, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR),
+        "FedIT, 6e-3 linear, 16 rounds, int4": fedit(16, "6e-3", *LINEAR, *INT4),
+        "DevFT, the paper's rules, 4-8-16": devft("4 8 16", "10", "2e-3", *PAPER),
+        "DevFT 4-16, 16 + 8 rounds, 6e-3, 9e-3 linear": devft("4 16", "16 8", "6e-3 9e-3", *LINEAR),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 9e-3 linear": devft("4 16", "12 4", "6e-3 9e-3", *LINEAR),
+        "DevFT 4-8-16, 12 + 4 + 6 rounds, 6e-3, 8e-3, 1e-2 linear": devft(
+            "4 8 16", "12 4 6", "6e-3 8e-3 1e-2", *LINEAR
+        ),
+        "DevFT 4-16, 16 + 8 rounds, 6e-3, 9e-3 linear, int4": devft("4 16", "16 8", "6e-3 9e-3", *LINEAR, *INT4),
+    },
+    "few rows": {
+        "FedIT, 2e-3, 30 rounds": fedit(30, "2e-3", *FEW),
+        "FedIT, 6e-3 linear, 12 rounds": fedit(12, "6e-3", *LINEAR, *FEW),
+        "FedIT, 6e-3 linear, 30 rounds": fedit(30, "6e-3", *LINEAR, *FEW),
+        "DevFT 4-16, 20 + 12 rounds, 6e-3, 9e-3 linear": devft("4 16", "20 12", "6e-3 9e-3", *LINEAR, *FEW),
+        "DevFT 4-8-16, 14 + 6 + 10 rounds, 6e-3, 8e-3, 1e-2 linear": devft(
+            "4 8 16", "14 6 10", "6e-3 8e-3 1e-2", *LINEAR, *FEW
+        ),
+    },
+}
+
+
+def cost(run: dict, target: float, measure: str) -> float | None:
+    """What a run took until it first reached `target`, or None."""
+    return next((point[measure] for point in run["curve"] if point["loss"] <= target), None)
+
+
+def ratio(runs: dict[str, dict], rivals: list[dict[str, dict]], target: float, measure: str) -> str:
+    """How many times as much FedIT took, mean ± s.d. over the seeds; what does not reach the target in every seed says
+    so."""
+    ratios = []
+    for seed, run in runs.items():
+        own = cost(run, target, measure)
+        others = [cost(rival[seed], target, measure) for rival in rivals if seed in rival]
+        others = [other for other in others if other is not None]
+        if own is None or not others:
+            return "not reached" if own is None else "FedIT never"
+        ratios.append(min(others) / own)
+    spread = f" ± {statistics.stdev(ratios):.2f}" if len(ratios) > 1 else ""
+    return f"{statistics.mean(ratios):.2f}{spread}"
+
+
+def table(results: dict[str, dict[str, dict]], regime: str) -> str:
+    """A row for each run and target: how much cheaper than FedIT it is there."""
+    lines = [
+        f"| {regime} | lowest loss | exact match | target | {' | '.join(COSTS.values())} |",
+        f"|---|---:|---:|---:|{'---:|' * len(COSTS)}",
+    ]
+    rivals = [
+        results[f"{regime}: {name}"] for name in VARIANTS[regime] if name.startswith(BASELINE) and "int4" not in name
+    ]
+    for name in VARIANTS[regime]:
+        runs = results[f"{regime}: {name}"]
+        if not runs:
+            continue
+        lowest = statistics.mean(min(point["loss"] for point in run["curve"]) for run in runs.values())
+        match = statistics.mean(run["metrics"]["eval_full_exact_match"] for run in runs.values())
+        for index, target in enumerate(TARGETS[regime]):
+            cells = " | ".join(ratio(runs, rivals, target, measure) for measure in COSTS)
+            about = f"{name} | {lowest:.3f} | {match:.1%}" if index == 0 else " | |"
+            lines.append(f"| {about} | {target} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, dict[str, dict]]) -> Figure:
+    """Loss at full depth against bytes and against FLOPs, a line for each run of the first seed."""
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    for row, regime in enumerate(VARIANTS):
+        for column, (measure, label, unit) in enumerate((("bytes", "MB sent", 1e6), ("flops", "TFLOPs", 1e12))):
+            axes = figure.add_subplot(2, 2, 2 * row + column + 1)
+            for index, name in enumerate(VARIANTS[regime]):
+                for run in list(results[f"{regime}: {name}"].values())[:1]:
+                    x, y = zip(*((point[measure] / unit, point["loss"]) for point in run["curve"]), strict=True)
+                    style = "--" if name.startswith(BASELINE) else "o-"
+                    axes.plot(x, y, style, color=f"C{index}", markersize=3, label=name)
+            axes.set(xlabel=label, ylabel="loss at full depth", yscale="log", title=regime)
+            axes.set_xscale("log" if measure == "bytes" else "linear")
+            axes.grid(alpha=0.3, which="both")
+            if column == 0:
+                axes.legend(fontsize="x-small")
+    return figure
+
+
+def main() -> None:
+    options = arguments("to_target", __doc__)
+    variants = {f"{regime}: {name}": how for regime, named in VARIANTS.items() for name, how in named.items()}
+    results = run_all(variants, options.results, options.seeds, options.workers, curve=True)
+    text = "\n".join(table(results, regime) for regime in VARIANTS)
+    options.results.with_suffix(".md").write_text(f"{text}\n{note(options.results)}")
+    plot(results).savefig(IMAGE, dpi=110)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
