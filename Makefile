@@ -1,5 +1,5 @@
 # Every target works on a fresh machine: it makes .venv where no virtual environment is active.
-.PHONY: help install quickstart test quality style
+.PHONY: help install quickstart test benchmark quality style
 
 ifdef VIRTUAL_ENV
 BIN := $(VIRTUAL_ENV)/bin
@@ -32,6 +32,15 @@ quickstart: install  ## Run the main job: federated tuning in stages on the embe
 
 test: $(TESTABLE)  ## Run the tests
 	$(BIN)/python -m pytest
+
+SHORT := outputs/benchmark
+benchmark: install  ## Run a short version of every benchmark (benchmarks/results has the long ones)
+	$(BIN)/python benchmarks/overhead.py --rounds 4 --bases quickstart --results $(SHORT)/overhead.md
+	$(BIN)/python benchmarks/peers.py --rounds 3 --repeats 1 --bases quickstart --results $(SHORT)/peers.md
+	$(BIN)/python benchmarks/clients_per_batch.py --rounds 2 --repeats 1 --results $(SHORT)/clients_per_batch.md
+	$(BIN)/python benchmarks/scaling.py --rounds 2 --results $(SHORT)/scaling.md
+	$(BIN)/python benchmarks/grouping.py --repeats 1 --results $(SHORT)/grouping.md
+	$(BIN)/python benchmarks/to_target.py --seeds 0 --only "linear, 8 rounds" "12 + 4 rounds" --results $(SHORT)/to_target.json
 
 quality: install  ## Check style without changing anything
 	$(BIN)/ruff check $(wildcard $(SOURCES))

@@ -50,10 +50,8 @@ VARIANTS |= {
 def main() -> None:
     options = arguments("ablations", __doc__)
     results = run_all(
-        {name: ("quickstart.yaml", overrides) for name, overrides in VARIANTS.items()},
-        options.results,
-        options.seeds,
-        options.workers,
+        {name: ("paper.yaml", overrides) for name, overrides in VARIANTS.items()},
+        options,
     )
     lines = [f"| grouping, fusion, transfer | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
     for name, runs in results.items():

@@ -3,20 +3,17 @@
 Rounds of 8 clients, 5 local steps, on an accelerator where there is one. Writes `results/clients_per_batch.md`.
 """
 
-import argparse
 import statistics
 import tempfile
-from pathlib import Path
 
 import torch
 from bases import BASES, lora, make_base, rows, size_of, tokenizer
-from machine import machine
+from machine import parser, publish
 from transformers import set_seed
 
 from hf_devft import DevFTConfig, DevFTTrainer
 
 
-RESULTS = Path(__file__).parent / "results" / "clients_per_batch.md"
 CLIENTS, COUNTS = 8, (1, 2, 4, 8)
 
 
@@ -37,11 +34,11 @@ def measure(name: str, count: int, batch: int, rounds: int) -> tuple[float, torc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--bases", nargs="+", choices=BASES, default=["quickstart"])
-    options = parser.parse_args()
+    command_line = parser("clients_per_batch", __doc__)
+    command_line.add_argument("--rounds", type=int, default=5)
+    command_line.add_argument("--repeats", type=int, default=2)
+    command_line.add_argument("--bases", nargs="+", choices=BASES, default=["quickstart"])
+    options = command_line.parse_args()
     lines = [
         "| base | rows a step | clients in a batch | a round, s | times as fast | adapters differ by |",
         "|---|---:|---:|---:|---:|---:|",
@@ -59,10 +56,9 @@ def main() -> None:
                 faster = seconds[1] / seconds[count]
                 cells = f"{batch} | {count} | {seconds[count]:.2f} | {faster:.2f} | {differs:.0e}"
                 lines.append(f"| {name}, {size_of(make_base(name))} | {cells} |")
-                print(lines[-1], flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
-    command = f"`python benchmarks/clients_per_batch.py --rounds {options.rounds} --repeats {options.repeats}`"
-    RESULTS.write_text("\n".join([*lines, "", f"{command}, {machine()}, {device}."]) + "\n")
+    command = f"clients_per_batch.py --rounds {options.rounds} --repeats {options.repeats}"
+    publish(options.results, lines, command, device)
 
 
 if __name__ == "__main__":

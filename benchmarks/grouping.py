@@ -15,13 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from bases import tokenizer
-from machine import machine
+from machine import parser, publish
 
 
-RESULTS = Path(__file__).parent / "results" / "grouping.md"
 LAYERS, CAPACITY = 32, 8
 STEPS = ("read", "similarity", "fusion", "both")
 
@@ -48,7 +48,8 @@ def prepare(folder: Path, cached: bool) -> None:
             read(path)
     else:
         os.sync()
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+        with suppress(PermissionError):
+            Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 def read(path: Path) -> None:
@@ -91,10 +92,10 @@ def measure(folder: Path, step: str, cached: bool) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    command_line = parser("grouping", __doc__)
+    command_line.add_argument("--repeats", type=int, default=3)
+    command_line.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    options = command_line.parse_args()
     if options.measure:
         print(json.dumps(measure(Path(options.measure[0]), options.measure[1], options.measure[2] == "cached")))
         return
@@ -107,7 +108,6 @@ def main() -> None:
                     command = [sys.executable, __file__, "--measure", folder, step, "cached" if cached else "cold"]
                     out = subprocess.check_output(command, text=True, stderr=subprocess.PIPE)
                     found.setdefault((cached, step), []).append(json.loads(out.splitlines()[-1]))
-                    print(cached, step, found[cached, step][-1], flush=True)
     lines = [
         "| | from disk, s | / reading it once | from memory, s | / reading it once | peak, MB |",
         "|---|---:|---:|---:|---:|---:|",
@@ -117,17 +117,14 @@ def main() -> None:
         for cached in (False, True):
             own, once = (statistics.median(second for second, _ in found[cached, each]) for each in (step, "read"))
             cells.append(f"{own:.2f} | {own / once:.2f}")
-        peak = max(peak for _, peak in found[False, step])
+        peak = statistics.median(peak for cached in (False, True) for _, peak in found[cached, step])
         lines.append(f"| {step} | {' | '.join(cells)} | {peak:.0f} |")
     lines += [
         "",
         f"A layer has {layer:.0f} MB, the submodel of {CAPACITY} layers with what is shared "
         f"{CAPACITY * layer + shared:.0f} MB, the base {LAYERS * layer + shared:.0f} MB.",
-        "",
-        f"`python benchmarks/grouping.py --repeats {options.repeats}`, {machine()}; medians.",
     ]
-    print("\n".join(lines))
-    RESULTS.write_text("\n".join(lines) + "\n")
+    publish(options.results, lines, f"grouping.py --repeats {options.repeats}", "medians")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ is already in the JSON is not repeated.
 """
 
 import statistics
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
@@ -21,9 +20,9 @@ METHODS = [
 ]  # fmt: skip
 PARTITIONS = {"IID": ["iid"], "Dirichlet(0.3)": ["dirichlet", "--dirichlet_alpha", "0.3"]}
 SHORT = ["--eval_strategy", "no", "--eval_on_start", "false", "--save_strategy", "no"]
-ALONE, STAGES = ("fedit.yaml", "12"), ("quickstart.yaml", "4")
+ALONE, STAGES = ("fedit.yaml", "12"), ("paper.yaml", "4")
+ANCHORS = ["--fusion", "anchor"]
 PROGFED = ("progfed.yaml", "4")
-IMAGE = Path(__file__).parents[1] / "docs" / "images" / "methods.png"
 
 
 def name_of(method: str, kind: str, partition: str) -> str:
@@ -37,7 +36,7 @@ def variants() -> dict[str, tuple[str, list[str]]]:
         shared = ["--partition", *how, *SHORT]
         for method in METHODS:
             for kind, (config, rounds) in (("alone", ALONE), ("stages", STAGES)):
-                overrides = [*shared, "--stage_rounds", rounds, "--federated_method", method]
+                overrides = [*shared, "--stage_rounds", rounds, "--federated_method", method, *ANCHORS]
                 found[name_of(method, kind, partition)] = (config, overrides)
         found[name_of("progfed", "stages", partition)] = (PROGFED[0], [*shared, "--stage_rounds", PROGFED[1]])
     return found
@@ -88,10 +87,10 @@ def plot(results: dict[str, dict[str, dict]]) -> Figure:
 
 def main() -> None:
     options = arguments("methods", __doc__)
-    results = run_all(variants(), options.results, options.seeds, options.workers)
+    results = run_all(variants(), options)
     text = "\n".join(table(results, partition) for partition in PARTITIONS)
     options.results.with_suffix(".md").write_text(f"{text}\n{note(options.results)}")
-    plot(results).savefig(IMAGE, dpi=110)
+    plot(results).savefig(options.image, dpi=110)
     print(text)
 
 

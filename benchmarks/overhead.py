@@ -1,25 +1,22 @@
 """What a round costs beside forward, backward and optimiser step: `python benchmarks/overhead.py`.
 
 The rounds of a run, against a plain PyTorch loop that takes the same local steps on the same batches and submodel and
-nothing else, in one process, in turns. Writes the ratios of their times to `results/overhead.md`.
+nothing else, in one process, in turns. Writes `results/overhead.md`.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
 from itertools import islice
-from pathlib import Path
 
 import torch
 from bases import BASES, lora, make_base, rows, size_of, tokenizer
-from machine import machine
+from machine import parser, publish
 from transformers import PreTrainedModel, set_seed
 
 from hf_devft import DevFTConfig, DevFTTrainer
 
 
-RESULTS = Path(__file__).parent / "results" / "overhead.md"
 CLIENTS, STEPS, BATCH = 2, 10, 16
 
 
@@ -84,10 +81,10 @@ def measure(base: PreTrainedModel, stages: list[int], rounds: int) -> list[tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="of each stage")
-    parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
-    options = parser.parse_args()
+    command_line = parser("overhead", __doc__)
+    command_line.add_argument("--rounds", type=int, default=20, help="of each stage")
+    command_line.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
+    options = command_line.parse_args()
     set_seed(0)
     lines = ["| base | layers | plain loop, s | a round / plain loop |", "|---|---:|---:|---:|"]
     for name in options.bases:
@@ -95,9 +92,7 @@ def main() -> None:
         size = size_of(base)
         for layers, seconds, ratio in measure(base, stages, options.rounds):
             lines.append(f"| {name}, {size} | {layers} | {seconds:.2f} | {ratio:.3f} |")
-            print(lines[-1], flush=True)
-    lines += ["", f"`python benchmarks/overhead.py --rounds {options.rounds}`, {machine()}; medians."]
-    RESULTS.write_text("\n".join(lines) + "\n")
+    publish(options.results, lines, f"overhead.py --rounds {options.rounds}", "medians")
 
 
 if __name__ == "__main__":

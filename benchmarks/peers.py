@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +28,13 @@ import psutil
 import torch
 from bases import BASES, lora, make_base, rows, size_of, tokenizer
 from datasets import Dataset
-from machine import machine
+from machine import parser, publish
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
 from hf_devft import DevFTConfig, DevFTTrainer
 
 
-RESULTS = Path(__file__).parent / "results" / "peers.md"
 CLIENTS, SAMPLED, STEPS, BATCH, RATE = 20, 2, 10, 16, 2e-3
 State = dict[str, torch.Tensor]
 
@@ -95,14 +95,12 @@ def new_model(base: str, rounds: int) -> dict:
 
 def flower(base: str, rounds: int) -> dict:
     """The time of a round is that from one aggregation to the next."""
-    try:
-        from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-        from flwr.clientapp import ClientApp
-        from flwr.serverapp import ServerApp
-        from flwr.serverapp.strategy import FedAvg
-        from flwr.simulation import run_simulation
-    except ImportError as error:
-        raise ImportError("Flower is not installed: pip install 'hf-devft[flower]'") from error
+    from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.simulation import run_simulation
+
     client, server, times = ClientApp(), ServerApp(), []
     start = get_peft_model_state_dict(loaded(base))
 
@@ -198,7 +196,10 @@ def compare(name: str, options: argparse.Namespace) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         base.save_pretrained(folder)
         for repeat in range(options.repeats):
-            for index, peer in enumerate(peers(stages)):
+            for index, (peer, run) in enumerate(peers(stages).items()):
+                if run is flower and find_spec("flwr") is None:
+                    print("Flower is left out: pip install 'hf-devft[flower]'")
+                    continue
                 command = ["--peer", str(index), "--base", name, "--path", folder, "--rounds", str(options.rounds)]
                 found.setdefault(peer, []).append(run_peer(command))
                 print(f"{name}, repeat {repeat + 1}, {peer}: {sum(found[peer][-1][0]['seconds']):.1f} s", flush=True)
@@ -213,13 +214,13 @@ def compare(name: str, options: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6, help="of each run, a multiple of the stages")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
+    command_line = parser("peers", __doc__)
+    command_line.add_argument("--rounds", type=int, default=6, help="of each run, a multiple of the stages")
+    command_line.add_argument("--repeats", type=int, default=3)
+    command_line.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
     for internal in ("--peer", "--base", "--path", "--out"):
-        parser.add_argument(internal, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+        command_line.add_argument(internal, help=argparse.SUPPRESS)
+    options = command_line.parse_args()
     set_seed(0)
     if options.peer is not None:
         run = list(peers(BASES[options.base][1]).values())[int(options.peer)]
@@ -230,10 +231,7 @@ def main() -> None:
         "|---|---|---:|---:|---:|",
         *(line for name in options.bases for line in compare(name, options)),
     ]
-    text = "\n".join(lines)
-    print(text)
-    command = f"`python benchmarks/peers.py --rounds {options.rounds} --repeats {options.repeats}`"
-    RESULTS.write_text(f"{text}\n\n{command}, {machine()}.\n")
+    publish(options.results, lines, f"peers.py --rounds {options.rounds} --repeats {options.repeats}")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ CALIBRATED = ["--grouping", "calibrated", "--fusion", "anchor", "--transfer", "a
 VARIANTS = {
     "FedIT, 30 rounds (`fedit.yaml`)": ("fedit.yaml", []),
     "FedIT, 18 rounds: about DevFT's bytes": ("fedit.yaml", ["--stage_rounds", "18"]),
-    "DevFT, 30 rounds, the paper's rules": ("quickstart.yaml", PAPER),
-    "DevFT, 30 rounds, the paper's groups, anchor fusion": ("quickstart.yaml", ANCHORS),
-    "DevFT, 30 rounds, calibrated groups, anchors only": ("quickstart.yaml", CALIBRATED),
+    "DevFT, 30 rounds, the paper's rules": ("paper.yaml", PAPER),
+    "DevFT, 30 rounds, the paper's groups, anchor fusion": ("paper.yaml", ANCHORS),
+    "DevFT, 30 rounds, calibrated groups, anchors only": ("paper.yaml", CALIBRATED),
 }
 SHOWN = COLUMNS | {
     "seconds in rounds": (lambda run: run["totals"]["seconds"], "{:.0f}"),
@@ -36,7 +36,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 def main() -> None:
     options = arguments("quickstart", __doc__)
-    text = table(run_all(VARIANTS, options.results, options.seeds, options.workers))
+    text = table(run_all(VARIANTS, options))
     options.results.with_suffix(".md").write_text(f"{text}\n{note(options.results)}")
     print(text)
 

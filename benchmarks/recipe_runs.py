@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -85,20 +85,16 @@ def revision() -> str:
 
 
 def run_all(
-    variants: Mapping[str, tuple[str, list[str]]],
-    path: Path,
-    seeds: Sequence[int],
-    workers: int = 1,
-    curve: bool = False,
+    variants: Mapping[str, tuple[str, list[str]]], options: argparse.Namespace, curve: bool = False
 ) -> dict[str, dict[str, dict]]:
-    """Every variant with every seed, {name: {seed: run}}; what is in `path` already is not run again.
+    """Every variant with every seed, {name: {seed: run}}; what is in the JSON already is not run again.
 
     Args:
         variants: name -> (config, overrides).
-        path: JSON file of the results, written after every run.
-        workers: how many runs at a time, each on its share of the cores.
+        options: see `arguments`; the JSON is written after every run.
         curve: see `run_recipe`.
     """
+    path, workers = options.results, options.workers
     content = json.loads(path.read_text()) if path.exists() else {"runs": {}}
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
     lock, commit = Lock(), revision()
@@ -116,7 +112,10 @@ def run_all(
         print(f"seed {seed}, {name}: {result['metrics']}", flush=True)
 
     # Seeds outside: a stopped benchmark has compared what it has run.
-    tasks = [(seed, name) for seed in seeds for name in variants if str(seed) not in content["runs"].get(name, {})]
+    chosen = [name for name in variants if any(part in name for part in options.only)]
+    tasks = [
+        (seed, name) for seed in options.seeds for name in chosen if str(seed) not in content["runs"].get(name, {})
+    ]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(run, tasks))
     return {name: content["runs"].get(name, {}) for name in variants}
@@ -137,7 +136,14 @@ def arguments(name: str, doc: str) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.json")
-    return parser.parse_args()
+    parser.add_argument("--only", nargs="+", default=[""], help="runs whose name has one of these in it")
+    options = parser.parse_args()
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    published = options.results == RESULTS / f"{name}.json"
+    options.image = (
+        HERE.parent / "docs" / "images" / f"{name}.png" if published else options.results.with_suffix(".png")
+    )
+    return options
 
 
 def spread(runs: Mapping[str, dict], value: Callable[[dict], float], style: str) -> str:

@@ -13,12 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from bases import lora, rows, tokenizer
 from datasets import disable_progress_bars
-from machine import machine
+from machine import parser, publish
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hf_devft import DevFTConfig, DevFTTrainer
@@ -26,7 +25,6 @@ from hf_devft.embedded import BASE_PATH
 from hf_devft.federation.ledger import PeakMemory
 
 
-RESULTS = Path(__file__).parent / "results" / "scaling.md"
 USUAL = {"clients": 100, "sampled": 2, "layers": 16, "stages": [16], "rank": 8, "rows": 20_000}
 POINTS = [
     *({"clients": clients} for clients in (10, 100, 1000, 10_000)),
@@ -71,10 +69,10 @@ def measure(point: dict, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10, help="of each stage")
-    parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    command_line = parser("scaling", __doc__)
+    command_line.add_argument("--rounds", type=int, default=10, help="of each stage")
+    command_line.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
+    options = command_line.parse_args()
     if options.point is not None:
         print(json.dumps(measure(options.point, options.rounds)))
         return
@@ -92,11 +90,9 @@ def main() -> None:
             f"| {name} | {found['startup']:.2f} | {found['setup']:.2f} | {found['round']:.3f} | {each:.0f} | "
             f"{found['memory']:.0f} |"
         )
-        print(lines[-1], flush=True)
     usual = ", ".join(f"{key} {value}" for key, value in USUAL.items())
-    lines += ["", f"Where a line says nothing else: {usual}.", ""]
-    lines += [f"`python benchmarks/scaling.py --rounds {options.rounds}`, {machine()}."]
-    RESULTS.write_text("\n".join(lines) + "\n")
+    lines += ["", f"Where a line says nothing else: {usual}."]
+    publish(options.results, lines, f"scaling.py --rounds {options.rounds}")
 
 
 if __name__ == "__main__":

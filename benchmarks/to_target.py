@@ -11,7 +11,6 @@ repeated.
 """
 
 import statistics
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from recipe_runs import arguments, note, run_all
@@ -26,7 +25,6 @@ FEW = ["--task_rows", "400"]
 TARGETS = {"many rows": (0.5, 0.3, 0.25), "few rows": (0.8, 0.6, 0.5)}
 COSTS = {"rounds": "rounds", "seconds": "time", "bytes": "bytes", "flops": "FLOPs"}
 BASELINE = "FedIT"
-IMAGE = Path(__file__).parents[1] / "docs" / "images" / "to_target.png"
 
 
 def fedit(rounds: int, rate: str, *more: str) -> tuple[str, list[str]]:
@@ -128,10 +126,10 @@ def plot(results: dict[str, dict[str, dict]]) -> Figure:
 def main() -> None:
     options = arguments("to_target", __doc__)
     variants = {f"{regime}: {name}": how for regime, named in VARIANTS.items() for name, how in named.items()}
-    results = run_all(variants, options.results, options.seeds, options.workers, curve=True)
+    results = run_all(variants, options, curve=True)
     text = "\n".join(table(results, regime) for regime in VARIANTS)
     options.results.with_suffix(".md").write_text(f"{text}\n{note(options.results)}")
-    plot(results).savefig(IMAGE, dpi=110)
+    plot(results).savefig(options.image, dpi=110)
     print(text)
 
 

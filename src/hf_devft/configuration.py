@@ -95,8 +95,9 @@ class DevFTConfig(TrainingArguments):
             `"prefix"`, the first layers, as ProgFed grows (with `fusion` and `transfer` `"anchor"`).
         calibration_samples (`int`, *optional*, defaults to `32`):
             Texts that `"calibrated"` grouping measures the loss on, from `calibration_dataset`, else `eval_dataset`.
-        fusion (`str`, *optional*, defaults to `"differential"`):
-            A group's representative: `"differential"` (paper), `"mean"`, `"sum"`, `"anchor"`.
+        fusion (`str`, *optional*, defaults to `"anchor"`):
+            A group's representative: `"differential"` (paper), `"mean"`, `"sum"`, or `"anchor"`, its first layer as it
+            is (our choice: it wins in benchmarks/results/quickstart.md and ablations.md).
         fusion_beta (`float`, *optional*, defaults to `0.1`):
             β of differential fusion (paper: 0.1).
         transfer (`str`, *optional*, defaults to `"broadcast"`):
@@ -213,7 +214,7 @@ class DevFTConfig(TrainingArguments):
     )
     grouping: str = field(default="deconfliction", metadata={"help": f"Which layers share a group: {GROUPINGS}."})
     calibration_samples: int = field(default=32, metadata={"help": "Texts for calibrated grouping."})
-    fusion: str = field(default="differential", metadata={"help": f"A group's representative: {FUSIONS}."})
+    fusion: str = field(default="anchor", metadata={"help": f"A group's representative: {FUSIONS}."})
     fusion_beta: float = field(default=0.1, metadata={"help": "Beta of differential fusion."})
     transfer: str = field(default="broadcast", metadata={"help": f"Who receives a group's adapter: {TRANSFERS}."})
     adapter_fusion: str | None = field(
@@ -448,10 +449,10 @@ class StageConfig(PushToHubMixin):
     rounds: int
     learning_rate: float
     grouping: str = "deconfliction"
-    fusion: str = "differential"
+    fusion: str = "anchor"
     fusion_beta: float = 0.1
     transfer: str = "broadcast"
-    adapter_fusion: str = "differential"
+    adapter_fusion: str = "anchor"
     federated_method: str = "fedit"
     groups: list[list[int]] | None = None
     base_model_name_or_path: str | None = None

@@ -9,7 +9,7 @@ from hf_devft.stages.grouping import layer_similarity
 from hf_devft.stages.layer_stack import find_layer_stack
 from hf_devft.stages.streaming import load_base
 from hf_devft.stages.submodel import build_submodel, build_whole
-from hf_devft.stages.weights import is_stored
+from hf_devft.stages.weights import dense, is_stored, piece
 
 
 GROUPS = [[0, 1, 4], [2], [3, 5]]
@@ -46,3 +46,24 @@ def test_a_dtype_is_that_of_from_pretrained(checkpoint):
 
 def test_a_device_map_loads_everything_at_once(checkpoint):
     assert not any(map(is_stored, load_base(str(checkpoint), device_map="cpu").parameters()))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_piece_is_a_part_of_the_whole(tmp_path, stored):
+    tiny_model("llama").to(stored).save_pretrained(tmp_path)
+    for parameter in find_layer_stack(load_base(str(tmp_path), dtype=torch.float32)).layers[1].parameters():
+        whole = dense(parameter).flatten()
+        for start, stop in ((0, 3), (5, 9), (whole.numel() - 2, whole.numel() + 7)):
+            values = piece(parameter, start, stop)
+            assert values.dtype == torch.float32
+            assert torch.equal(values, whole[start:stop])
+
+
+def test_a_checkpoint_that_has_become_shorter_is_an_error(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    parameters = list(find_layer_stack(load_base(str(tmp_path))).layers[-1].parameters())
+    path = tmp_path / "model.safetensors"
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    with pytest.raises(OSError, match="fetch the checkpoint again"):
+        list(map(lambda parameter: piece(parameter, 0, 2**20), parameters))
