@@ -66,4 +66,4 @@ def test_a_checkpoint_that_has_become_shorter_is_an_error(tmp_path):
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size // 2)
     with pytest.raises(OSError, match="fetch the checkpoint again"):
-        list(map(lambda parameter: piece(parameter, 0, 2**20), parameters))
+        [piece(parameter, 0, 2**20) for parameter in parameters]
