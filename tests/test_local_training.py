@@ -128,17 +128,43 @@ def test_a_client_that_fails_or_diverges_does_so_alone(make_trainer, tmp_path):
     assert torch.equal(adapter(together), adapter(alone)), "its batch is trained one after another"
 
 
-def test_too_little_memory_for_a_batch_of_clients_is_no_end(make_trainer, tmp_path, caplog):
+def refuses(message):
+    def more_than_one_client(rows):
+        if rows > 4:
+            raise RuntimeError(message)
+
+    return more_than_one_client
+
+
+@pytest.mark.parametrize(
+    ("happens", "reason"),
+    [
+        (refuses("CUDA out of memory. Tried to allocate more."), "the memory does not hold their batches together"),
+        (refuses("no such kernel"), "together they fail: RuntimeError: no such kernel"),
+        (lambda rows: torch.rand(1) if rows > 4 else None, "the model draws random numbers"),
+    ],
+    ids=["memory", "error", "random"],
+)
+def test_what_shows_only_when_it_runs_is_no_end(make_trainer, tmp_path, caplog, happens, reason):
     model = tiny_llama()
 
-    def small(module, args):
-        if module.training and len(args[0]) > 4:
-            raise RuntimeError("CUDA out of memory. Tried to allocate more than there is.")
+    def hook(module, args):
+        if module.training:
+            happens(len(args[0]))
 
-    model.model.embed_tokens.register_forward_pre_hook(small)
+    model.model.embed_tokens.register_forward_pre_hook(hook)
     together = run(make_trainer, tmp_path / "together", 4, model=model)
-    assert caplog.text.count("the memory does not hold their batches together") == 1
+    assert caplog.text.count("clients are trained one after another") == 1
+    assert reason in caplog.text
     assert torch.equal(adapter(together), adapter(run(make_trainer, tmp_path / "alone", 1)))
+
+
+def test_rotary_embeddings_that_go_by_the_longest_row_are_refused(make_trainer, caplog):
+    model = tiny_llama()
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    make = make_trainer(model=model, clients_per_batch=4, stage_rounds=[1], **OPTIONS)
+    make.train()
+    assert "its rotary embeddings depend on a batch's longest row" in caplog.text
 
 
 def test_another_architecture(make_trainer, tmp_path):

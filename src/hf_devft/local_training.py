@@ -45,37 +45,59 @@ class LocalTrainingMixin:
         return 1
 
     def _train_apart(self, reason: str) -> None:
-        """One client after another from here on; says why, where something else was asked for."""
+        """One client after another from here on; says why, as a warning where something else was asked for."""
         self._apart = True
-        if self.args.clients_per_batch is not None and self.is_world_process_zero():
-            logger.warning(
-                f"clients_per_batch={self.args.clients_per_batch}: clients are trained one after another, as {reason}."
-            )
+        if self._running is not None:
+            self._running.together = None
+        if self.is_world_process_zero():
+            asked = self.args.clients_per_batch
+            level = logging.INFO if asked is None else logging.WARNING
+            logger.log(level, f"clients_per_batch={asked}: clients are trained one after another, as {reason}.")
 
     def _train_clients(
         self, learning_rate: float, turns: Iterator[ClientTurn]
     ) -> Iterator[tuple[ClientTurn, Trained]]:
         """Clients as their turns come, `clients_per_batch` of them at a time."""
         alone = one_after_another(functools.partial(self._train_client, learning_rate))
-        while self._running.together is not None and not self._apart:
+        while self._running.together is not None:
             chunk = [self._collected(turn) for turn in islice(turns, self._running.together.count)]
             if not chunk:
                 return
-            trained = self._train_chunk(learning_rate, chunk)
-            yield from alone(iter(chunk)) if trained is None else zip(chunk, trained, strict=True)
+            trained = self._train_chunk(learning_rate, chunk) if self._is_alike(chunk) else None
+            if not isinstance(trained, Exception):
+                yield from alone(iter(chunk)) if trained is None else zip(chunk, trained, strict=True)
+                continue
+            reason, failed = self._reason(trained), False
+            for turn, each in alone(iter(chunk)):  # shows whose error it was
+                failed |= isinstance(each, Exception)
+                yield turn, each
+            if not failed:
+                self._train_apart(reason)
         yield from alone(turns)
+
+    def _is_alike(self, turns: list[ClientTurn]) -> bool:
+        """Whether these clients train the same tensors of the running stage's model, all of its layers."""
+        plain = all(self._held_by(turn.client, self._running.stage) is self._running.stage for turn in turns)
+        return plain and len(turns) > 1 and not any(t.skips or t.trains != turns[0].trains for t in turns)
+
+    def _reason(self, error: Exception) -> str:
+        """Why clients could not be trained together, by the error; the memory that it took is given back."""
+        if isinstance(error, CannotStackError):
+            return str(error)
+        if not should_reduce_batch_size(error):
+            return f"together they fail: {type(error).__name__}: {error}"
+        self._running.together.engine.begin_client(self._running.together.engine.read(), self.args.learning_rate)
+        clear_device_cache(garbage_collection=True)
+        return "the memory does not hold their batches together"
 
     def _collected(self, turn: ClientTurn) -> ClientTurn:
         """With its batches at hand, so that the next client's can be drawn."""
         set_seed(client_seed(self.args.seed, self.state.global_step, turn.client))  # collators may draw
         return replace(turn, batches=CollectedBatches(turn.batches))
 
-    def _train_chunk(self, learning_rate: float, turns: list[ClientTurn]) -> list[Trained] | None:
-        """Clients in one batch, or None where that does not go this time."""
+    def _train_chunk(self, learning_rate: float, turns: list[ClientTurn]) -> list[Trained] | Exception:
+        """Clients in one batch, or the error of one or of all together."""
         together, count = self._running.together, len(turns)
-        plain = all(self._held_by(turn.client, self._running.stage) is self._running.stage for turn in turns)
-        if count == 1 or not plain or any(turn.skips or turn.trains != turns[0].trains for turn in turns):
-            return None
         model, engine = self.model, self.engine
         per_token = self._flops_per_token(turns[0], self._running.layers)
         self._switch_to(together.model, together.engine)
@@ -84,13 +106,8 @@ class LocalTrainingMixin:
             together.engine.begin_client(start, learning_rate, turns[0].trains)
             results = train_together(self, self.model_wrapped, together.axis, [iter(turn.batches) for turn in turns])
             adapters = unstack_flat(engine.layout, together.engine.read(), together.count)
-        except Exception as error:  # one client's, or of all together: by themselves it shows whose
-            if isinstance(error, CannotStackError):
-                self._train_apart(str(error))
-            elif should_reduce_batch_size(error):
-                self._train_apart("the memory does not hold their batches together")
-                clear_device_cache(garbage_collection=True)
-            return None
+        except Exception as error:
+            return error.with_traceback(None)  # which holds on to the step's memory
         finally:
             self._switch_to(model, engine)
         for result in results:

@@ -160,8 +160,13 @@ class StageMixin:
         return smaller
 
     def _stack(self, model: PeftModel) -> tuple[PeftModel, ClientAxis, int] | None:
-        count = self._clients_in_a_batch(model)
-        return (*stack_clients(model, count), count) if count > 1 else None
+        if (count := self._clients_in_a_batch(model)) == 1:
+            return None
+        try:
+            return *stack_clients(model, count), count
+        except Exception as error:  # a module that cannot be copied, say
+            self._train_apart(f"the model cannot be copied: {type(error).__name__}: {error}")
+            return None
 
     def _make_together(self, stacked: PeftModel, axis: ClientAxis, count: int) -> Together:
         model, engine = self.model, self.engine

@@ -70,27 +70,39 @@ def test_the_loss_is_the_sum_of_the_clients_own():
         return (logits - labels).sum() / num_items_in_batch if num_items_in_batch else (logits - labels).mean()
 
     logits, labels = torch.tensor([1.0, 2.0, 3.0, 5.0]), torch.zeros(4)
-    assert axis.loss(loss_function, logits, labels=labels) == 1.5 + 4
+    assert axis.loss(loss_function, logits, labels=labels, num_items_in_batch=None) == 1.5 + 4
     assert axis.losses.tolist() == [1.5, 4]
 
 
+def batch(ids, labels, **more):
+    ids = torch.tensor(ids)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor(labels), **more}
+
+
 def test_batches_are_joined_by_rows_and_tokens_that_do_not_count():
-    long = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[-100, 2, 3]])}
-    wide = {"input_ids": torch.tensor([[4, 5], [6, 7]]), "labels": torch.tensor([[4, 5], [6, 7]])}
+    long, wide = batch([[1, 2, 3]], [[-100, 2, 3]]), batch([[4, 5], [6, 7]], [[4, 5], [6, 7]])
     joined = join_batches([long, wide], {"input_ids": 9, "labels": -100})
     assert joined["input_ids"].tolist() == [[1, 2, 3], [1, 2, 3], [4, 5, 9], [6, 7, 9]]
+    assert joined["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0]]
     assert joined["labels"].tolist() == [[-100, 2, 3], [-100, -100, -100], [4, 5, -100], [6, 7, -100]]
 
 
 @pytest.mark.parametrize(
-    "batch",
+    "other",
     [
-        {"input_ids": torch.ones(1, 2)},
-        {"input_ids": torch.ones(1, 2), "labels": torch.ones(2, 2)},
-        {"input_ids": torch.ones(1, 2, 2, 2), "labels": torch.ones(1, 2)},
-        {"input_ids": [[1, 2]], "labels": torch.ones(1, 2)},
+        {"input_ids": torch.ones(1, 2), "attention_mask": torch.ones(1, 2)},
+        batch([[1, 2]], [[1, 2], [3, 4]]),
+        batch([[1, 2]], [0.5]),
+        batch([[1, 2]], [[1, 2]], position_ids=torch.ones(1, 2)),
+        batch([[1, 2]], [[1, 2]], attention_mask=[[1, 1]]),
     ],
 )
-def test_batches_of_other_forms_are_refused(batch):
-    with pytest.raises(CannotStackError, match="with labels"):
-        join_batches([batch, batch], {})
+def test_batches_of_other_forms_are_refused(other):
+    with pytest.raises(CannotStackError, match="cannot be joined"):
+        join_batches([other, other], {})
+
+
+def test_a_loss_of_flattened_rows_is_refused():
+    axis = ClientAxis(clients=2, rows=4, items=[None, None])
+    with pytest.raises(CannotStackError, match="a batch of 4 rows"):
+        axis.loss(torch.mean, torch.ones(8))

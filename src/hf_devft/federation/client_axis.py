@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import Trainer
 
@@ -25,7 +25,14 @@ from hf_devft.metrics import IGNORED
 # Optimisers that treat each value by itself, so that values of several clients can lie in one tensor.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 # What a subclass of `Trainer` may override, and what then sees one client's model and batch at a time.
-HOOKS = ("compute_loss", "training_step", "create_optimizer", "_clip_grad_norm")
+HOOKS = (
+    "compute_loss", "training_step", "create_optimizer", "get_optimizer_cls_and_kwargs", "_prepare_inputs",
+    "_clip_grad_norm",
+)  # fmt: skip
+# What a batch must and may have, so that rows and tokens can be added that take no part in anything.
+NEEDED, KNOWN = {"input_ids", "attention_mask", "labels"}, {"input_ids", "attention_mask", "labels", "token_type_ids"}
+# Rotary embeddings whose frequencies depend on the longest row of a batch.
+ROPE_BY_BATCH = ("dynamic", "longrope")
 
 
 class CannotStackError(ValueError):
@@ -53,7 +60,7 @@ class ClientAxis:
         for client in range(self.clients):
             own = partial(self._rows_of, client)
             given = {name: own(value) for name, value in kwargs.items()}
-            if self.items[client] is not None:
+            if self.items[client] is not None and "num_items_in_batch" in given:
                 given["num_items_in_batch"] = self.items[client]
             losses.append(loss_function(*map(own, args), **given))
         losses = torch.stack(losses)
@@ -61,8 +68,10 @@ class ClientAxis:
         return losses.sum()
 
     def _rows_of(self, client: int, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape[0] != self.rows:
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
             return value
+        if value.shape[0] != self.rows:
+            raise CannotStackError(f"the loss is given {tuple(value.shape)} for a batch of {self.rows} rows")
         return value.chunk(self.clients)[client]
 
 
@@ -103,7 +112,8 @@ def stack_clients(model: PeftModel, count: int) -> tuple[PeftModel, ClientAxis]:
 def obstacle(trainer: Trainer, model: PeftModel) -> str | None:
     """Why clients cannot share a batch of this trainer's, or None."""
     args, base = trainer.args, model.get_base_model()
-    own = [name for name in HOOKS if getattr(type(trainer), name) is not getattr(Trainer, name)]
+    hooks = {name: getattr(trainer, name) for name in HOOKS}
+    own = [name for name, hook in hooks.items() if getattr(hook, "__func__", hook) is not getattr(Trainer, name)]
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
     linear = {
         id(factor.weight)
@@ -113,20 +123,21 @@ def obstacle(trainer: Trainer, model: PeftModel) -> str | None:
         if isinstance(factor, nn.Linear) and factor.bias is None
     }
     dropout = any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))
-    dropout |= getattr(base.config, "attention_dropout", 0) > 0
     reasons = {
         f"{type(trainer).__name__} has its own {', '.join(own)}": own,
         "the loss is the trainer's, not the model's": trainer.compute_loss_func or trainer.label_smoother,
         "the model has no `loss_function`": not hasattr(base, "loss_function"),
-        "the model adds a loss over all rows (`output_router_logits`)": getattr(
-            base.config, "output_router_logits", False
+        f"its rotary embeddings depend on a batch's longest row ({', '.join(ROPE_BY_BATCH)})": _has_rope_by_batch(
+            base.config.to_dict()
         ),
+        "the base is in 8 bits": getattr(base, "is_loaded_in_8bit", False),
         f"optim={args.optim.value!r} or `optimizer_cls_and_kwargs` may mix values": args.optim.value not in ELEMENTWISE
         or trainer.optimizer_cls_and_kwargs is not None,
         "there is dropout, whose draws would differ": dropout,
         "the adapter is not on linear layers alone": any(
             parameter.requires_grad and id(parameter) not in linear for parameter in model.parameters()
-        ),
+        )
+        or any(isinstance(module, ParamWrapper) or module.lora_variant for module in adapted),
         "steps are cut to save memory (`gradient_accumulation_steps`, `auto_find_batch_size`)": (
             args.gradient_accumulation_steps > 1 or args.auto_find_batch_size
         ),
@@ -135,6 +146,13 @@ def obstacle(trainer: Trainer, model: PeftModel) -> str | None:
         "processes train each client together": trainer.placement.shares_batches or trainer.is_deepspeed_enabled,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _has_rope_by_batch(config: Any) -> bool:
+    if not isinstance(config, dict):
+        return False
+    kinds = (config.get("rope_type"), config.get("type"))
+    return any(kind in ROPE_BY_BATCH for kind in kinds) or any(map(_has_rope_by_batch, config.values()))
 
 
 def stack_flat(layout: AdapterLayout, vectors: Sequence[torch.Tensor], count: int) -> torch.Tensor:
@@ -157,10 +175,13 @@ def join_batches(batches: Sequence[dict[str, torch.Tensor]], padding: dict[str, 
     one without labels; neither takes part in a loss.
 
     Raises:
-        CannotStackError: batches that are not tensors of one row each, with labels, alike but for their length.
+        CannotStackError: batches of another form (see `NEEDED` and `KNOWN`).
     """
     if any(set(batch) != set(batches[0]) for batch in batches) or not all(map(_is_joinable, batches)):
-        raise CannotStackError("the batches cannot be joined: they must be tensors of a row per example, with labels")
+        raise CannotStackError(
+            f"the batches cannot be joined: they must have {', '.join(sorted(NEEDED))}, tensors of a row per example, "
+            "and nothing else but token_type_ids"
+        )
     rows, joined = max(len(batch["labels"]) for batch in batches), {}
     for name in batches[0]:
         tensors = [batch[name] for batch in batches]
@@ -171,7 +192,9 @@ def join_batches(batches: Sequence[dict[str, torch.Tensor]], padding: dict[str, 
 
 
 def _is_joinable(batch: Any) -> bool:
-    if "labels" not in batch or not all(isinstance(tensor, torch.Tensor) for tensor in batch.values()):
+    if not NEEDED <= set(batch) <= KNOWN or not all(isinstance(tensor, torch.Tensor) for tensor in batch.values()):
+        return False
+    if batch["labels"].is_floating_point():
         return False
     return all(tensor.dim() in (1, 2) and len(tensor) == len(batch["labels"]) for tensor in batch.values())
 
@@ -210,14 +233,15 @@ def train_together(
     trainer.accelerator.gradient_state._set_sync_gradients(True)
     total, tokens, seen = torch.zeros(count, device=args.device), [0] * count, [0] * count
     padding = {"labels": IGNORED, getattr(model, "main_input_name", "input_ids"): _pad_token(trainer)}
-    for _ in range(args.local_steps):
+    for step in range(args.local_steps):
         samples = [trainer.get_batch_samples(own, 1, args.device) for own in batches]
         inputs = join_batches([micro_batches[0] for micro_batches, _ in samples], padding)
         axis.clients, axis.rows = count, len(inputs["labels"])
         axis.items, axis.losses = [items for _, items in samples], None
-        trainer.training_step(model, inputs, axis.items[0])
-        if axis.losses is None:
-            raise CannotStackError("the model computes its loss without `loss_function`")
+        random = _random_state(args.device)
+        loss = trainer.training_step(model, inputs, axis.items[0])  # `axis.loss` puts each client's own in its place
+        if step == 0:
+            _check_step(axis, loss, torch.equal(random, _random_state(args.device)))
         total += axis.losses
         if args.max_grad_norm > 0:
             norms = clip_each(trainer.engine.parameters, args.max_grad_norm)
@@ -229,6 +253,19 @@ def train_together(
             seen[client] += counted
     norms = [None] * count if norms is None else norms[:count]
     return list(map(LocalResult, total / args.local_steps, tokens, seen, norms))
+
+
+def _check_step(axis: ClientAxis, loss: torch.Tensor, repeatable: bool) -> None:
+    if axis.losses is None:
+        raise CannotStackError("the model computes its loss without `loss_function`")
+    if not repeatable:
+        raise CannotStackError("the model draws random numbers (dropout), which would differ")
+    if axis.losses.isfinite().all() and not torch.allclose(loss.float(), axis.losses.float().sum(), rtol=1e-3):
+        raise CannotStackError("the model's loss is more than its `loss_function` gives for each client")
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
 def _pad_token(trainer: Trainer) -> int:

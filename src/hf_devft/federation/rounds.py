@@ -43,7 +43,7 @@ class ClientTurn:
 
     client: int
     start: torch.Tensor
-    batches: ClientBatches
+    batches: Iterable
     trains: tuple[int, ...]
     skips: tuple[int, ...] = ()
     gradient: Callable[[torch.Tensor], torch.Tensor] | None = None

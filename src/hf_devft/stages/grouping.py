@@ -14,12 +14,10 @@ import torch
 from sklearn.cluster import SpectralClustering
 
 from hf_devft.stages.layer_stack import LayerStack
-from hf_devft.stages.weights import dense, is_cheap_to_read, piece
+from hf_devft.stages.weights import dense, is_cheap_to_read, piece, piece_size
 
 
 Groups = list[list[int]]
-
-PIECE = 2**16  # elements of a layer's parameter that are compared at once: what a processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,9 @@ def _pieces(parameters: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     if not all(map(is_cheap_to_read, parameters)):  # not to unpack or gather them for each piece again
         yield torch.stack([dense(parameter).detach().flatten().float() for parameter in parameters])
         return
-    for start in range(0, parameters[0].numel(), PIECE):
-        rows = [piece(parameter, start, start + PIECE).float() for parameter in parameters]
+    size = piece_size(parameters[0])
+    for start in range(0, parameters[0].numel(), size):
+        rows = [piece(parameter, start, start + size).float() for parameter in parameters]
         yield torch.stack(rows)
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 @functools.lru_cache(maxsize=64)
-def _header(path: str) -> tuple[int, dict[str, dict]]:
-    """Where the values begin, and {name: its dtype, shape and offsets from there}."""
+def _header(path: str, changed: int) -> tuple[int, dict[str, dict]]:
+    """Where the values begin, and {name: dtype, shape and offsets from there}, in a file that was `changed` then."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         return 8 + size, json.loads(file.read(size))
@@ -51,7 +52,7 @@ def _header(path: str) -> tuple[int, dict[str, dict]]:
 def _read_piece(path: str, name: str, start: int, stop: int) -> torch.Tensor:
     """`safe_open(path).get_tensor(name).flatten()[start:stop]`, by a plain read: to map the file into memory for each
     piece takes longer."""
-    begin, tensors = _header(path)
+    begin, tensors = _header(path, os.stat(path).st_mtime_ns)
     about = tensors[name]
     if about["dtype"] not in _DTYPES:
         with safe_open(path, framework="pt") as file:
@@ -152,6 +153,13 @@ def piece(parameter: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     if is_stored(parameter):
         return parameter.stored.read(start, stop)
     return dense(parameter).detach().flatten()[start:stop]
+
+
+def piece_size(parameter: torch.Tensor) -> int:
+    """How many values to read at once: what a processor's cache holds, or more where each piece has a price of its own
+    (on a GPU, and in a checkpoint that must be read whole)."""
+    slow = is_stored(parameter) and "safetensors_file" not in parameter.stored.weights.index[parameter.stored.name]
+    return 2**20 if slow or not (is_stored(parameter) or parameter.device.type == "cpu") else 2**16
 
 
 def unpack(parameter: torch.Tensor) -> None:
