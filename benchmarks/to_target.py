@@ -76,7 +76,7 @@ def ratio(runs: dict[str, dict], rivals: list[dict[str, dict]], target: float, m
         others = [cost(rival[seed], target, measure) for rival in rivals if seed in rival]
         others = [other for other in others if other is not None]
         if own is None or not others:
-            return "not reached" if own is None else "FedIT never"
+            return "not in every seed" if own is None else "FedIT not in every seed"
         ratios.append(min(others) / own)
     spread = f" ± {statistics.stdev(ratios):.2f}" if len(ratios) > 1 else ""
     return f"{statistics.mean(ratios):.2f}{spread}"
@@ -118,8 +118,8 @@ def plot(results: dict[str, dict[str, dict]]) -> Figure:
             axes.set(xlabel=label, ylabel="loss at full depth", yscale="log", title=regime)
             axes.set_xscale("log" if measure == "bytes" else "linear")
             axes.grid(alpha=0.3, which="both")
-            if column == 0:
-                axes.legend(fontsize="x-small")
+            if column == 1:
+                axes.legend(fontsize="x-small", loc="upper right")
     return figure
 
 
