@@ -9,7 +9,7 @@ the paper's rules. Each run has 12 rounds in all stages together, Dirichlet(0.5)
 
 from itertools import product
 
-from recipe_runs import COLUMNS, arguments, note, run_all, spread
+from recipe_runs import COLUMNS, arguments, publish_runs, run_all, spread
 
 
 GROUPINGS = ("deconfliction", "even", "random", "calibrated")
@@ -59,8 +59,7 @@ def main() -> None:
             continue
         lines.append(f"| {name} | {' | '.join(spread(runs, *column) for column in COLUMNS.values())} |")
     text = "\n".join(lines) + "\n"
-    options.results.with_suffix(".md").write_text(f"{text}\n{note(options.results)}")
-    print(text)
+    publish_runs(options, text)
 
 
 if __name__ == "__main__":

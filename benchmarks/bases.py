@@ -37,9 +37,9 @@ def size_of(model: PreTrainedModel) -> str:
     return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.0f} M"
 
 
-def lora() -> LoraConfig:
+def lora(rank: int = 8) -> LoraConfig:
     """A new adapter's config."""
-    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def tokenizer():

@@ -11,7 +11,7 @@ import statistics
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
-from recipe_runs import COLUMNS, arguments, note, run_all, spread
+from recipe_runs import COLUMNS, arguments, publish_runs, run_all, spread
 
 
 METHODS = [
@@ -89,9 +89,7 @@ def main() -> None:
     options = arguments("methods", __doc__)
     results = run_all(variants(), options)
     text = "\n".join(table(results, partition) for partition in PARTITIONS)
-    options.results.with_suffix(".md").write_text(f"{text}\n{note(options.results)}")
-    plot(results).savefig(options.image, dpi=110)
-    print(text)
+    publish_runs(options, text, plot(results))
 
 
 if __name__ == "__main__":

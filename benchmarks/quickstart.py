@@ -6,7 +6,7 @@ Runs every variant with every seed through the recipe, one after another, and wr
 `results/quickstart.md` beside this file. A run that is already in the JSON is not repeated.
 """
 
-from recipe_runs import COLUMNS, arguments, note, run_all, spread
+from recipe_runs import COLUMNS, arguments, publish_runs, run_all, spread
 
 
 PAPER = ["--grouping", "deconfliction", "--fusion", "differential", "--transfer", "broadcast"]
@@ -37,8 +37,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 def main() -> None:
     options = arguments("quickstart", __doc__)
     text = table(run_all(VARIANTS, options))
-    options.results.with_suffix(".md").write_text(f"{text}\n{note(options.results)}")
-    print(text)
+    publish_runs(options, text)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ kept."""
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -12,14 +11,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 from threading import Lock
+
+from machine import RESULTS, machine
+from matplotlib.figure import Figure
 
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
-RESULTS = HERE / "results"
 
 # Column -> (value of a run, format).
 COLUMNS = {
@@ -105,7 +105,7 @@ def run_all(
         result = run_recipe(config, [*overrides, "--seed", str(seed)], threads, curve) | {"revision": commit}
         with lock:
             content["runs"].setdefault(name, {})[str(seed)] = result
-            content["machine"] = f"{date.today()}, {os.cpu_count()} CPU cores, {platform.machine()}"
+            content["machine"] = machine()
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(content, indent=1) + "\n")
             temporary.replace(path)
@@ -128,6 +128,14 @@ def note(path: Path) -> str:
     seeds = f"{min(counts)} to {max(counts)} seeds" if min(counts) < max(counts) else f"{max(counts)} seeds"
     measured = "one seed" if max(counts) == 1 else f"mean ± s.d. of {seeds}"
     return f"`python benchmarks/{path.stem}.py`, {content['machine']}; {measured}.\n"
+
+
+def publish_runs(options: argparse.Namespace, text: str, figure: Figure | None = None) -> None:
+    """Write what the runs in the JSON came to beside it, and show it."""
+    options.results.with_suffix(".md").write_text(f"{text}\n{note(options.results)}")
+    if figure is not None:
+        figure.savefig(options.image, dpi=110)
+    print(text)
 
 
 def arguments(name: str, doc: str) -> argparse.Namespace:

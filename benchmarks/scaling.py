@@ -53,8 +53,7 @@ def measure(point: dict, rounds: int) -> dict[str, float]:
             disable_tqdm=True,
         )  # fmt: skip
         started = time.perf_counter()
-        adapter = lora()
-        adapter.r = point["rank"]
+        adapter = lora(point["rank"])
         trainer = DevFTTrainer(base, args, peft_config=adapter, train_dataset=data, processing_class=tokenizer())
         startup = time.perf_counter() - started
         trainer.train()

@@ -13,13 +13,12 @@ repeated.
 import statistics
 
 from matplotlib.figure import Figure
-from recipe_runs import arguments, note, run_all
+from recipe_runs import arguments, publish_runs, run_all
 
 
 LINEAR = ["--lr_scheduler_type", "linear"]
 OFTEN = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start", "false", "--save_strategy", "no"]
 INT4 = ["--wire_dtype", "int4"]
-PAPER = ["--grouping", "deconfliction", "--fusion", "differential", "--transfer", "broadcast"]
 FEW = ["--task_rows", "400"]
 # Regime -> losses to reach.
 TARGETS = {"many rows": (0.5, 0.3, 0.25), "few rows": (0.8, 0.6, 0.5)}
@@ -42,7 +41,7 @@ VARIANTS = {
         "FedIT, 6e-3 linear, 8 rounds": fedit(8, "6e-3", *LINEAR),
         "FedIT, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR),
         "FedIT, 6e-3 linear, 16 rounds, int4": fedit(16, "6e-3", *LINEAR, *INT4),
-        "DevFT, the paper's rules, 4-8-16": devft("4 8 16", "10", "2e-3", *PAPER),
+        "DevFT, the paper's rules, 4-8-16": ("paper.yaml", OFTEN),
         "DevFT 4-16, 16 + 8 rounds, 6e-3, 9e-3 linear": devft("4 16", "16 8", "6e-3 9e-3", *LINEAR),
         "DevFT 4-16, 12 + 4 rounds, 6e-3, 9e-3 linear": devft("4 16", "12 4", "6e-3 9e-3", *LINEAR),
         "DevFT 4-8-16, 12 + 4 + 6 rounds, 6e-3, 8e-3, 1e-2 linear": devft(
@@ -128,9 +127,7 @@ def main() -> None:
     variants = {f"{regime}: {name}": how for regime, named in VARIANTS.items() for name, how in named.items()}
     results = run_all(variants, options, curve=True)
     text = "\n".join(table(results, regime) for regime in VARIANTS)
-    options.results.with_suffix(".md").write_text(f"{text}\n{note(options.results)}")
-    plot(results).savefig(options.image, dpi=110)
-    print(text)
+    publish_runs(options, text, plot(results))
 
 
 if __name__ == "__main__":

@@ -98,18 +98,16 @@ class LocalTrainingMixin:
     def _train_chunk(self, learning_rate: float, turns: list[ClientTurn]) -> list[Trained] | Exception:
         """Clients in one batch, or the error of one or of all together."""
         together, count = self._running.together, len(turns)
-        model, engine = self.model, self.engine
-        per_token = self._flops_per_token(turns[0], self._running.layers)
-        self._switch_to(together.model, together.engine)
+        layout, per_token = self.engine.layout, self._flops_per_token(turns[0], self._running.layers)
         try:
-            start = stack_flat(engine.layout, [turn.start for turn in turns], together.count)
-            together.engine.begin_client(start, learning_rate, turns[0].trains)
-            results = train_together(self, self.model_wrapped, together.axis, [iter(turn.batches) for turn in turns])
-            adapters = unstack_flat(engine.layout, together.engine.read(), together.count)
+            start = stack_flat(layout, [turn.start for turn in turns], together.count)
+            with self._switched_to(together.model, together.engine):
+                self.engine.begin_client(start, learning_rate, turns[0].trains)
+                batches = [iter(turn.batches) for turn in turns]
+                results = train_together(self, self.model_wrapped, together.axis, batches)
+                adapters = unstack_flat(layout, self.engine.read(), together.count)
         except Exception as error:
             return error.with_traceback(None)  # which holds on to the step's memory
-        finally:
-            self._switch_to(model, engine)
         for result in results:
             result.flops = result.tokens * per_token
         return list(zip(results, adapters[:count], strict=True))
@@ -124,13 +122,9 @@ class LocalTrainingMixin:
         full = self._expanded(layout.state(turn.start))
         rules = (running.stage.adapter_fusion, running.stage.fusion_beta)
         start = smaller.engine.layout.flat(fuse_adapter(full, path, smaller.stage.groups, *rules)).to(turn.start)
-        model, engine = self.model, self.engine
-        self._switch_to(smaller.model, smaller.engine)
-        try:
-            own = replace(turn, start=start, trains=smaller.engine.layout.all)
+        own = replace(turn, start=start, trains=smaller.engine.layout.all)
+        with self._switched_to(smaller.model, smaller.engine):
             result, trained = self._train_submodel(learning_rate, own, smaller.layers)
-        finally:
-            self._switch_to(model, engine)
         change = smaller.engine.layout.state(trained - start)
         # Each layer of the running stage learns what the layers that it stands for have learned, on average.
         change = expand_adapter(change, {}, path, smaller.stage.groups)

@@ -2,6 +2,8 @@
 
 import functools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,7 +128,7 @@ class StageMixin:
             layers=submodel.get_submodule(stack.path),
             weights=weights,
             smaller=self._make_smaller(stage, base, stack),
-            together=self._make_together(*stacked) if stacked else None,
+            together=Together(stacked[0], self._engine_beside(stacked[0]), *stacked[1:]) if stacked else None,
             setup={
                 "setup_seconds": time.perf_counter() - started,
                 "setup_peak_memory": self._peak_memory.read(),
@@ -149,14 +151,13 @@ class StageMixin:
     def _make_smaller(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack) -> dict[int, Smaller]:
         """The submodels of earlier stages that clients train in this one, by stage."""
         held = {self._held_by(client, stage).stage for client in self._candidates(stage)} - {stage.stage}
-        model, engine, smaller = self.model, self.engine, {}
+        smaller = {}
         for number in held:
             earlier = self.stages[number - 1]
             submodel = build_submodel(base, stack, earlier.groups, earlier.fusion, earlier.fusion_beta)
             adapter = fuse_adapter(self._full_adapter, stack.path, earlier.groups, earlier.adapter_fusion)
-            self._use(attach_adapter(submodel, self.peft_config, adapter), train=True)
-            smaller[number] = Smaller(earlier, self.model, self.engine, submodel.get_submodule(stack.path))
-        self._switch_to(model, engine)
+            model = attach_adapter(submodel, self.peft_config, adapter)
+            smaller[number] = Smaller(earlier, model, self._engine_beside(model), submodel.get_submodule(stack.path))
         return smaller
 
     def _stack(self, model: PeftModel) -> tuple[PeftModel, ClientAxis, int] | None:
@@ -168,12 +169,11 @@ class StageMixin:
             self._train_apart(f"the model cannot be copied: {type(error).__name__}: {error}")
             return None
 
-    def _make_together(self, stacked: PeftModel, axis: ClientAxis, count: int) -> Together:
-        model, engine = self.model, self.engine
-        self._use(stacked, train=True)
-        together = Together(stacked, self.engine, axis, count)
-        self._switch_to(model, engine)
-        return together
+    def _engine_beside(self, model: PeftModel) -> Engine:
+        """The engine of a second model to train; the one in use stays that."""
+        with self._switched_to(self.model, self.engine):
+            self._use(model, train=True)
+            return self.engine
 
     def _make_whole(self) -> None:
         """Make the full model with the full-depth adapter the model, unless it is."""
@@ -211,6 +211,16 @@ class StageMixin:
             self.deepspeed = self.model_wrapped
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
+
+    @contextmanager
+    def _switched_to(self, model: PeftModel, engine: Engine) -> Iterator[None]:
+        """Within this context, `model` is the one in use; what was before is afterwards."""
+        before = self.model, self.engine
+        self._switch_to(model, engine)
+        try:
+            yield
+        finally:
+            self._switch_to(*before)
 
     def _move_model_to_device(self, model, device) -> None:
         """As `Trainer`'s, but for layers that are still in the checkpoint."""

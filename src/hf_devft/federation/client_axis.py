@@ -30,7 +30,8 @@ HOOKS = (
     "_clip_grad_norm",
 )  # fmt: skip
 # What a batch must and may have, so that rows and tokens can be added that take no part in anything.
-NEEDED, KNOWN = {"input_ids", "attention_mask", "labels"}, {"input_ids", "attention_mask", "labels", "token_type_ids"}
+NEEDED = {"input_ids", "attention_mask", "labels"}
+KNOWN = NEEDED | {"token_type_ids"}
 # Rotary embeddings whose frequencies depend on the longest row of a batch.
 ROPE_BY_BATCH = ("dynamic", "longrope")
 
@@ -238,7 +239,7 @@ def train_together(
         inputs = join_batches([micro_batches[0] for micro_batches, _ in samples], padding)
         axis.clients, axis.rows = count, len(inputs["labels"])
         axis.items, axis.losses = [items for _, items in samples], None
-        random = _random_state(args.device)
+        random = _random_state(args.device) if step == 0 else None
         loss = trainer.training_step(model, inputs, axis.items[0])  # `axis.loss` puts each client's own in its place
         if step == 0:
             _check_step(axis, loss, torch.equal(random, _random_state(args.device)))
