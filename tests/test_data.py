@@ -3,7 +3,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from hf_devft.data import load_files, to_prompt_completion, tokenize
+from hf_devft.data import load_files, to_known_columns, tokenize
 
 
 @pytest.mark.parametrize(("row", "prompt", "completion"), [
@@ -15,13 +15,13 @@ from hf_devft.data import load_files, to_prompt_completion, tokenize
     ({"question": "a", "answer": "b"}, "Question: a\nAnswer:", " b"),
 ])  # fmt: skip
 def test_known_formats(row, prompt, completion):
-    converted = to_prompt_completion(Dataset.from_list([row]))[0]
+    converted = to_known_columns(Dataset.from_list([row]))[0]
     assert (converted["prompt"], converted["completion"]) == (prompt, completion)
 
 
 def test_unknown_columns_name_the_known_ones():
     with pytest.raises(ValueError, match="question/answer"):
-        to_prompt_completion(Dataset.from_dict({"text": ["a"]}))
+        to_known_columns(Dataset.from_dict({"body": ["a"]}))
 
 
 def test_labels_are_on_the_completion_only(tokenizer):

@@ -21,6 +21,11 @@ STAGE_CONFIG_NAME = "stage_config.json"
 GROUPINGS = ("deconfliction", "even", "random", "calibrated", "prefix")
 FUSIONS = ("differential", "mean", "sum", "anchor")
 TRANSFERS = ("broadcast", "anchor", "split")
+TASKS = (
+    "text-generation", "text2text-generation", "text-classification", "token-classification", "image-classification",
+    "audio-classification", "automatic-speech-recognition",
+)  # fmt: skip
+STACKS = ("encoder", "decoder")
 PARTITIONS = ("iid", "dirichlet", "natural")
 FEDERATED_METHODS = (
     "fedit", "ffa_lora", "fedsa_lora", "rolora", "flora", "fedex_lora", "flexlora", "hlora", "hetlora", "c2a", "dofit",
@@ -100,6 +105,9 @@ class DevFTConfig(TrainingArguments):
             is (our choice: it wins in benchmarks/results/quickstart.md and ablations.md).
         fusion_beta (`float`, *optional*, defaults to `0.1`):
             β of differential fusion (paper: 0.1).
+        stack (`str`, *optional*):
+            Which layers of an encoder-decoder model the stages shorten, `"encoder"` or `"decoder"`. By default both,
+            whose layers are counted together in `stage_layers`.
         transfer (`str`, *optional*, defaults to `"broadcast"`):
             Who in a group receives its adapter: `"broadcast"` (paper), `"anchor"`, `"split"`.
         adapter_fusion (`str`, *optional*, defaults to `fusion`):
@@ -168,8 +176,15 @@ class DevFTConfig(TrainingArguments):
 
     > Parameters that control the model and the evaluation
 
+        task (`str`, *optional*):
+            What the model is for, by the name of transformers' pipeline: `"text-generation"`,
+            `"text2text-generation"`, `"text-classification"`, `"token-classification"`, `"image-classification"`,
+            `"audio-classification"` or `"automatic-speech-recognition"`. By default what the adapter's `task_type` or
+            the model's class says.
+        dataset_num_proc (`int`, *optional*):
+            Processes that encode the rows.
         model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments of `AutoModelForCausalLM.from_pretrained` where the model is given by name.
+            Keyword arguments of `from_pretrained` where the model is given by name.
         max_length (`int`, *optional*, defaults to `512`):
             Tokens that a prompt with its completion is cut to (paper: 512).
         resume_from_hub (`str`, *optional*):
@@ -216,6 +231,9 @@ class DevFTConfig(TrainingArguments):
     calibration_samples: int = field(default=32, metadata={"help": "Texts for calibrated grouping."})
     fusion: str = field(default="anchor", metadata={"help": f"A group's representative: {FUSIONS}."})
     fusion_beta: float = field(default=0.1, metadata={"help": "Beta of differential fusion."})
+    stack: str | None = field(
+        default=None, metadata={"help": f"The stack of an encoder-decoder model to shorten: {STACKS}. Default: both."}
+    )
     transfer: str = field(default="broadcast", metadata={"help": f"Who receives a group's adapter: {TRANSFERS}."})
     adapter_fusion: str | None = field(
         default=None, metadata={"help": "How a stage's adapter starts; the names of fusion. Default: fusion."}
@@ -263,6 +281,8 @@ class DevFTConfig(TrainingArguments):
         default=None,
         metadata={"help": f"Placement of work on processes: {CLIENT_PLACEMENTS}. Default: as the launch says."},
     )
+    task: str | None = field(default=None, metadata={"help": f"What the model is for: {TASKS}."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that encode the rows."})
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of from_pretrained, as JSON."}
     )
@@ -295,6 +315,10 @@ class DevFTConfig(TrainingArguments):
         _choice("fusion", self.fusion, FUSIONS)
         _choice("adapter_fusion", self.adapter_fusion, FUSIONS)
         _choice("transfer", self.transfer, TRANSFERS)
+        if self.task is not None:
+            _choice("task", self.task, TASKS)
+        if self.stack is not None:
+            _choice("stack", self.stack, STACKS)
         _choice("partition", self.partition, PARTITIONS)
         _choice("beyond_capacity", self.beyond_capacity, BEYOND_CAPACITY)
         _choice("client_selection", self.client_selection, CLIENT_SELECTIONS)
@@ -347,7 +371,7 @@ class DevFTConfig(TrainingArguments):
         minima = {
             "initial_layers": 1, "calibration_samples": 1, "num_clients": 1, "clients_per_round": 1,
             "local_steps": 1, "clients_per_batch": 1, "max_length": 2, "max_eval_samples": 1,
-            "generation_max_new_tokens": 1, "round_quorum": 1, "round_retries": 0,
+            "generation_max_new_tokens": 1, "dataset_num_proc": 1, "round_quorum": 1, "round_retries": 0,
         }  # fmt: skip
         for name, minimum in minima.items():
             if (value := getattr(self, name)) is not None and value < minimum:
@@ -410,6 +434,7 @@ class DevFTConfig(TrainingArguments):
                 fusion_beta=self.fusion_beta,
                 transfer=self.transfer,
                 adapter_fusion=self.adapter_fusion,
+                stack=self.stack,
                 federated_method=self.federated_method,
             )
             for index in range(len(layers))
@@ -431,7 +456,7 @@ class StageConfig(PushToHubMixin):
         stage, num_stages: this stage (from 1) of how many.
         num_layers, full_layers: layers of the submodel (L_s) and of the base (L).
         rounds, learning_rate: communication rounds, and the learning rate before the schedule.
-        grouping, fusion, fusion_beta, transfer, adapter_fusion: the rules; see `DevFTConfig`.
+        grouping, fusion, fusion_beta, transfer, adapter_fusion, stack: the rules; see `DevFTConfig`.
         federated_method: how updates were combined.
         groups: the layers of the base in each group, as they were found.
         base_model_name_or_path, base_model_revision: the base.
@@ -453,6 +478,7 @@ class StageConfig(PushToHubMixin):
     fusion_beta: float = 0.1
     transfer: str = "broadcast"
     adapter_fusion: str = "anchor"
+    stack: str | None = None
     federated_method: str = "fedit"
     groups: list[list[int]] | None = None
     base_model_name_or_path: str | None = None

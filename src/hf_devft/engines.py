@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_devft.layout import AdapterLayout, trainable
+from hf_devft.stages.layer_stack import watch_lengths
 from hf_devft.stages.weights import is_sharded
 
 
@@ -29,6 +30,7 @@ class Engine:
         parameters: the adapter's; layout: how they lie in a vector.
         adapter: a module of just these, for what goes over all that a module has.
         flops_per_token: {(tensors trained, layers skipped): of training on a position}, as far as it is known.
+        lengths: of the sequences that went through each stack of layers last.
     """
 
     def __init__(self, trainer: Trainer, model: PeftModel, train: bool):
@@ -36,8 +38,9 @@ class Engine:
         self.learning_rate = trainer.args.learning_rate
         self.parameters = list(trainable(model).values())
         self.adapter = nn.ParameterList(self.parameters)
-        self.flops_per_token: dict[tuple, float] = {}
+        self.flops_per_token: dict[tuple, tuple[float, ...]] = {}
         self.layout = AdapterLayout.of(model)
+        self.lengths, self._watches = watch_lengths(model.get_base_model())
         self.optimizer = None
         self._prepare(trainer, model, train)
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups] if train else []
@@ -104,6 +107,8 @@ class Engine:
 
     def close(self) -> None:
         """Give up the model and everything that was built for it."""
+        for watch in self._watches:
+            watch.remove()
         self.model = self.optimizer = self._flat = None
         self.parameters = self.adapter = self.layout = None
         self.accelerator.free_memory()

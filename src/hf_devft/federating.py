@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
+import pyarrow
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -13,6 +14,7 @@ from hf_devft.configuration import StageConfig
 from hf_devft.federation.batches import ClientBatches, FederatedBatchSampler, ShareCollator
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients, make_methods
+from hf_devft.federation.methods.droppeft import DropPEFT
 from hf_devft.federation.methods.fedit import FedIT
 from hf_devft.federation.resources import load_resources, make_resources
 from hf_devft.federation.rounds import Federation
@@ -103,6 +105,7 @@ class FederationMixin:
         layout = AdapterLayout(tuple(self._full_adapter), shapes, lora_scaling(self.peft_config))
         federation.method.begin_stage(layout, torch.zeros(sum(layout.sizes)))
         name = f"federated_method={args.federated_method!r}"
+        self._check_factors(federation, layout, name)
         records = federation.correction is not None and federation.correction.records
         if self.is_deepspeed_enabled and federation.method.partial and args.weight_decay:
             raise ValueError(f"{name} freezes parts of the adapter, which DeepSpeed decays: set `weight_decay` to 0.")
@@ -138,6 +141,23 @@ class FederationMixin:
         if any("lora_embedding" in key for key in layout.keys):
             raise ValueError(f"{name} cannot change embeddings: leave them out of `target_modules`.")
 
+    def _check_factors(self, federation: Federation, layout: AdapterLayout, name: str) -> None:
+        method, config = federation.method, self.peft_config
+        patterns = ("rank_pattern", "alpha_pattern", "use_dora", "target_parameters")
+        if (method.factors or method.products) and not layout.pairs:
+            raise ValueError(
+                f"{name} is about LoRA's factors, which {config.peft_type.value} does not have: use LoRA."
+            )
+        if method.products and (given := [option for option in patterns if getattr(config, option)]):
+            raise ValueError(
+                f"{name} works with products of LoRA's factors, of one rank and scale everywhere: leave out "
+                f"{', '.join(given)}."
+            )
+        base = self.model.get_base_model()
+        plain = base.main_input_name == "input_ids" and not base.config.is_encoder_decoder
+        if isinstance(method, DropPEFT) and not plain:
+            raise ValueError(f"{name} leaves out layers of models with one stack that read tokens: use another.")
+
     def _check_smaller(self, federation: Federation, name: str) -> None:
         if type(federation.method) is not FedIT or federation.correction is not None or self.args.temporary_head:
             raise ValueError(
@@ -158,9 +178,12 @@ class FederationMixin:
                 "a dataset of text, or with a column `labels`."
             )
         labels = self.train_dataset.with_format("arrow")["labels"].combine_chunks()
-        lengths = np.diff(labels.offsets.to_numpy())
-        row_of = np.repeat(np.arange(len(labels)), lengths)
-        tokens = labels.values.to_numpy(zero_copy_only=False)
+        if isinstance(labels, pyarrow.ListArray):
+            row_of = np.repeat(np.arange(len(labels)), np.diff(labels.offsets.to_numpy()))
+            labels = labels.values
+        else:
+            row_of = np.arange(len(labels))  # one class a row
+        tokens = labels.to_numpy(zero_copy_only=False)
         client_of = np.empty(len(labels), dtype=int)
         for client, rows in enumerate(self.clients.rows.values()):
             client_of[rows] = client
@@ -200,13 +223,16 @@ class FederationMixin:
         )
         return ClientBatches(loader, batches_per_client)
 
-    def _expected_flops(self, per_token: float) -> list[float]:
+    def _expected_flops(self, per_token: tuple[float, ...]) -> list[float]:
         """What a round asks of each client, by the mean length of its rows; nothing without a clock."""
         args, dataset = self.args, self.train_dataset
         rows = args.local_steps * args.gradient_accumulation_steps * args.train_batch_size
         if self._federation.selection.resources is None:
             return []
-        if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
-            raise ValueError("client_resources needs rows of `input_ids` (or text), to know how long a round takes.")
+        if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names or len(per_token) > 1:
+            raise ValueError(
+                "client_resources needs rows of `input_ids` (or text), to know how long a round takes, and a model of "
+                "one stack of layers."
+            )
         lengths = np.diff(dataset.with_format("arrow")["input_ids"].combine_chunks().offsets.to_numpy())
-        return [float(rows * lengths[own].mean() * per_token) for own in self.clients.rows.values()]
+        return [float(rows * lengths[own].mean() * per_token[0]) for own in self.clients.rows.values()]

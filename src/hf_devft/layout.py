@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 
 
 State = dict[str, torch.Tensor]
 
 # The two factors of a LoRA module, by what their names hold: on linear layers, and on embeddings.
 A, B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
+# In the name of DoRA's norms of weights.
+MAGNITUDE = "lora_magnitude_vector"
 # Ends the name of a dense matrix that is added to a module's weight.
 RESIDUAL = ".residual"
 
@@ -49,7 +51,9 @@ class AdapterLayout:
     def of(cls, model: PeftModel) -> "AdapterLayout":
         """The trainable parameters of a model, in the order of `model.named_parameters()`."""
         named = trainable(model)
-        keys = tuple(name.replace(f".{model.active_adapter}", "") for name in named)
+        # PEFT's keys do not say that a module is a trained copy, nor which adapter's.
+        adapter = rf"(\.modules_to_save)?\.{re.escape(model.active_adapter)}(?=\.|$)"
+        keys = tuple(re.sub(adapter, "", name) for name in named)
         shapes = tuple(parameter.shape for parameter in named.values())
         return cls(keys, shapes, lora_scaling(model.peft_config[model.active_adapter]))
 
@@ -86,6 +90,16 @@ class AdapterLayout:
             if any(part in key for part in A)
         )
 
+    @cached_property
+    def others(self) -> tuple[int, ...]:
+        """The places of tensors of no LoRA module, such as those of a head that is trained whole."""
+        paired = {place for pair in self.pairs for place in (pair.a, pair.b)}
+        return tuple(place for place in self.all if place not in paired)
+
+    def without(self, parts: Sequence[str]) -> tuple[int, ...]:
+        """The places of the tensors whose key holds none of `parts`."""
+        return tuple(index for index in self.all if not any(part in self.keys[index] for part in parts))
+
     def cut(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """`flat` as views in the tensors' shapes."""
         return [part.view(shape) for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)]
@@ -120,8 +134,10 @@ class AdapterLayout:
         return torch.cat([state[key].flatten() for key in self.keys])
 
 
-def lora_scaling(config: LoraConfig) -> float:
-    """The factor of BA."""
+def lora_scaling(config: PeftConfig) -> float:
+    """The factor of BA; 1 where the adapter is not LoRA."""
+    if not isinstance(config, LoraConfig):
+        return 1.0
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 

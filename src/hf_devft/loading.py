@@ -42,7 +42,7 @@ def load_submodel(
     if config.groups is None or config.fusion not in FUSIONS:
         raise ValueError(f"stage {stage} of {name_or_path} has groups {config.groups} and fusion {config.fusion!r}.")
     base = load_base(resolve_model_name(base)) if isinstance(base, str) else base
-    stack = find_layer_stack(base)
+    stack = find_layer_stack(base, config.stack)
     if len(stack) != config.full_layers:
         raise ValueError(
             f"the base has {len(stack)} layers, but stage {stage} of {name_or_path} was made from one of "

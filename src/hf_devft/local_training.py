@@ -20,7 +20,7 @@ from hf_devft.federation.gradient_tap import GradientTap
 from hf_devft.federation.ledger import flops_per_token
 from hf_devft.federation.rounds import ClientTurn, Trained, one_after_another
 from hf_devft.federation.sampling import client_seed
-from hf_devft.stages.layer_stack import returns_tuple, without_layers
+from hf_devft.stages.layer_stack import encoders_of, returns_tuple, without_layers
 from hf_devft.stages.transfer import expand_adapter, fuse_adapter
 
 
@@ -98,7 +98,7 @@ class LocalTrainingMixin:
     def _train_chunk(self, learning_rate: float, turns: list[ClientTurn]) -> list[Trained] | Exception:
         """Clients in one batch, or the error of one or of all together."""
         together, count = self._running.together, len(turns)
-        layout, per_token = self.engine.layout, self._flops_per_token(turns[0], self._running.layers)
+        layout, (per_token,) = self.engine.layout, self._flops_per_token(turns[0], self._running.layers)
         try:
             start = stack_flat(layout, [turn.start for turn in turns], together.count)
             with self._switched_to(together.model, together.engine):
@@ -118,21 +118,21 @@ class LocalTrainingMixin:
         smaller = running.smaller.get(self._held_by(turn.client, running.stage).stage)
         if smaller is None:
             return self._train_submodel(learning_rate, turn, running.layers)
-        layout, path = self.engine.layout, running.stack.path
+        layout, names = self.engine.layout, running.stack.names
         full = self._expanded(layout.state(turn.start))
         rules = (running.stage.adapter_fusion, running.stage.fusion_beta)
-        start = smaller.engine.layout.flat(fuse_adapter(full, path, smaller.stage.groups, *rules)).to(turn.start)
+        start = smaller.engine.layout.flat(fuse_adapter(full, names, smaller.stage.groups, *rules)).to(turn.start)
         own = replace(turn, start=start, trains=smaller.engine.layout.all)
         with self._switched_to(smaller.model, smaller.engine):
             result, trained = self._train_submodel(learning_rate, own, smaller.layers)
         change = smaller.engine.layout.state(trained - start)
         # Each layer of the running stage learns what the layers that it stands for have learned, on average.
-        change = expand_adapter(change, {}, path, smaller.stage.groups)
-        change = layout.flat(fuse_adapter(change, path, running.stage.groups, "mean"))
+        change = expand_adapter(change, {}, names, smaller.stage.groups)
+        change = layout.flat(fuse_adapter(change, names, running.stage.groups, "mean"))
         return result, turn.start + change.to(turn.start)
 
     def _train_submodel(
-        self, learning_rate: float, turn: ClientTurn, layers: nn.ModuleList
+        self, learning_rate: float, turn: ClientTurn, layers: list[nn.Module]
     ) -> tuple[LocalResult, torch.Tensor]:
         """Local training of the model in use, whose layers these are."""
         self.engine.begin_client(turn.start, learning_rate, turn.trains)
@@ -141,7 +141,8 @@ class LocalTrainingMixin:
         set_seed(seed + self.placement.index if self.placement.shares_batches else seed)
         with self._without_layers(layers, turn.skips), self._tap(turn) as tap:
             result = self._local_training(self.model_wrapped, iter(turn.batches), tap)
-        result.flops = result.tokens * self._flops_per_token(turn, layers)
+        per_token = self._flops_per_token(turn, layers)
+        result.flops = sum(count * flops for count, flops in zip(result.positions, per_token, strict=True))
         if tap is not None and (gradient := tap.mean_gradient()) is not None:
             if self.placement.shares_batches:  # each has seen the gradient of its share
                 self._add_up(gradient)
@@ -149,14 +150,15 @@ class LocalTrainingMixin:
             result.mean_gradient = gradient
         return result, self.engine.read()
 
-    def _flops_per_token(self, turn: ClientTurn, layers: nn.ModuleList) -> float:
+    def _flops_per_token(self, turn: ClientTurn, layers: list[nn.Module]) -> tuple[float, ...]:
         known, kind = self.engine.flops_per_token, (turn.trains, turn.skips)
         if kind not in known:
             self.engine.choose(turn.trains)
-            known[kind] = flops_per_token(self.model, [layers[index] for index in turn.skips])
+            base = self.model.get_base_model()
+            known[kind] = flops_per_token(self.model, [layers[index] for index in turn.skips], encoders_of(base))
         return known[kind]
 
-    def _without_layers(self, layers: nn.ModuleList, skipped: tuple[int, ...]) -> AbstractContextManager:
+    def _without_layers(self, layers: list[nn.Module], skipped: tuple[int, ...]) -> AbstractContextManager:
         if not skipped:
             return nullcontext()
         running = self._running

@@ -7,6 +7,7 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Features, Value
+from sklearn.metrics import accuracy_score, f1_score
 from transformers import EvalPrediction
 
 
@@ -88,3 +89,28 @@ class LanguageModelMetrics:
         return self.token_accuracy.compute(predictions=tokens, references=labels) | self.perplexity.compute(
             predictions=nll, references=labels
         )
+
+
+def argmax_logits(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    """For `preprocess_logits_for_metrics`: the class (or token) predicted."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+class ClassificationMetrics:
+    """For `compute_metrics`, with `argmax_logits`: accuracy, and F1 as the mean over the classes. Labels of -100 do
+    not count.
+
+    Args:
+        f1: whether it is wanted; not of tokens, of which there are too many kinds.
+    """
+
+    def __init__(self, f1: bool = True):
+        self.f1 = f1
+
+    def __call__(self, output: EvalPrediction) -> dict[str, float]:
+        predictions, labels = np.ravel(output.predictions), np.ravel(output.label_ids)
+        predictions, labels = predictions[labels != IGNORED], labels[labels != IGNORED]
+        metrics = {"accuracy": float(accuracy_score(labels, predictions))}
+        if self.f1:
+            metrics["f1"] = float(f1_score(labels, predictions, average="macro", zero_division=0.0))
+        return metrics

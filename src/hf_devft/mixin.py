@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
@@ -31,7 +31,7 @@ from hf_devft.federation.partition import ClientData, make_clients
 from hf_devft.federation.rounds import Federation, RoundOutcome
 from hf_devft.federation.sampling import Placement, client_seed
 from hf_devft.files import atomic_folder
-from hf_devft.hub.artifacts import SUBMODEL, check_lora, download_stage, load_adapter, newest_commit, save_adapter
+from hf_devft.hub.artifacts import SUBMODEL, check_adapter, download_stage, load_adapter, newest_commit, save_adapter
 from hf_devft.layout import State
 from hf_devft.local_training import LocalTrainingMixin
 from hf_devft.progress import RoundProgressCallback, print_stages
@@ -40,9 +40,9 @@ from hf_devft.report import RunReport, describe_setup, with_start
 from hf_devft.schedule import RoundSchedule
 from hf_devft.stages.adapter import adapter_state, with_head
 from hf_devft.stages.grouping import GroupingTask, group_layers, layer_similarity
-from hf_devft.stages.layer_stack import find_layer_stack
+from hf_devft.stages.layer_stack import LayerStack, find_layer_stack
 from hf_devft.stages.residual import product_adapter, without_residual
-from hf_devft.stages.transfer import check_every_layer
+from hf_devft.stages.transfer import check_alike
 from hf_devft.stages.weights import is_stored, unpack
 from hf_devft.staging import Running, StageMixin
 
@@ -144,12 +144,13 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
             raise ValueError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`.")
         if len(self.model.peft_config) != 1:
             raise ValueError(f"the model has several adapters {list(self.model.peft_config)}: leave one.")
-        self.peft_config: LoraConfig = copy.deepcopy(self.model.peft_config[self.model.active_adapter])
+        self.peft_config: PeftConfig = copy.deepcopy(self.model.peft_config[self.model.active_adapter])
         self.peft_config.inference_mode = False
-        check_lora(self.peft_config)
-        stack = find_layer_stack(self.model.get_base_model())
+        check_adapter(self.peft_config)
         self._full_adapter: State = adapter_state(self.model)
-        check_every_layer(self._full_adapter, stack.path, len(stack))
+        stack = self._layer_stack(self.model.get_base_model())
+        check_alike(self._full_adapter, stack.names, stack.kinds)
+        self._check_adapter(stack)
         self._check_federation()
         if (
             args.temporary_head
@@ -173,11 +174,22 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
         if args.predict_with_generate and (self.eval_dataset is None or self.processing_class is None):
             raise ValueError("predict_with_generate needs `eval_dataset` and `processing_class`.")
         self._losses: dict[tuple[int, ...], float] = {}  # calibration loss of the base with only some layers
-        self._similarity = functools.cache(lambda: layer_similarity(find_layer_stack(self._base)))
+        self._similarity = functools.cache(lambda: layer_similarity(find_layer_stack(self._base, self.args.stack)))
         for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
             self.remove_callback(callback)
         if not args.disable_tqdm:
             self.add_callback(RoundProgressCallback(self.stages))
+
+    def _check_adapter(self, stack: LayerStack) -> None:
+        """Refuse what this adapter cannot do on these layers."""
+        config, args = self.peft_config, self.args
+        if getattr(config, "layers_to_transform", None) is not None and len(stack.names.lists) > 1:
+            raise ValueError("layers_to_transform means layers of an encoder and of a decoder: choose one by `stack`.")
+        if getattr(config, "use_dora", False) and {args.fusion, args.adapter_fusion} != {"anchor"}:
+            raise ValueError(
+                "LoraConfig(use_dora=True) keeps the norms of a layer's weights, which fused layers do not have: set "
+                'fusion="anchor" and adapter_fusion="anchor".'
+            )
 
     # --- the loop: stages, rounds ---------------------------------------------------------------------
 
@@ -346,7 +358,7 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
         sub = self._sub_adapter()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             best = Path(self.state.best_model_checkpoint)
-            sub = without_residual(load_adapter(best / SUBMODEL)[1], self.peft_config.r)
+            sub = without_residual(load_adapter(best / SUBMODEL)[1], _rank(self.peft_config))
             self._federation.memory.load_state_dict(load_federation(best))
         compact = product_adapter(running.config, sub, self._residual())
         self._full_adapter = self._expanded(sub)
@@ -460,7 +472,7 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
     def _setting(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it continues."""
         args = self.args
-        rules = ("grouping", "fusion", "fusion_beta", "transfer", "adapter_fusion")
+        rules = ("grouping", "fusion", "fusion_beta", "transfer", "adapter_fusion", "stack")
         federation = (
             "federated_method",
             "federated_method_kwargs",
@@ -485,7 +497,7 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Read and check a checkpoint; the stage it stopped in takes it up."""
-        checkpoint = Checkpoint.load(resume_from_checkpoint, self.peft_config.r)
+        checkpoint = Checkpoint.load(resume_from_checkpoint, _rank(self.peft_config))
         saved, wanted = checkpoint.run.setting, json.loads(json.dumps(self._setting()))  # lists for tuples, as saved
         if differing := [
             f"{name} {saved.get(name)} (now {wanted[name]})" for name in wanted if saved.get(name) != wanted[name]
@@ -516,6 +528,10 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
 
     def _load_best_model(self) -> None:
         """Nothing at the end of training: each stage has already taken up its best round."""
+
+
+def _rank(config: PeftConfig) -> int:
+    return config.r if isinstance(config, LoraConfig) else 0
 
 
 def _count(datasets: Dataset | dict[str, Dataset]) -> int:

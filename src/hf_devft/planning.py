@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,9 +25,9 @@ from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
 from hf_devft.federation.sampling import sample_clients
 from hf_devft.federation.wire import Wire
 from hf_devft.layout import AdapterLayout
-from hf_devft.stages.adapter import new_adapter, with_head
+from hf_devft.stages.adapter import new_adapter, of_groups, with_head
 from hf_devft.stages.grouping import GroupingTask, group_layers
-from hf_devft.stages.layer_stack import find_layer_stack, with_layers
+from hf_devft.stages.layer_stack import encoders_of, find_layer_stack, watch_lengths, with_layers
 
 
 # Of a client's trained values in float32: themselves, their gradient, AdamW's two moments.
@@ -98,7 +99,7 @@ def plan_run(
     Raises:
         ValueError: stages or methods that cannot run on this base.
     """
-    stages = args.resolve_stages(len(find_layer_stack(base)))
+    stages = args.resolve_stages(len(find_layer_stack(base, args.stack)))
     ends = np.cumsum([0, *(stage.rounds for stage in stages)]).tolist()
     batches = functools.partial(planned_batches, args, clients)
     submodels = _Submodels(args, base, peft_config)
@@ -137,7 +138,8 @@ class _Submodels:
     """The submodels of a run's stages by their number of layers, without memory; each is looked at once."""
 
     def __init__(self, args: DevFTConfig, base: PreTrainedModel, peft_config: LoraConfig):
-        self._args, self._base, self._peft_config, self._stack = args, base, peft_config, find_layer_stack(base)
+        self._args, self._base, self._peft_config = args, base, peft_config
+        self._stack = find_layer_stack(base, args.stack)
         self.model, self.activations = functools.cache(self._model), functools.cache(self._activations)
 
     def _model(self, layers: int) -> tuple[PeftModel, int]:
@@ -145,22 +147,28 @@ class _Submodels:
         args, stack, config = self._args, self._stack, self._peft_config
         groups = group_layers(GroupingTask(stack.kinds, layers), "even")  # of any grouping's sizes
         submodel = with_layers(self._base, stack, [group[0] for group in groups])
-        stored = _base_bytes(submodel, stack.path, (args.model_init_kwargs or {}).get("quantization_config"))
+        own = stack.names.keeping([group[0] for group in groups]).layers(submodel)
+        stored = _base_bytes(submodel, own, (args.model_init_kwargs or {}).get("quantization_config"))
         if args.temporary_head and layers < len(stack):
             config, _ = with_head(config, submodel)
-        return new_adapter(submodel, config), stored
+        return new_adapter(submodel, of_groups(config, groups)), stored
 
-    def _activations(self, layers: int, rows: int, length: int) -> int:
-        return activation_bytes(self._model(layers)[0], rows, length)
+    def _activations(self, layers: int, rows: int, length: int) -> tuple[int, list[int]]:
+        return activations(self._model(layers)[0], rows, length)
 
 
 def _plan_stage(args: DevFTConfig, submodels: _Submodels, stage: StageConfig, batches: list) -> StagePlan:
     model, base_bytes = submodels.model(stage.num_layers)
     layout = AdapterLayout.of(model)
     down, up, trained = _messages(args, layout)
-    kept = submodels.activations(stage.num_layers, *max(batches, key=math.prod))
+    encoders = encoders_of(model.get_base_model())
+    kept, lengths = submodels.activations(stage.num_layers, *max(batches, key=math.prod))
     turns, returning = args.clients_per_round * stage.rounds, 1 - args.client_dropout_rate
-    tokens = returning * sum(rows * length for rows, length in batches)
+    reads_tokens = model.get_base_model().main_input_name == "input_ids"
+    positions = [  # of each stack; of an encoder and a decoder that read tokens, as if both had as many
+        returning * sum(rows * (length if reads_tokens else longest) for rows, length in batches)
+        for longest in lengths
+    ]
     return StagePlan(
         stage=str(stage.stage),
         num_layers=stage.num_layers,
@@ -170,18 +178,18 @@ def _plan_stage(args: DevFTConfig, submodels: _Submodels, stage: StageConfig, ba
         bytes_down=down,
         bytes_up=up,
         bytes=turns * (down + returning * up),
-        tokens=tokens,
-        flops=tokens * flops_per_token(model),
+        tokens=sum(positions),
+        flops=sum(map(operator.mul, positions, flops_per_token(model, encoders=encoders))),
         client_memory=base_bytes + _TRAINED_BYTES * trained + kept,
         server_memory=base_bytes + _SERVER_BYTES * sum(layout.sizes),
     )
 
 
-def _base_bytes(model: PreTrainedModel, stack_path: str, quantization: dict[str, Any] | None) -> int:
+def _base_bytes(model: PreTrainedModel, layers: list[nn.Module], quantization: dict[str, Any] | None) -> int:
     """Bytes of the weights; bitsandbytes packs the layers' matrices, with a scale for each block of 64 values."""
     quantization = quantization or {}
     total = sum(parameter.nbytes for parameter in model.parameters())
-    packed = [module.weight for module in model.get_submodule(stack_path).modules() if isinstance(module, nn.Linear)]
+    packed = [m.weight for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
     if quantization.get("load_in_4bit"):
         scale = 1 / 64 + 4 / (64 * 256) if quantization.get("bnb_4bit_use_double_quant") else 4 / 64
         return total - sum(round(weight.nbytes - weight.numel() * (0.5 + scale)) for weight in packed)
@@ -229,12 +237,14 @@ def _total(plans: Sequence[StagePlan]) -> StagePlan:
     )
 
 
-def activation_bytes(model: PeftModel, rows: int, length: int) -> int:
-    """What a forward pass of `rows` x `length` tokens keeps for the backward pass, and the gradient of the largest
-    of it: counted by running it on tensors without memory.
+def activations(model: PeftModel, rows: int, length: int) -> tuple[int, list[int]]:
+    """What a forward pass of `rows` rows keeps for the backward pass, in bytes, with the gradient of the largest of
+    it; and the lengths of the sequences that went through each stack of layers. Found by running it on tensors without
+    memory.
 
     Args:
         model: with its adapter; of no use afterwards.
+        length: tokens of a row (samples, of a model that reads sound waves).
     """
     kept: dict[int, torch.Tensor] = {}
 
@@ -247,7 +257,22 @@ def activation_bytes(model: PeftModel, rows: int, length: int) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(pack, lambda tensor: tensor):
         model = model.to_empty(device="cpu").train()
         ours = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        tokens = torch.zeros(rows, length, dtype=torch.long)
-        model(input_ids=tokens, labels=tokens)
+        lengths, _ = watch_lengths(model.get_base_model())
+        model(**_example(model.get_base_model(), rows, length))
     sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
-    return sum(sizes) + max(sizes, default=0)
+    return sum(sizes) + max(sizes, default=0), lengths
+
+
+def _example(model: PreTrainedModel, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """A batch as the model reads it; with labels where they are tokens."""
+    config, name = model.config, model.main_input_name
+    tokens = torch.zeros(rows, length, dtype=torch.long)
+    inputs = {
+        "input_ids": lambda: tokens,
+        "pixel_values": lambda: torch.zeros(rows, config.num_channels, *[config.image_size] * 2),
+        "input_features": lambda: torch.zeros(rows, config.num_mel_bins, 2 * config.max_source_positions),
+        "input_values": lambda: torch.zeros(rows, length),
+    }
+    if name not in inputs:
+        raise ValueError(f"{type(model).__name__} reads {name}: a plan knows {', '.join(inputs)}.")
+    return {name: inputs[name]()} | ({"labels": tokens} if model.get_output_embeddings() is not None else {})

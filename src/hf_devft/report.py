@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from hf_devft.configuration import DevFTConfig, StageConfig
@@ -95,6 +95,15 @@ def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: LoraConf
         "examples per client": f"{min(sizes)} to {max(sizes)}",
         "local steps": args.local_steps,
         "batch size": args.train_batch_size * args.gradient_accumulation_steps,
-        "LoRA rank, alpha": f"{peft_config.r}, {peft_config.lora_alpha}",
+        "adapter": _adapter(peft_config),
         "seed": args.seed,
     } | {name: value for name, value in special.items() if value is not None}
+
+
+def _adapter(config: PeftConfig) -> str:
+    """In a few words."""
+    if not isinstance(config, LoraConfig):
+        return config.peft_type.value
+    kind = "DoRA" if config.use_dora else "LoRA"
+    whole = f", with {', '.join(sorted(set(config.modules_to_save)))} trained whole" if config.modules_to_save else ""
+    return f"{kind} of rank {config.r}, alpha {config.lora_alpha}{whole}"

@@ -4,7 +4,7 @@ import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,12 +23,12 @@ from hf_devft.federation.client_axis import ClientAxis, stack_clients
 from hf_devft.federation.ledger import flops_per_token
 from hf_devft.federation.methods import Residual
 from hf_devft.layout import State
-from hf_devft.stages.adapter import adapter_state, attach_adapter, detach_adapter, with_head
+from hf_devft.stages.adapter import adapter_state, attach_adapter, detach_adapter, of_groups, with_head
 from hf_devft.stages.grouping import GroupingTask, Groups, group_layers
-from hf_devft.stages.layer_stack import LayerStack, find_layer_stack, with_layers
+from hf_devft.stages.layer_stack import LayerStack, encoders_of, find_layer_stack, with_layers
 from hf_devft.stages.residual import OpenWeights, product_adapter
 from hf_devft.stages.submodel import build_submodel, build_whole
-from hf_devft.stages.transfer import expand_adapter, fuse_adapter
+from hf_devft.stages.transfer import expand_adapter, fuse_adapter, kinds_by_adapter
 from hf_devft.stages.weights import is_stored, stored_bytes
 
 
@@ -39,7 +39,7 @@ class Smaller:
     stage: StageConfig
     model: PeftModel
     engine: Engine
-    layers: nn.ModuleList
+    layers: list[nn.Module]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Running:
     done: int
     config: LoraConfig
     head: str | None
-    layers: nn.ModuleList
+    layers: list[nn.Module]
     weights: OpenWeights | None
     smaller: dict[int, Smaller]
     together: Together | None
@@ -93,14 +93,14 @@ class StageMixin:
         self._peak_memory.release()
         self._peak_memory.reset()
         base = self._release()
-        stack = find_layer_stack(base)
+        stack = self._layer_stack(base)
         if checkpoint and checkpoint.sub is not None:
             adapter = checkpoint.sub
         else:
             stage.groups = self._group(stage, base, stack)
             fuse = functools.partial(
                 fuse_adapter,
-                stack_path=stack.path,
+                names=stack.names,
                 groups=stage.groups,
                 fusion=stage.adapter_fusion,
                 beta=stage.fusion_beta,
@@ -112,7 +112,8 @@ class StageMixin:
         submodel = build_submodel(base, stack, stage.groups, stage.fusion, stage.fusion_beta)
         base_bytes = sum(map(stored_bytes, submodel.parameters()))
         growing = self.args.temporary_head and stage.num_layers < stage.full_layers
-        config, head = with_head(self.peft_config, submodel) if growing else (self.peft_config, None)
+        config = of_groups(self.peft_config, stage.groups)
+        config, head = with_head(config, submodel) if growing else (config, None)
         model = attach_adapter(submodel, config, adapter, grows=growing)
         adapter = adapter_state(model)
         weights = OpenWeights(model) if self._federation.method.needs_room else None
@@ -125,7 +126,7 @@ class StageMixin:
             done=checkpoint.run.done if checkpoint else 0,
             config=config,
             head=head,
-            layers=submodel.get_submodule(stack.path),
+            layers=_layers(submodel, stack, stage.groups),
             weights=weights,
             smaller=self._make_smaller(stage, base, stack),
             together=Together(stacked[0], self._engine_beside(stacked[0]), *stacked[1:]) if stacked else None,
@@ -143,10 +144,18 @@ class StageMixin:
             rounds=range(begin, min(begin + stage.rounds, self.state.max_steps)),
             done=done,
             shares=self._shares(stage),
-            flops=self._expected_flops(flops_per_token(model)),
+            flops=self._expected_flops(flops_per_token(model, encoders=encoders_of(submodel))),
         )
         self._apply_residual()
         self._peak_memory.release()
+
+    def _layer_stack(self, base: PreTrainedModel) -> LayerStack:
+        """The stack that stages shorten; layers with an adapter share no group with those that `layers_to_transform`
+        leaves without one."""
+        stack = find_layer_stack(base, self.args.stack)
+        if getattr(self.peft_config, "layers_to_transform", None) is None:
+            return stack
+        return replace(stack, kinds=kinds_by_adapter(self._full_adapter, stack.names, stack.kinds))
 
     def _make_smaller(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack) -> dict[int, Smaller]:
         """The submodels of earlier stages that clients train in this one, by stage."""
@@ -155,9 +164,10 @@ class StageMixin:
         for number in held:
             earlier = self.stages[number - 1]
             submodel = build_submodel(base, stack, earlier.groups, earlier.fusion, earlier.fusion_beta)
-            adapter = fuse_adapter(self._full_adapter, stack.path, earlier.groups, earlier.adapter_fusion)
-            model = attach_adapter(submodel, self.peft_config, adapter)
-            smaller[number] = Smaller(earlier, model, self._engine_beside(model), submodel.get_submodule(stack.path))
+            adapter = fuse_adapter(self._full_adapter, stack.names, earlier.groups, earlier.adapter_fusion)
+            model = attach_adapter(submodel, of_groups(self.peft_config, earlier.groups), adapter)
+            layers = _layers(submodel, stack, earlier.groups)
+            smaller[number] = Smaller(earlier, model, self._engine_beside(model), layers)
         return smaller
 
     def _stack(self, model: PeftModel) -> tuple[PeftModel, ClientAxis, int] | None:
@@ -183,7 +193,7 @@ class StageMixin:
             self._full_adapter = adapter_state(self.model)
         base = self._release()
         config, adapter = product_adapter(self.peft_config, self._full_adapter, self._residual())
-        self._use(attach_adapter(build_whole(base), config, adapter), train=False)
+        self._use(attach_adapter(build_whole(base, self.args.stack), config, adapter), train=False)
         self._whole = True
 
     def _release(self) -> PreTrainedModel:
@@ -231,7 +241,7 @@ class StageMixin:
                 tensor.data = tensor.data.to(device)
 
     def _group(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack) -> Groups:
-        whole = functools.cache(lambda: build_whole(base).to(self.args.device))
+        whole = functools.cache(lambda: build_whole(base, self.args.stack).to(self.args.device))
 
         def loss_of(kept: list[int]) -> float:
             if (key := tuple(kept)) not in self._losses:
@@ -251,7 +261,7 @@ class StageMixin:
     @torch.no_grad()
     def _loss_of_layers(self, base: PreTrainedModel, kept: list[int]) -> float:
         """Mean calibration loss of the base with only the layers `kept`, without adapter."""
-        model = with_layers(base, find_layer_stack(base), kept).eval()
+        model = with_layers(base, self._layer_stack(base), kept).eval()
         losses = {}
         for index, batch in enumerate(self._calibration_batches()):
             if index % self.args.world_size == self.args.process_index:
@@ -278,16 +288,16 @@ class StageMixin:
         """The full-depth adapter from the submodel's."""
         running = self._running
         groups, transfer = running.stage.groups, running.stage.transfer
-        return expand_adapter(self._lasting(sub), self._full_adapter, running.stack.path, groups, transfer)
+        return expand_adapter(self._lasting(sub), self._full_adapter, running.stack.names, groups, transfer)
 
     def _remembered(self, sub: State, is_adapter: bool = False) -> State:
         """Some of an adapter's tensors at full depth. Layers that receive nothing have the global adapter's values
         where they are an adapter's, else zeros."""
-        path, groups, sub = self._running.stack.path, self._running.stage.groups, self._lasting(sub)
-        full = expand_adapter({key: torch.zeros_like(value) for key, value in sub.items()}, {}, path, groups)
+        names, groups, sub = self._running.stack.names, self._running.stage.groups, self._lasting(sub)
+        full = expand_adapter({key: torch.zeros_like(value) for key, value in sub.items()}, {}, names, groups)
         if is_adapter:
             full |= {key: self._full_adapter[key] for key in full if key in self._full_adapter}
-        return expand_adapter(sub, full, path, groups, self._running.stage.transfer)
+        return expand_adapter(sub, full, names, groups, self._running.stage.transfer)
 
     def _lasting(self, sub: State) -> State:
         """Without what only the submodel has."""
@@ -298,3 +308,7 @@ class StageMixin:
         """What the method adds to the weights beside the adapter, at the depth where it stands."""
         method = self._federation.method if self._federation is not None else None
         return method.residual() if isinstance(method, Residual) else {}
+
+
+def _layers(submodel: PreTrainedModel, stack: LayerStack, groups: Groups) -> list[nn.Module]:
+    return stack.names.keeping([group[0] for group in groups]).layers(submodel)

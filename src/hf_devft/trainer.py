@@ -1,52 +1,46 @@
-"""`DevFTTrainer`: the mixin on `Trainer`, with loading by name, LoRA and tokenisation."""
+"""`DevFTTrainer`: the mixin on `Trainer`, with loading by name, an adapter and encoded rows."""
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from transformers import (
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    set_seed,
-)
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import PreTrainedModel, Trainer, set_seed
 
 from hf_devft.configuration import DevFTConfig
-from hf_devft.data import each, first_rows, to_prompt_completion, tokenize
+from hf_devft.data import each, first_rows
 from hf_devft.embedded import resolve_model_name
 from hf_devft.federation.partition import ClientData
-from hf_devft.hub.artifacts import check_lora, fetch_adapter, load_adapter
+from hf_devft.hub.artifacts import check_adapter, fetch_adapter, load_adapter
 from hf_devft.mixin import DevFTMixin, clients_of
 from hf_devft.stages.adapter import attach_adapter, new_adapter
 from hf_devft.stages.base_difference import base_difference
 from hf_devft.stages.streaming import load_base, where_from
+from hf_devft.tasks import Encoding, Task, label_options, task_of
 
 
 logger = logging.getLogger(__name__)
 
 
 class DevFTTrainer(DevFTMixin, Trainer):
-    """Developmental federated tuning of a causal language model with LoRA.
+    """Developmental federated tuning of a model with LoRA or IA3.
 
     Args:
-        model: a model, a name or path for `AutoModelForCausalLM.from_pretrained` (whose layers are then read from the
-            checkpoint only as stages need them, so that `trainer.model` can run from the first `train` or `evaluate`
-            on), "embedded" for the small base that
-            ships with the package, or a `PeftModel` whose LoRA adapter is the start.
-        args: the run.
-        peft_config: `LoraConfig` of a new adapter, or the folder or Hub name of one to start from; not with a
-            `PeftModel`.
-        train_dataset: one dataset to partition, or {client: dataset}; of token ids (`input_ids`, `labels`), or of
-            prompt/completion, instruction/(input)/output or question/answer text.
+        model: a model, a name or path for `from_pretrained` (whose layers are then read from the checkpoint only as
+            stages need them, so that `trainer.model` can run from the first `train` or `evaluate` on), "embedded" for
+            the small base that ships with the package, or a `PeftModel` whose adapter is the start.
+        args: the run. What the model is for says `args.task`, else `task_type` of the adapter, else the model's class;
+            a causal language model where none does.
+        peft_config: of a new adapter, or the folder or Hub name of one to start from; not with a `PeftModel`.
+        train_dataset: one dataset to partition, or {client: dataset}; encoded (`input_ids` and `labels`, say), or as
+            docs/data.md shows for the task: prompt/completion, `messages`, `text` and `label`, ...
         eval_dataset: of the same form, held by the server.
         calibration_dataset: of the same form, for `grouping="calibrated"`; default: `eval_dataset`.
-        processing_class: the tokenizer; loaded with the model where that is a name. One without a padding token pads
-            with its end of sequence.
-        data_collator: default: pads `input_ids` and `labels` to a multiple of 8.
+        processing_class: tokenizer, image processor, feature extractor or processor; loaded with the model where that
+            is a name. A tokenizer without a padding token pads with its end of sequence.
+        data_collator: default: the task's; text is padded to a multiple of 8.
         partitioner: any object with flwr-datasets' `Partitioner` interface, instead of `args.partition`.
         **kwargs: see `transformers.Trainer`.
 
@@ -59,25 +53,37 @@ class DevFTTrainer(DevFTMixin, Trainer):
         model: PreTrainedModel | PeftModel | str,
         args: DevFTConfig,
         *,
-        peft_config: LoraConfig | str | None = None,
+        peft_config: PeftConfig | str | None = None,
         train_dataset: Dataset | dict[str, Dataset] | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         calibration_dataset: Dataset | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: Any = None,
         data_collator: Callable | None = None,
         partitioner: Any = None,
         **kwargs,
     ):
         if isinstance(peft_config, str):
             start = load_adapter(fetch_adapter(peft_config, token=args.hub_token))
-        elif peft_config is not None:
-            check_lora(peft_config)
+            adapter = start[0]
+        elif isinstance(model, PeftModel):
+            adapter = model.peft_config[model.active_adapter]
+        else:
+            adapter = peft_config
+        if adapter is not None:
+            check_adapter(adapter)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        task = task_of(None if isinstance(model, str) else base, getattr(adapter, "task_type", None), args.task)
         # The data first: a mistake in it is found before a large model is loaded.
-        train_dataset = each(train_dataset, _as_rows) if isinstance(train_dataset, dict) else train_dataset
+        train_dataset = each(train_dataset, functools.partial(_as_rows, task))
         clients = clients_of(args, train_dataset, partitioner)
         set_seed(args.seed)
         if isinstance(model, str):
-            model, processing_class = _load(model, args.model_init_kwargs or {}, processing_class)
+            options = args.model_init_kwargs or {}
+            if task.classes in clients.dataset.column_names:
+                options = label_options(clients.dataset, task.classes) | options
+            streamed = not getattr(adapter, "use_dora", False)  # DoRA looks at the weights of every layer
+            model, processing_class = _load(task, model, options, args.stack, streamed, processing_class)
+            base = model
         if isinstance(model, PeftModel) == (peft_config is not None):
             raise ValueError(
                 "pass `peft_config` with a plain model, and a `PeftModel` without it: there must be one adapter."
@@ -87,11 +93,15 @@ class DevFTTrainer(DevFTMixin, Trainer):
             model = attach_adapter(model, *start)
         elif peft_config is not None:
             model = new_adapter(model, peft_config)
-        if processing_class is not None and processing_class.pad_token is None:
+        if getattr(processing_class, "pad_token", "") is None:
             processing_class.pad_token = processing_class.eos_token
+        if base.config.is_encoder_decoder is False and getattr(base.config, "pad_token_id", 0) is None:
+            base.config.pad_token_id = getattr(processing_class, "pad_token_id", None)  # classifiers look for it
+        encoding = Encoding(processing_class, base.config, args.max_length, args.dataset_num_proc)
 
         def prepare(datasets: Any) -> Any:
-            return each(datasets, lambda rows: tokenize(rows, processing_class, args.max_length))
+            with args.main_process_first(desc="encoding of the rows"):  # the others read what it has cached
+                return each(datasets, lambda rows: rows if _is_encoded(rows) else _encode(task, rows, encoding))
 
         super().__init__(
             model,
@@ -100,17 +110,21 @@ class DevFTTrainer(DevFTMixin, Trainer):
             eval_dataset=prepare(first_rows(eval_dataset, args.max_eval_samples)),
             calibration_dataset=prepare(first_rows(calibration_dataset, args.calibration_samples)),
             processing_class=processing_class,
-            data_collator=data_collator or _default_collator(processing_class),
+            data_collator=data_collator or task.collator(processing_class, base.config),
             **kwargs,
         )
 
 
 def _load(
-    name: str, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and, unless given, tokenizer of one name, at one revision."""
+    task: Task, name: str, options: dict[str, Any], stack: str | None, streamed: bool, processor: Any
+) -> tuple[PreTrainedModel, Any]:
+    """Model and, unless given, what goes with it, of one name, at one revision."""
     path = resolve_model_name(name)
-    return load_base(path, **options), tokenizer or AutoTokenizer.from_pretrained(path, **where_from(options))
+    if streamed:
+        model = load_base(path, task.auto_class, stack, **options)
+    else:
+        model = task.auto_class.from_pretrained(path, **options)
+    return model, processor or task.processor_class.from_pretrained(path, **where_from(options))
 
 
 def _compare_with_the_adapters_base(config: LoraConfig, model: PreTrainedModel, args: DevFTConfig) -> None:
@@ -141,10 +155,25 @@ def _revision(model: PreTrainedModel, config: LoraConfig) -> str | None:
     return getattr(model.config, "_commit_hash", None) if config.revision else None
 
 
-def _as_rows(dataset: Dataset) -> Dataset:
+# What models read; rows that have one of these are encoded.
+_INPUTS = {"input_ids", "pixel_values", "input_features", "input_values"}
+
+
+def _is_encoded(dataset: Dataset) -> bool:
+    return not _INPUTS.isdisjoint(dataset.column_names)
+
+
+def _as_rows(task: Task, dataset: Any) -> Any:
     """Clients may hold different formats: each is converted before they are put together."""
-    return dataset if "input_ids" in dataset.column_names or not len(dataset) else to_prompt_completion(dataset)
+    if not isinstance(dataset, Dataset) or _is_encoded(dataset) or not len(dataset):
+        return dataset
+    return task.to_columns(dataset)
 
 
-def _default_collator(tokenizer: PreTrainedTokenizerBase | None) -> Callable | None:
-    return DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8) if tokenizer is not None else None
+def _encode(task: Task, dataset: Dataset, encoding: Encoding) -> Dataset:
+    if encoding.processor is None:
+        raise ValueError(
+            f"the dataset has columns {dataset.column_names}: pass what encodes them (a tokenizer, say) as "
+            f"`processing_class`, or rows with one of {', '.join(sorted(_INPUTS))}, and `labels`."
+        )
+    return task.encode(task.to_columns(dataset), encoding)

@@ -38,10 +38,10 @@ def test_flops_count_every_matrix_once():
     head = 2048 * 16  # tied to the embedding
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-    assert flops_per_token(base) == 4 * (matrices + head)
+    assert flops_per_token(base) == (4 * (matrices + head),)
     model = get_peft_model(base, lora())
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert flops_per_token(model) == 4 * (matrices + head) + 6 * adapter
+    assert flops_per_token(model) == (4 * (matrices + head) + 6 * adapter,)
 
 
 def test_peak_memory_is_of_the_time_since_the_reset():

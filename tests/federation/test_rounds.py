@@ -55,7 +55,7 @@ def training(failing=(), infinite=(), trained=None):
         if client in failing:
             raise RuntimeError(f"client {client} is ill")
         adapter = torch.full((2,), float("inf") if client in infinite else float(client))
-        return LocalResult(torch.tensor(float(client)), tokens=10, seen=5, grad_norm=None, flops=7.0), adapter
+        return LocalResult(torch.tensor(float(client)), positions=(10,), seen=5, grad_norm=None, flops=7.0), adapter
 
     return one_after_another(train_client)
 

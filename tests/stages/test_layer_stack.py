@@ -1,11 +1,11 @@
-import re
-
 import pytest
 import torch
 from architectures import ARCHITECTURES, tiny_model
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AlbertConfig, AlbertModel, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from hf_devft.stages.layer_stack import find_layer_stack, with_layers, without_layers
+from hf_devft.stages.layer_stack import LayerNames, find_layer_stack, with_layers, without_layers
 
 
 INPUT = torch.tensor([[3, 9, 27, 5, 12, 40, 33, 21, 8, 17]])
@@ -21,11 +21,10 @@ def hand_built(model, stack, kept):
     built = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     state = {}
     for key, tensor in model.state_dict().items():
-        match = re.match(rf"({re.escape(stack.path)}\.)(\d+)(\..*)", key)
-        if match is None:
+        if (parts := stack.names.split(key)) is None:
             state[key] = tensor
-        elif int(match[2]) in kept:
-            state[f"{match[1]}{kept.index(int(match[2]))}{match[3]}"] = tensor
+        elif parts[0] in kept:
+            state[stack.names.join(kept.index(parts[0]), parts[1])] = tensor
     built.load_state_dict(state)
     return built
 
@@ -38,7 +37,7 @@ def model(request):
 def test_the_stack_is_found_by_structure(model):
     stack = find_layer_stack(model)
     assert len(stack) == 6
-    assert model.get_submodule(stack.path) is stack.layers
+    assert stack.names.layers(model) == stack.layers
 
 
 @torch.no_grad()
@@ -95,12 +94,55 @@ def test_attention_kinds_and_per_layer_lists_follow_the_layers():
     assert model.config.num_hidden_layers == 6
 
 
-def test_two_stacks_are_refused():
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=32, d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=3, num_decoder_layers=3)
-    )
-    with pytest.raises(ValueError, match="decoder-only"):
-        find_layer_stack(model)
+def tiny_t5() -> T5ForConditionalGeneration:
+    sizes = {"vocab_size": 32, "d_model": 8, "d_ff": 8, "d_kv": 4, "num_heads": 2, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(**sizes, num_layers=4, num_decoder_layers=3)).eval()
+
+
+def test_an_encoder_and_a_decoder_are_counted_through():
+    stack = find_layer_stack(tiny_t5())
+    assert stack.names.lists == {"encoder.block": 4, "decoder.block": 3}
+    assert not set(stack.kinds[:4]) & set(stack.kinds[4:]), "layers of the two never share a group"
+    assert len(set(stack.kinds)) == 4, "the first of each has the position bias"
+    assert find_layer_stack(tiny_t5(), "decoder").names.lists == {"decoder.block": 3}
+
+
+@torch.no_grad()
+def test_both_are_shortened_and_a_cache_still_works():
+    model = tiny_t5()
+    shorter = with_layers(model, find_layer_stack(model), [0, 2, 4, 6])
+    assert (shorter.config.num_layers, shorter.config.num_decoder_layers) == (2, 2)
+    tokens = torch.tensor([[3, 9, 27, 5]])
+    for layer, kept in zip(shorter.encoder.block, (0, 2), strict=True):
+        assert layer.layer[0].SelfAttention.q.weight is model.encoder.block[kept].layer[0].SelfAttention.q.weight
+    generate = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    cached, plain = (shorter.generate(tokens, use_cache=use_cache, **generate) for use_cache in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_a_model_of_one_stack_has_no_encoder_to_choose():
+    with pytest.raises(ValueError, match="no encoder and decoder"):
+        find_layer_stack(tiny_model("llama"), "encoder")
+
+
+def test_layers_that_share_their_weights_are_refused():
+    sizes = {"vocab_size": 32, "hidden_size": 8, "embedding_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    with pytest.raises(ValueError, match="share their weights"):
+        find_layer_stack(AlbertModel(AlbertConfig(**sizes, num_hidden_layers=3)))
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=2), data=st.data())
+def test_names_are_taken_apart_and_put_together(sizes, data):
+    names = LayerNames(dict(zip(("model.encoder.layers", "model.decoder.layers"), sizes, strict=False)))
+    kept = sorted(data.draw(st.sets(st.integers(0, len(names) - 1), min_size=1)))
+    short = names.keeping(kept)
+    assert len(short) == len(kept)
+    rest = ("base_model.model.", ".fc1.lora_A.weight")
+    for index, layer in enumerate(kept):
+        full, own = names.join(layer, rest), short.join(index, rest)
+        assert names.split(full) == (layer, rest)
+        assert short.split(own) == (index, rest)
+        assert full.partition("layers")[0] == own.partition("layers")[0], "no layer moves into the other list"
 
 
 def test_layers_left_out_hand_on_what_they_are_given(model):

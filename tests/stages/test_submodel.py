@@ -21,7 +21,7 @@ def test_every_parameter_of_a_group_is_fused(fusion):
     original = copy.deepcopy(model.state_dict())
     submodel = build_submodel(model, stack, GROUPS, fusion, beta=0.1)
     for index, group in enumerate(GROUPS):
-        for name, parameter in submodel.get_submodule(f"{stack.path}.{index}").named_parameters():
+        for name, parameter in submodel.model.layers[index].named_parameters():
             members = [stack.layers[layer].get_parameter(name) for layer in group]
             assert torch.equal(parameter, fuse(members, fusion, 0.1)), name
     assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items())
@@ -32,7 +32,7 @@ def test_shared_parts_and_groups_of_one_cost_nothing():
     stack = find_layer_stack(model)
     submodel = build_submodel(model, stack, GROUPS)
     assert submodel.get_input_embeddings().weight is model.get_input_embeddings().weight
-    single = submodel.get_submodule(f"{stack.path}.1")
+    single = submodel.model.layers[1]
     assert all(parameter is stack.layers[1].get_parameter(name) for name, parameter in single.named_parameters())
 
 

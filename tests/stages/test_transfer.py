@@ -3,10 +3,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_devft.stages.grouping import GroupingTask, group_layers
+from hf_devft.stages.layer_stack import LayerNames
 from hf_devft.stages.transfer import expand_adapter, fuse_adapter
 
 
-PATH = "model.layers"
+def names(depth: int) -> LayerNames:
+    return LayerNames({"model.layers": depth})
 
 
 def adapter(layers: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -31,15 +33,15 @@ def equal(a, b) -> bool:
 def test_broadcast_then_fusion_over_the_same_groups_gives_the_adapter_back(depth, share, seed, fusion, beta):
     groups = group_layers(GroupingTask([0] * depth, max(1, round(share * depth)), seed), "random")
     sub = adapter(len(groups), seed)
-    full = expand_adapter(sub, adapter(depth, seed + 1), PATH, groups, "broadcast")
+    full = expand_adapter(sub, adapter(depth, seed + 1), names(depth), groups, "broadcast")
     assert full.keys() == adapter(depth).keys()
-    assert equal(fuse_adapter(full, PATH, groups, fusion, beta), sub)
+    assert equal(fuse_adapter(full, names(depth), groups, fusion, beta), sub)
 
 
 def test_broadcast_gives_every_member_its_representatives_adapter():
     groups = [[0, 2], [1, 3]]
     sub = adapter(2)
-    full = expand_adapter(sub, adapter(4, seed=1), PATH, groups)
+    full = expand_adapter(sub, adapter(4, seed=1), names(4), groups)
     for index, group in enumerate(groups):
         for layer in group:
             for part in "AB":
@@ -49,7 +51,7 @@ def test_broadcast_gives_every_member_its_representatives_adapter():
 
 def test_anchor_transfer_leaves_the_others_as_they_were():
     before = adapter(4, seed=1)
-    full = expand_adapter(adapter(2), before, PATH, [[0, 2], [1, 3]], "anchor")
+    full = expand_adapter(adapter(2), before, names(4), [[0, 2], [1, 3]], "anchor")
     for layer in (2, 3):
         key = f"base_model.model.model.layers.{layer}.mlp.up_proj.lora_B.weight"
         assert torch.equal(full[key], before[key])
@@ -57,7 +59,7 @@ def test_anchor_transfer_leaves_the_others_as_they_were():
 
 def test_split_transfer_keeps_the_sum_of_the_products():
     sub, groups = adapter(1), [[0, 1, 2]]
-    full = expand_adapter(sub, adapter(3, seed=1), PATH, groups, "split")
+    full = expand_adapter(sub, adapter(3, seed=1), names(3), groups, "split")
 
     def product(state, layer):
         name = f"base_model.model.model.layers.{layer}.mlp.up_proj.lora_"
@@ -68,7 +70,7 @@ def test_split_transfer_keeps_the_sum_of_the_products():
 
 def test_tensors_outside_the_stack_pass_through():
     sub = adapter(2)
-    full = expand_adapter(sub, adapter(4, seed=1), PATH, [[0, 1], [2, 3]])
+    full = expand_adapter(sub, adapter(4, seed=1), names(4), [[0, 1], [2, 3]])
     key = "base_model.model.lm_head.lora_A.weight"
     assert torch.equal(full[key], sub[key])
-    assert torch.equal(fuse_adapter(full, PATH, [[0, 1], [2, 3]])[key], sub[key])
+    assert torch.equal(fuse_adapter(full, names(4), [[0, 1], [2, 3]])[key], sub[key])

@@ -52,7 +52,7 @@ def test_other_quantisations_are_refused():
 def test_a_group_is_dequantised_fused_and_quantised_again(quantised):
     stack = find_layer_stack(quantised)
     submodel = build_submodel(quantised, stack, [[0, 1], [2], [3, 4, 5]], "mean")
-    weight = submodel.get_submodule(stack.path)[0].mlp.up_proj.weight
+    weight = submodel.model.layers[0].mlp.up_proj.weight
     assert type(weight).__name__ == "Params4bit"
     expected = fuse([dense(stack.layers[index].mlp.up_proj.weight) for index in (0, 1)], "mean")
     assert torch.equal(dense(weight), dense(like(expected, stack.layers[0].mlp.up_proj.weight)))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
@@ -19,7 +20,7 @@ class LocalResult:
 
     Attributes:
         loss: mean of the optimiser steps' losses, a tensor on the device.
-        tokens: positions that went through the model, padding included.
+        positions: those that went through each stack of the model's layers, padding included.
         seen: those that `include_num_input_tokens_seen` counts.
         grad_norm: of the last step, before clipping; None where gradients are not clipped.
         flops: spent on them.
@@ -27,11 +28,16 @@ class LocalResult:
     """
 
     loss: torch.Tensor
-    tokens: int
+    positions: tuple[int, ...]
     seen: int
     grad_norm: torch.Tensor | float | None
     flops: float = 0.0
     mean_gradient: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """All positions."""
+        return sum(self.positions)
 
 
 class LocalTraining:
@@ -52,29 +58,32 @@ class LocalTraining:
         tapped."""
         args = self.trainer.args
         total = torch.zeros((), device=args.device)
-        tokens, seen, grad_norm = 0, 0, None
+        positions, seen, grad_norm = (), 0, None
         for _ in range(args.local_steps):
             micro_batches, num_items = self.trainer.get_batch_samples(
                 batches, args.gradient_accumulation_steps, args.device
             )
             if tap is not None:
                 tap.begin_step()
-            total += self._backward_in_pieces(model, micro_batches, num_items, tap)
+            loss, passed = self._backward_in_pieces(model, micro_batches, num_items, tap)
+            total += loss
+            positions = tuple(map(sum, zip(positions, passed, strict=True))) if positions else passed
             if args.max_grad_norm > 0:
                 grad_norm = self.trainer._clip_grad_norm(self.trainer.engine.adapter)
             self.trainer.optimizer.step()
             self.trainer.engine.zero_grad()
-            for inputs in micro_batches:
-                if self.trainer.placement.shares_batches and not inputs["labels"].ne(IGNORED).any():
-                    continue  # a stand-in for an empty share
-                positions, counted = count_tokens(self.trainer, model, inputs)
-                tokens += positions
-                seen += counted
-        return LocalResult(total / args.local_steps, tokens, seen, grad_norm)
+            seen += sum(
+                count_seen(self.trainer, model, inputs) for inputs in micro_batches if not self._is_empty(inputs)
+            )
+        return LocalResult(total / args.local_steps, positions, seen, grad_norm)
+
+    def _is_empty(self, inputs: dict[str, torch.Tensor]) -> bool:
+        """Whether a batch stands in for an empty share."""
+        return self.trainer.placement.shares_batches and not inputs["labels"].ne(IGNORED).any()
 
     def _backward_in_pieces(
         self, model: nn.Module, micro_batches: list, num_items: Any, tap: GradientTap | None
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, tuple[int, ...]]:
         while True:
             pieces = [piece for inputs in micro_batches for piece in _cut(inputs, self.pieces)]
             try:
@@ -88,9 +97,13 @@ class LocalTraining:
             clear_device_cache(garbage_collection=True)
             self.pieces *= 2
 
-    def _backward(self, model: nn.Module, pieces: list, num_items: Any, tap: GradientTap | None) -> torch.Tensor:
-        """Gradients of one optimiser step; processes add theirs up in the last piece."""
+    def _backward(
+        self, model: nn.Module, pieces: list, num_items: Any, tap: GradientTap | None
+    ) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Gradients of one optimiser step; processes add theirs up in the last piece. Returns its loss, and the
+        positions that went through each stack of layers."""
         trainer = self.trainer
+        positions = np.zeros(len(trainer.engine.lengths), dtype=int)
         trainer.current_gradient_accumulation_steps = len(pieces)
         losses = []
         for index, inputs in enumerate(pieces):
@@ -100,7 +113,9 @@ class LocalTraining:
                 tap.corrects = last
             with trainer.engine.gradient_sync(last):
                 losses.append(trainer.training_step(model, inputs, num_items))
-        return torch.stack(losses).sum()
+            if not self._is_empty(inputs):
+                positions += len(next(iter(inputs.values()))) * np.array(trainer.engine.lengths)
+        return torch.stack(losses).sum(), tuple(positions.tolist())
 
 
 def _cut(inputs: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Tensor]]:
@@ -111,10 +126,9 @@ def _cut(inputs: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.T
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
-def count_tokens(trainer: Trainer, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """A batch's positions, and those of them that `include_num_input_tokens_seen` counts."""
-    positions = inputs[getattr(model, "main_input_name", "input_ids")].numel()
+def count_seen(trainer: Trainer, model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """What `include_num_input_tokens_seen` counts of a batch."""
     what = trainer.args.include_num_input_tokens_seen
     if what == "non_padding" and "attention_mask" in inputs:
-        return positions, int(inputs["attention_mask"].sum())
-    return positions, 0 if what == "no" else positions
+        return int(inputs["attention_mask"].sum())
+    return 0 if what == "no" else inputs[getattr(model, "main_input_name", "input_ids")].numel()

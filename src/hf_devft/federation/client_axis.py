@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import Trainer
 
-from hf_devft.federation.client import LocalResult, count_tokens
+from hf_devft.federation.client import LocalResult, count_seen
 from hf_devft.layout import AdapterLayout
 from hf_devft.metrics import IGNORED
 
@@ -232,7 +232,7 @@ def train_together(
     args, count, norms = trainer.args, len(batches), None
     trainer.current_gradient_accumulation_steps = 1
     trainer.accelerator.gradient_state._set_sync_gradients(True)
-    total, tokens, seen = torch.zeros(count, device=args.device), [0] * count, [0] * count
+    total, positions, seen = torch.zeros(count, device=args.device), [0] * count, [0] * count
     padding = {"labels": IGNORED, getattr(model, "main_input_name", "input_ids"): _pad_token(trainer)}
     for step in range(args.local_steps):
         samples = [trainer.get_batch_samples(own, 1, args.device) for own in batches]
@@ -249,11 +249,13 @@ def train_together(
         trainer.optimizer.step()
         trainer.engine.zero_grad()
         for client, (micro_batches, _) in enumerate(samples):
-            positions, counted = count_tokens(trainer, model, micro_batches[0])
-            tokens[client] += positions
-            seen[client] += counted
+            positions[client] += micro_batches[0]["input_ids"].numel()
+            seen[client] += count_seen(trainer, model, micro_batches[0])
     norms = [None] * count if norms is None else norms[:count]
-    return list(map(LocalResult, total / args.local_steps, tokens, seen, norms))
+    return [
+        LocalResult(loss, (count,), *rest)
+        for loss, count, *rest in zip(total / args.local_steps, positions, seen, norms, strict=True)
+    ]
 
 
 def _check_step(axis: ClientAxis, loss: torch.Tensor, repeatable: bool) -> None:

@@ -3,7 +3,7 @@
 import ctypes
 import gc
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,8 +95,10 @@ class Ledger:
         return sum(record.bytes_down + record.bytes_up for record in self.rounds[:round_number])
 
 
-def flops_per_token(model: torch.nn.Module, skipped: Iterable[torch.nn.Module] = ()) -> float:
-    """FLOPs of training on one position: 4 per frozen and 6 per trainable matrix weight.
+def flops_per_token(
+    model: torch.nn.Module, skipped: Iterable[torch.nn.Module] = (), encoders: Sequence[torch.nn.Module] = ()
+) -> tuple[float, ...]:
+    """FLOPs of training on one position of each stack of layers: 4 per frozen and 6 per trainable matrix weight.
 
     Two for the forward pass and two for the gradient of the input; two more for a weight's own gradient (Kaplan
     et al. 2020, arXiv 2001.08361, §2.1, without the weight gradients that LoRA does not take). Attention scores,
@@ -104,12 +106,34 @@ def flops_per_token(model: torch.nn.Module, skipped: Iterable[torch.nn.Module] =
 
     Args:
         skipped: modules that the token does not go through.
+        encoders: modules with positions of their own.
+
+    Returns:
+        Those of each of `encoders`, then those of all other weights.
     """
-    tied = getattr(model.config, "tie_word_embeddings", False)
     out = {id(weight) for module in skipped for weight in module.parameters()}
-    out |= set() if tied else {id(model.get_input_embeddings().weight)}
-    shapes = [(weight, _shape(weight)) for weight in model.parameters() if id(weight) not in out]
-    return float(sum((6 if weight.requires_grad else 4) * shape.numel() for weight, shape in shapes if len(shape) > 1))
+    flops = []
+    embeddings = _embeddings(model)
+    if embeddings is not None and not (
+        model.get_output_embeddings() is not None and getattr(model.config, "tie_word_embeddings", False)
+    ):
+        out.add(id(embeddings))
+    for module in (*encoders, model):
+        weights = [weight for weight in module.parameters() if id(weight) not in out]
+        if module is not model:
+            weights = [weight for weight in weights if weight is not embeddings]
+        out |= set(map(id, weights))
+        matrices = [(weight, shape) for weight in weights if len(shape := _shape(weight)) > 1]
+        flops.append(float(sum((6 if weight.requires_grad else 4) * shape.numel() for weight, shape in matrices)))
+    return tuple(flops)
+
+
+def _embeddings(model: torch.nn.Module) -> torch.nn.Parameter | None:
+    """The weight of its table of tokens, where it has one."""
+    try:
+        return getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # audio
+        return None
 
 
 def _shape(weight: torch.Tensor) -> torch.Size:

@@ -1,6 +1,7 @@
 """Adapters as PEFT folders: save, load, validate. safetensors only."""
 
 import copy
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,45 +103,54 @@ def load_adapter(folder: str | Path) -> tuple[LoraConfig, State]:
         state = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no readable adapter: {error}") from error
-    check_lora(config)
+    check_adapter(config)
     ranks = {tensor.shape[0] for key, tensor in state.items() if "lora_A" in key or "lora_embedding_A" in key}
-    if ranks != {config.r}:
-        raise ValueError(f"{folder} holds no readable adapter: its rank is {config.r}, its tensors have {ranks}.")
+    known = {config.r, *config.rank_pattern.values()} if isinstance(config, LoraConfig) else set()
+    of_experts = getattr(config, "target_parameters", None)  # whose ranks are times the number of experts
+    if bool(ranks) != bool(known) or not (ranks <= known or of_experts):
+        raise ValueError(f"{folder} holds no readable adapter: its rank is {known}, its tensors have {ranks}.")
     if isinstance(config.target_modules, str):
         # A pattern from elsewhere is not run: the tensors tell which modules it found.
-        config.target_modules = {key.split(".lora_")[0].rpartition(".")[2] for key in state}
+        own = [re.match(r"(.*)\.(lora|ia3)_", key) for key in state]
+        config.target_modules = {match[1].rpartition(".")[2] for match in own if match}
         config.exclude_modules = None
     return config, state
 
 
-def check_lora(config: PeftConfig) -> None:
+# Initialisations of LoRA that leave the base as it is.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+
+
+def check_adapter(config: PeftConfig) -> None:
     """Refuse adapters that stages cannot carry from depth to depth.
 
     Raises:
-        ValueError: not LoRA, trained biases, or options that name single layers.
+        ValueError: neither LoRA nor IA3, trained biases, or options that name single layers or change the base.
     """
+    if config.peft_type == PeftType.IA3:
+        return
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise ValueError(
-            f"{type(config).__name__} is not supported: stages carry LoRA adapters, pass a `peft.LoraConfig`."
+            f"{type(config).__name__} is not supported: stages carry what belongs to a layer from layer to layer; "
+            "pass a `peft.LoraConfig` or a `peft.IA3Config`."
         )
     if type(config.r) is not int or config.r < 1 or not isinstance(config.lora_alpha, (int, float)):
         raise ValueError(f"an adapter of rank {config.r!r} and alpha {config.lora_alpha!r} is none.")
-    if config.init_lora_weights not in (True, False, "gaussian"):
+    if config.init_lora_weights not in _INITIALISATIONS:
         raise ValueError(
-            f"LoraConfig(init_lora_weights={config.init_lora_weights!r}) changes the base, which stages share: use "
-            'True or "gaussian".'
-        )
-    if config.use_dora:
-        raise ValueError("LoraConfig(use_dora=True) is not supported: its magnitudes belong to single layers.")
-    if config.modules_to_save:
-        raise ValueError(
-            f"LoraConfig(modules_to_save={config.modules_to_save}) is not supported: adapt them with LoRA."
+            f"LoraConfig(init_lora_weights={config.init_lora_weights!r}) changes the base's weights or looks at data, "
+            f"but stages fuse the base as it is: use one of {_INITIALISATIONS}."
         )
     if config.bias != "none":
         raise ValueError(f'LoraConfig(bias="{config.bias}") trains parameters of the base: use bias="none".')
-    by_layer = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "layer_replication")
-    if given := [name for name in by_layer if getattr(config, name, None)]:
-        raise ValueError(f"LoraConfig({', '.join(given)}) names single layers, which stages renumber: leave it out.")
+    if given := [name for name in ("layer_replication", "trainable_token_indices") if getattr(config, name, None)]:
+        raise ValueError(f"LoraConfig({', '.join(given)}) is not supported: leave it out.")
+    patterns = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
+    if numbered := [pattern for pattern in patterns if re.search(r"\d", pattern)]:
+        raise ValueError(
+            f"rank_pattern or alpha_pattern names single layers ({', '.join(numbered)}), which stages renumber: name "
+            "modules only, such as 'q_proj'."
+        )
 
 
 def save_stage(

@@ -4,10 +4,19 @@ import copy
 import warnings
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from hf_devft.layout import State
+from hf_devft.stages.grouping import Groups
 from hf_devft.stages.weights import gathered, stand_ins
 
 
@@ -33,9 +42,21 @@ def attach_adapter(base: PreTrainedModel, config: LoraConfig, state: State, grow
     with torch.random.fork_rng(), warnings.catch_warnings():
         # Of a head that is tied to the embeddings; where it is the user's, the trainer's own adapter has said so.
         warnings.filterwarnings("ignore", message="Model (with|has) `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         model = new_adapter(base, config)
     load_adapter_state(model, adapter_state(model) | state if grows else state)
     return model
+
+
+def of_groups(config: PeftConfig, groups: Groups) -> PeftConfig:
+    """The config of a submodel's adapter: `layers_to_transform` by the numbers that layers have there."""
+    chosen = getattr(config, "layers_to_transform", None)
+    if chosen is None:
+        return config
+    chosen = {chosen} if isinstance(chosen, int) else set(chosen)
+    config = copy.deepcopy(config)
+    config.layers_to_transform = [index for index, group in enumerate(groups) if group[0] in chosen]
+    return config
 
 
 def with_head(config: LoraConfig, base: PreTrainedModel) -> tuple[LoraConfig, str]:
@@ -52,7 +73,11 @@ def with_head(config: LoraConfig, base: PreTrainedModel) -> tuple[LoraConfig, st
 
 def detach_adapter(model: PeftModel) -> PreTrainedModel:
     """The base as it was before `attach_adapter`; `model` is of no use afterwards."""
-    return model.unload()
+    wrapped = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    base = model.unload()
+    for name, module in wrapped.items():  # PEFT leaves the trained copies
+        base.set_submodule(name.removeprefix("base_model.model."), module.original_module)
+    return base
 
 
 def adapter_state(model: PeftModel) -> State:

@@ -50,8 +50,7 @@ def base_difference(old: PreTrainedModel, new: PreTrainedModel) -> BaseDifferenc
     stack = find_layer_stack(old)
     squares: dict[int | None, torch.Tensor] = {}
     for name in shapes[0]:
-        layer = name.removeprefix(f"{stack.path}.").split(".")[0] if name.startswith(f"{stack.path}.") else None
-        key = None if layer is None else int(layer)
+        key = (stack.names.split(name) or (None,))[0]
         squares[key] = squares.get(key, torch.zeros(2, dtype=torch.float64)) + _squares(pairs[0][name], pairs[1][name])
     layers = tuple(_ratio([squares[index]]) for index in range(len(stack)))
     shared = [squares[None]] if None in squares else []

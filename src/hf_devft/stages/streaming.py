@@ -15,12 +15,14 @@ from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_devft.stages.layer_stack import find_layer_stack
+from hf_devft.stages.layer_stack import LayerNames, find_layer_stack
 from hf_devft.stages.weights import Stored
 
 
-def load_base(name_or_path: str, **options: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, with the layers left in the checkpoint: on the meta device, and read by
+def load_base(
+    name_or_path: str, auto_class: type = AutoModelForCausalLM, which: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """`auto_class.from_pretrained`, with the layers left in the checkpoint: on the meta device, and read by
     `dense`.
 
     Loaded at once instead: a base that is quantised (its layers must be seen to be packed), one that DeepSpeed ZeRO-3
@@ -28,18 +30,19 @@ def load_base(name_or_path: str, **options: Any) -> PreTrainedModel:
 
     Args:
         name_or_path: a Hub name or a folder.
+        auto_class: of transformers. which: see `find_layer_stack`.
         options: of `from_pretrained`.
     """
     config = _config(name_or_path, options)
     quantized = options.get("quantization_config") or getattr(config, "quantization_config", None)
     if quantized or is_deepspeed_zero3_enabled() or "device_map" in options:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
-    path = find_layer_stack(skeleton := empty_base(name_or_path, **options)).path
+        return auto_class.from_pretrained(name_or_path, **options)
+    names = find_layer_stack(skeleton := empty_base(name_or_path, auto_class, **options), which).names
     # Only for checkpoints whose weights are not stored as the model has them (pickled ones, some mixtures of experts).
     folder = tempfile.TemporaryDirectory(prefix="hf-devft-")
     with _quiet("accelerate.big_modeling"):
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, device_map=_device_map(skeleton, path), offload_folder=folder.name, **options
+        model = auto_class.from_pretrained(
+            name_or_path, device_map=_device_map(skeleton, names), offload_folder=folder.name, **options
         )
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     weights = next(hook.weights_map.dataset for hook in hooks if hook.offload)
@@ -51,7 +54,7 @@ def load_base(name_or_path: str, **options: Any) -> PreTrainedModel:
     return model
 
 
-def empty_base(name_or_path: str, **options: Any) -> PreTrainedModel:
+def empty_base(name_or_path: str, auto_class: type = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
     """The model without its weights, on the meta device; nothing but the config is read.
 
     Args:
@@ -60,7 +63,7 @@ def empty_base(name_or_path: str, **options: Any) -> PreTrainedModel:
     config = _config(name_or_path, options)
     dtype = options.get("dtype", "auto")
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class.from_config(
             config,
             dtype=config.dtype if dtype == "auto" else dtype,
             trust_remote_code=options.get("trust_remote_code", False),
@@ -70,7 +73,8 @@ def empty_base(name_or_path: str, **options: Any) -> PreTrainedModel:
 
 
 def _config(name_or_path: str, options: dict[str, Any]) -> PretrainedConfig:
-    return options.get("config") or AutoConfig.from_pretrained(name_or_path, **where_from(options))
+    head = {name: options[name] for name in ("num_labels", "id2label", "label2id") if name in options}
+    return options.get("config") or AutoConfig.from_pretrained(name_or_path, **where_from(options), **head)
 
 
 def where_from(options: dict[str, Any]) -> dict[str, Any]:
@@ -82,14 +86,18 @@ def where_from(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in names if name in options}
 
 
-def _device_map(skeleton: PreTrainedModel, stack_path: str) -> dict[str, str]:
+def _device_map(skeleton: PreTrainedModel, names: LayerNames) -> dict[str, str]:
     """Layers "on disk", everything else in memory."""
-    outside = [
-        name
+    leaves = [name for name, module in skeleton.named_modules() if not list(module.children())]
+    own = [  # tensors of modules with children, such as an image encoder's class token
+        f"{name}.{tensor}".removeprefix(".")
         for name, module in skeleton.named_modules()
-        if not f"{name}.".startswith(f"{stack_path}.") and not list(module.children())
+        if list(module.children())
+        for tensor in (*module._parameters, *module._buffers)
     ]
-    return dict.fromkeys(outside, "cpu") | {stack_path: "disk"}
+    stacks = tuple(f"{path}." for path in names.lists)
+    outside = [name for name in (*leaves, *own) if not f"{name}.".startswith(stacks)]
+    return dict.fromkeys(outside, "cpu") | dict.fromkeys(names.lists, "disk")
 
 
 @contextmanager

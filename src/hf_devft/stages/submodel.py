@@ -26,7 +26,7 @@ def build_submodel(
         checkpoint; 4-bit parameters are dequantised, fused and quantised again.
     """
     submodel = with_layers(model, stack, [group[0] for group in groups])
-    layers = submodel.get_submodule(stack.path)
+    layers = stack.names.keeping([group[0] for group in groups]).layers(submodel)
     for layer, group in zip(layers, groups, strict=True):
         members = [stack.layers[index] for index in group]
         if (len(group) > 1 and fusion != "anchor") or any(map(is_stored, layer.parameters())):
@@ -34,9 +34,13 @@ def build_submodel(
     return submodel
 
 
-def build_whole(model: PreTrainedModel) -> PreTrainedModel:
-    """The submodel of all layers: `model` again, with what is still in the checkpoint read."""
-    stack = find_layer_stack(model)
+def build_whole(model: PreTrainedModel, which: str | None = None) -> PreTrainedModel:
+    """The submodel of all layers: `model` again, with what is still in the checkpoint read.
+
+    Args:
+        which: see `find_layer_stack`.
+    """
+    stack = find_layer_stack(model, which)
     return build_submodel(model, stack, [[layer] for layer in range(len(stack))], fusion="anchor")
 
 

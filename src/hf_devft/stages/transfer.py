@@ -4,55 +4,72 @@ Keys are PEFT's own, such as "base_model.model.model.layers.3.self_attn.q_proj.l
 not belong to the layer stack (an adapted head, `modules_to_save`) are the same at every depth and pass through.
 """
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
-from hf_devft.layout import RESIDUAL, B, State
+from hf_devft.layout import MAGNITUDE, RESIDUAL, B, State
 from hf_devft.stages.fusion import fuse
 from hf_devft.stages.grouping import Groups
+from hf_devft.stages.layer_stack import LayerNames
 
 
-def _split(key: str, stack_path: str) -> tuple[str, int, str] | None:
-    """(everything up to the layer's index, the index, the rest), or None for a tensor outside the stack."""
-    match = re.fullmatch(rf"((?:.*\.)?{re.escape(stack_path)}\.)(\d+)(\..*)", key)
-    return (match[1], int(match[2]), match[3]) if match else None
+def check_alike(state: State, names: LayerNames, kinds: Sequence[Hashable]) -> None:
+    """Refuse an adapter that differs between layers that may share a group.
 
-
-def check_every_layer(state: State, stack_path: str, depth: int) -> None:
-    """Refuse an adapter that is not on all layers alike.
+    Args:
+        kinds: of the layers; only those of one kind share groups.
 
     Raises:
-        ValueError: layers without adapter, or with one on other modules than the rest.
+        ValueError: layers of one kind with an adapter on different modules, or of different shapes.
     """
-    suffixes: dict[int, set[str]] = {layer: set() for layer in range(depth)}
-    for key in state:
-        if (parts := _split(key, stack_path)) is not None:
-            suffixes[parts[1]].add(parts[2])
-    if odd := [layer for layer, found in suffixes.items() if not found or found != suffixes[0]]:
+    found: dict[int, set] = {layer: set() for layer in range(len(names))}
+    for key, tensor in state.items():
+        if (parts := names.split(key)) is None:
+            continue
+        found[parts[0]].add((parts[1], tensor.shape))
+        if not any(kind in key for kind in (".lora_", ".ia3_")):
+            raise ValueError(
+                f"`modules_to_save` has {key}, which belongs to a single layer: only modules outside of the layers, "
+                "such as a head, can be trained whole."
+            )
+    first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
+    if odd := [layer for layer, kind in enumerate(kinds) if found[layer] != found[first[kind]]]:
         raise ValueError(
-            f"the adapter is not on all layers alike (layers {odd} differ from layer 0, or have none), but stages "
-            "move it from layer to layer: choose `target_modules` that every layer has."
+            f"the adapter is not on all layers alike (layers {odd} differ from the first of their kind), but stages "
+            "move it from layer to layer: choose `target_modules` that every layer has, or name layers by "
+            "`layers_to_transform`."
         )
+    if not any(found.values()):
+        raise ValueError("the adapter is on none of the layers that stages group: choose other `target_modules`.")
+
+
+def kinds_by_adapter(state: State, names: LayerNames, kinds: Sequence[Hashable]) -> tuple[Hashable, ...]:
+    """The layers' kinds, where those with an adapter are of another kind than those without."""
+    adapted = {parts[0] for key in state if (parts := names.split(key)) is not None}
+    return tuple((kind, layer in adapted) for layer, kind in enumerate(kinds))
 
 
 def fuse_adapter(
-    full: State, stack_path: str, groups: Groups, fusion: str = "differential", beta: float = 0.1
+    full: State, names: LayerNames, groups: Groups, fusion: str = "differential", beta: float = 0.1
 ) -> State:
     """The submodel's adapter from the full-depth one: in each group, its members' adapters fused by name.
 
     Members that share an adapter fuse to exactly that adapter (not under "sum").
+
+    Args:
+        names: of the full model's layers.
     """
     position = {group[0]: index for index, group in enumerate(groups)}
-    members = {group[0]: group for group in groups}
+    short = names.keeping([group[0] for group in groups])
     fused: State = {}
     for key, tensor in full.items():
-        if (parts := _split(key, stack_path)) is None:
+        if (parts := names.split(key)) is None:
             fused[key] = tensor
-        elif (anchor := parts[1]) in position:
-            tensors = [full[f"{parts[0]}{layer}{parts[2]}"] for layer in members[anchor]]
-            fused[f"{parts[0]}{position[anchor]}{parts[2]}"] = fuse(tensors, fusion, beta)
+        elif parts[0] in position:
+            index, rest = position[parts[0]], parts[1]
+            tensors = [full[names.join(layer, rest)] for layer in groups[index]]
+            fused[short.join(index, rest)] = fuse(tensors, fusion, beta)
     return fused
 
 
@@ -80,20 +97,28 @@ TRANSFERS: dict[str, Callable[[str, torch.Tensor, list[int]], dict[int, torch.Te
 }
 
 
-def expand_adapter(sub: State, full: State, stack_path: str, groups: Groups, transfer: str = "broadcast") -> State:
+def expand_adapter(sub: State, full: State, names: LayerNames, groups: Groups, transfer: str = "broadcast") -> State:
     """The full-depth adapter after a stage: `full` (what the stage started from) overwritten by the submodel's.
 
+    DoRA's magnitudes are norms of a layer's own weights: what others receive is by which factor the anchor's changed.
+
     Args:
-        sub: the submodel's adapter, layers numbered 0 .. len(groups) - 1.
+        sub: the submodel's adapter.
         full: the full-depth adapter before the stage.
+        names: of the full model's layers.
         transfer: who in a group receives its representative's adapter, a name in `TRANSFERS`.
     """
     expanded = dict(full)
+    short = names.keeping([group[0] for group in groups])
     for key, tensor in sub.items():
-        if (parts := _split(key, stack_path)) is None:
+        if (parts := short.split(key)) is None:
             expanded[key] = tensor
             continue
-        prefix, index, suffix = parts
+        index, rest = parts
+        anchor = full.get(names.join(groups[index][0], rest))
         for layer, received in TRANSFERS[transfer](key, tensor, groups[index]).items():
-            expanded[f"{prefix}{layer}{suffix}"] = received
+            own = names.join(layer, rest)
+            if MAGNITUDE in key and anchor is not None and layer != groups[index][0]:
+                received = full[own] * (received / anchor)
+            expanded[own] = received
     return expanded

@@ -42,6 +42,8 @@ class FederatedMethod:
     no training starts from it.
 
     Attributes:
+        factors: treats LoRA's A and B apart, so that there must be some.
+        products: works with their products, of one rank and scale everywhere.
         needs_room: changes the base's weights by more than an adapter (see `Residual`).
         partial: whether clients train only a part of the adapter.
         corrects: `local_gradient` is to be asked.
@@ -50,6 +52,8 @@ class FederatedMethod:
         waits: whether an update may arrive in a later round than the one that it was made in.
     """
 
+    factors = False
+    products = False
     needs_room = False
     partial = False
     corrects = False

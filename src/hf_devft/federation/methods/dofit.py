@@ -32,6 +32,7 @@ class DoFIT(FederatedMethod):
     """
 
     optimizable = waits = False
+    factors = True
 
     def __init__(self, domains: int = 2, shared: float = 0.5):
         if domains < 1 or not 0 <= shared <= 1:

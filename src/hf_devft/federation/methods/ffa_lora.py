@@ -3,7 +3,7 @@
 import torch
 
 from hf_devft.federation.methods.base import FederatedMethod
-from hf_devft.layout import AdapterLayout, B
+from hf_devft.layout import A, AdapterLayout
 
 
 class FFALoRA(FederatedMethod):
@@ -15,7 +15,7 @@ class FFALoRA(FederatedMethod):
         ValueError: an adapter on embeddings.
     """
 
-    partial = True
+    partial = factors = True
 
     def begin_stage(self, layout: AdapterLayout, adapter: torch.Tensor) -> None:
         if any("lora_embedding" in key for key in layout.keys):
@@ -25,7 +25,7 @@ class FFALoRA(FederatedMethod):
         super().begin_stage(layout, adapter)
 
     def receives(self, client: int) -> tuple[int, ...]:
-        return self.layout.named(B)
+        return self.layout.without(A)
 
     def trains(self, client: int) -> tuple[int, ...]:
-        return self.layout.named(B)
+        return self.layout.without(A)

@@ -27,6 +27,8 @@ class FlexLoRA(HeterogeneousRanks, Stacking):
             u, s, v = truncated_product(left, right, self.max_rank)
             of_a, of_b = self.split(s)
             parts[pair.a], parts[pair.b] = of_a[:, None] * v, u * of_b
+        for place in self.layout.others:
+            parts[place] = sum(weight * x[place] for weight, x in zip(weights, adapters, strict=True))
         return torch.cat([part.flatten() for part in parts]).float()
 
 

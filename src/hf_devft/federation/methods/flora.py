@@ -18,13 +18,14 @@ class FLoRA(Residual):
     """
 
     def _fresh(self, owner: int) -> torch.Tensor:
-        """A new adapter; its product is zero."""
+        """A new adapter, whose product is zero, with all else as it is."""
         generator = torch.Generator().manual_seed(client_seed(self.clients.seed, self.round_index, owner))
-        parts = []
-        for key, shape in zip(self.layout.keys, self.layout.shapes, strict=True):
-            bound = 1 / math.sqrt(shape[1]) if "lora_A" in key else 0.0
-            parts.append((torch.rand(shape, generator=generator) * 2 - 1).flatten() * bound)
-        return torch.cat(parts).to(self.adapter.device)
+        parts = self.layout.cut(self.adapter.clone())
+        for pair in self.layout.pairs:
+            shape = self.layout.shapes[pair.a]
+            parts[pair.a].copy_((torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1]))
+            parts[pair.b].zero_()
+        return torch.cat([part.flatten() for part in parts])
 
     def start(self, client: int, received: torch.Tensor) -> torch.Tensor:
         return self._fresh(client)
@@ -34,4 +35,8 @@ class FLoRA(Residual):
         self.add_residual({
             pair.module + RESIDUAL: self.mean_product(pair, adapters, weights) for pair in self.layout.pairs
         })  # fmt: skip
-        return self._fresh(len(self.clients.examples))
+        fresh = self._fresh(len(self.clients.examples))
+        for place in self.layout.others:
+            mean = sum(weight * parts[place] for weight, parts in zip(weights, adapters, strict=True))
+            self.layout.put(fresh, (place,), mean.flatten())
+        return fresh

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from hf_devft.federation.methods.base import FederatedMethod
-from hf_devft.layout import A, AdapterLayout
+from hf_devft.layout import AdapterLayout
 
 
 class HeterogeneousRanks(FederatedMethod):
@@ -21,6 +21,7 @@ class HeterogeneousRanks(FederatedMethod):
     """
 
     waits = False
+    products = True
 
     def __init__(self, client_ranks: Sequence[int] | None = None):
         self.client_ranks = None if client_ranks is None else [int(rank) for rank in client_ranks]
@@ -33,11 +34,11 @@ class HeterogeneousRanks(FederatedMethod):
             raise ValueError(f"client_ranks={ranks}: give ranks from 1 to LoRA's r={self.max_rank}.")
         self._ranks = ranks
         # Of each value, which of the ranks it belongs to.
-        of_a = set(layout.named(A))
-        parts = [
-            torch.arange(shape[0])[:, None].expand(shape) if place in of_a else
-            torch.arange(shape[1]).expand(shape) for place, shape in enumerate(layout.shapes)
-        ]  # fmt: skip
+        parts = [torch.zeros(shape, dtype=torch.long) for shape in layout.shapes]  # what is no factor, everyone has
+        for pair in layout.pairs:
+            (rank, _), shape = layout.shapes[pair.a], layout.shapes[pair.b]
+            parts[pair.a] = torch.arange(rank)[:, None].expand(layout.shapes[pair.a])
+            parts[pair.b] = torch.arange(rank).expand(shape)
         self._rank_of_value = torch.cat([part.flatten() for part in parts]).to(adapter.device)
 
     def rank(self, client: int) -> int:

@@ -72,3 +72,5 @@ class HetLoRA(HeterogeneousRanks):
             places = sorted((pair.a, pair.b))
             weight = product_norm(parts[pair.a], parts[pair.b]).item()
             self.add(places, self.layout.pick(difference, places), weight)
+        others = self.layout.others
+        self.add(others, self.layout.pick(difference, others), self.clients.examples[client])

@@ -16,7 +16,7 @@ class Residual(Stacking):
     rank, as many; in a new stage, all of them again (our choice: it may not hold what its new layers were fused from).
     """
 
-    needs_room = True
+    needs_room = products = True
 
     def end_stage(self) -> None:
         for client in range(len(self.clients.examples)):
@@ -44,7 +44,8 @@ class Residual(Stacking):
     def download(self, client: int) -> torch.Tensor:
         missing = self._stacked(SERVER) - self._stacked(client)
         shapes = [(self.layout.shapes[pair.a], self.layout.shapes[pair.b]) for pair in self.layout.pairs]
-        return announced(sum(min(missing, a[1], b[0]) * (a[1] + b[0]) for a, b in shapes))
+        factors = sum(min(missing, a[1], b[0]) * (a[1] + b[0]) for a, b in shapes)
+        return announced(factors + sum(self.layout.sizes[place] for place in self.layout.others))
 
     def keep(self, client: int, start: torch.Tensor, adapter: torch.Tensor) -> None:
         self.memory.put(client, "stacked", {"rank": torch.tensor(self._stacked(SERVER))})

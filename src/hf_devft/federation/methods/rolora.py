@@ -12,8 +12,8 @@ class RoLoRA(FederatedMethod):
     Our first round trains B, as A has no gradient where B is still zero.
     """
 
-    partial = True
+    partial = factors = True
     waits = False
 
     def trains(self, client: int) -> tuple[int, ...]:
-        return self.layout.named(B if self.round_index % 2 == 0 else A)
+        return self.layout.without(A if self.round_index % 2 == 0 else B)
