@@ -15,20 +15,22 @@ import sys
 from pathlib import Path
 
 import datasets
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from hf_devft import DevFTConfig, DevFTTrainer
+import hf_devft
+from hf_devft import DevFTConfig, DevFTMixin, DevFTTrainer
 from hf_devft.arguments import RecipeArguments, parse_arguments
-from hf_devft.data import load_files, tokenize
+from hf_devft.data import load_datasets, load_files, tokenize
 from hf_devft.embedded import resolve_model_name, task_dataset
+from hf_devft.embedded.tasks import preference_pairs
 from hf_devft.hub.artifacts import fetch_adapter, load_adapter
-from hf_devft.metrics import LanguageModelMetrics, reduce_logits
 from hf_devft.mixin import clients_of
 from hf_devft.planning import RunPlan, plan_run
 from hf_devft.progress import print_plan
 from hf_devft.stages.streaming import empty_base, where_from
+from hf_devft.tasks import TASKS
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -37,49 +39,58 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Dataset | None, Dataset | None]:
     """(train, evaluation, calibration) rows; evaluation may be missing. Calibration rows are held out of training."""
     if recipe.train_file or recipe.dataset_name:
+        task = TASKS[args.task or "text-generation"]
+        to_columns = task.to_columns if recipe.trainer == "devft" else lambda rows: rows  # TRL converts for itself
         if recipe.train_file:
-            train = load_files(recipe.train_file)
-            evaluation = load_files(recipe.eval_file) if recipe.eval_file else None
+            train = load_files(recipe.train_file, to_columns)
+            evaluation = load_files(recipe.eval_file, to_columns) if recipe.eval_file else None
         else:
-            splits = (recipe.dataset_train_split, recipe.dataset_eval_split)
-            train, evaluation = (load_dataset(recipe.dataset_name, split=split) if split else None for split in splits)
+            names = (recipe.dataset_name, recipe.dataset_config)
+            train = load_datasets(*names, recipe.dataset_train_split, to_columns)
+            evaluation = recipe.dataset_eval_split and load_datasets(*names, recipe.dataset_eval_split, to_columns)
         if args.grouping != "calibrated":
             return train, evaluation, None
         parts = train.train_test_split(test_size=args.calibration_samples, seed=args.seed)
         return parts["train"], evaluation, parts["test"]
-    return (
+    made_up = (
         task_dataset(recipe.task_rows, recipe.task_families, seed=args.seed),
         task_dataset(recipe.task_eval_rows, recipe.task_families, split="test"),
         task_dataset(args.calibration_samples, recipe.task_families, seed=args.seed + 1),
     )
+    return tuple(map(preference_pairs, made_up)) if recipe.trainer == "dpo" else made_up
 
 
 def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
     """What the run will cost; data on the Hub is not downloaded for it."""
     path, options = resolve_model_name(recipe.model_name_or_path), args.model_init_kwargs or {}
-    config = recipe.lora_config()
+    task = TASKS[args.task or "text-generation"]
+    config = recipe.lora_config(args.task)
     if recipe.adapter_name_or_path:
         config = load_adapter(fetch_adapter(recipe.adapter_name_or_path, token=args.hub_token))[0]
     clients = None
-    if not recipe.dataset_name:
+    if not recipe.dataset_name and task is TASKS["text-generation"] and recipe.trainer == "devft":
         tokenizer = AutoTokenizer.from_pretrained(path, **where_from(options))
         clients = clients_of(args, tokenize(load_data(recipe, args)[0], tokenizer, args.max_length))
-    return plan_run(args, empty_base(path, **options), config, clients)
+    return plan_run(args, empty_base(path, task.auto_class, **options), config, clients)
 
 
-def make_trainer(recipe: RecipeArguments, args: DevFTConfig) -> DevFTTrainer:
+def make_trainer(recipe: RecipeArguments, args: DevFTConfig) -> DevFTMixin:
     if recipe.dataset_name and args.card_datasets is None:
-        args.card_datasets = [recipe.dataset_name]
+        args.card_datasets = recipe.dataset_name
     train, evaluation, calibration = load_data(recipe, args)
+    data = {"train_dataset": train, "eval_dataset": evaluation, "calibration_dataset": calibration}
+    if recipe.trainer != "devft":
+        trainer = {"sft": "DevFTSFTTrainer", "dpo": "DevFTDPOTrainer"}[recipe.trainer]
+        config = recipe.lora_config(args.task)
+        return getattr(hf_devft, trainer)(recipe.model_name_or_path, args, peft_config=config, **data)
+    task = TASKS[args.task or "text-generation"]
     return DevFTTrainer(
         recipe.model_name_or_path,
         args,
-        peft_config=recipe.adapter_name_or_path or recipe.lora_config(),
-        train_dataset=train,
-        eval_dataset=evaluation,
-        calibration_dataset=calibration,
-        compute_metrics=LanguageModelMetrics(),
-        preprocess_logits_for_metrics=reduce_logits,
+        peft_config=recipe.adapter_name_or_path or recipe.lora_config(args.task),
+        compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.preprocess_logits,
+        **data,
     )
 
 
@@ -94,7 +105,7 @@ if __name__ == "__main__":
             print(json.dumps(plan.to_dict(), indent=2)) if recipe.plan_json else print_plan(plan)
             sys.exit()
         trainer = make_trainer(recipe, args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         process = os.environ.get("RANK", "0")
         sys.exit(f"error: {error}" if process == "0" else f"error on process {process}: {error}")
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

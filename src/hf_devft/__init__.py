@@ -8,3 +8,12 @@ from hf_devft.version import __version__
 
 
 __all__ = ["DevFTConfig", "DevFTMixin", "DevFTTrainer", "StageConfig", "__version__", "compare_bases", "load_submodel"]
+
+
+def __getattr__(name: str):
+    """TRL's trainers, which need the extra `trl`, are imported when they are asked for."""
+    if name in ("DevFTDPOConfig", "DevFTDPOTrainer", "DevFTSFTConfig", "DevFTSFTTrainer"):
+        from hf_devft import trl_trainers
+
+        return getattr(trl_trainers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,10 @@
 """A run from a YAML file and `--flag value` overrides: one dataclass for the data and the adapter, one for the run."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,12 @@ import yaml
 from peft import LoraConfig
 from transformers import HfArgumentParser
 
+import hf_devft
 from hf_devft.configuration import DevFTConfig
+from hf_devft.tasks import TASKS
+
+
+TRAINERS = ("devft", "sft", "dpo")
 
 
 @dataclass
@@ -23,11 +30,21 @@ class RecipeArguments:
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "Adapter to start from, a folder or a Hub name, instead of a new one."}
     )
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": "JSON or JSONL files; column `source` holds the stem. Default: made-up tasks."}
+    trainer: str = field(
+        default="devft", metadata={"help": f"{TRAINERS}; the others are TRL's, and so are their options and data."}
     )
-    eval_file: list[str] | None = field(default=None, metadata={"help": "JSON or JSONL files to evaluate on."})
-    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub, instead of files."})
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "JSON, JSONL, CSV, TSV, Parquet or text files; column `source` holds the stem. Default: "
+                          "made-up tasks."},
+    )  # fmt: skip
+    eval_file: list[str] | None = field(default=None, metadata={"help": "Such files to evaluate on."})
+    dataset_name: list[str] | None = field(
+        default=None,
+        metadata={"help": "Datasets on the Hub, or local folders, instead of files; of several, column `source` says "
+                          "which."},
+    )  # fmt: skip
+    dataset_config: str | None = field(default=None, metadata={"help": "Their configuration (subset)."})
     dataset_train_split: str = field(default="train", metadata={"help": "Its split to train on."})
     dataset_eval_split: str | None = field(default=None, metadata={"help": "Its split to evaluate on."})
     task_rows: int = field(default=4000, metadata={"help": "Made-up tasks to train on, without files or dataset."})
@@ -40,31 +57,51 @@ class RecipeArguments:
     lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Modules to adapt."}
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Modules to adapt: names, 'all-linear', or one regular expression."},
     )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules to train whole. Default: the task's head, unless PEFT knows it."},
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha over the square root of the rank."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: also train the norms of the weights."})
 
     plan: bool = field(default=False, metadata={"help": "Only say what the run would cost."})
     plan_json: bool = field(default=False, metadata={"help": "The same as JSON."})
 
-    def lora_config(self) -> LoraConfig:
-        """The adapter's config."""
-        modules = self.lora_target_modules
+    def lora_config(self, task: str | None) -> LoraConfig:
+        """The adapter's config, for a task of `DevFTConfig.task`."""
+        modules, task = self.lora_target_modules, TASKS[task or "text-generation"]
+        one = modules[0] if len(modules) == 1 else ""
+        head = self.lora_modules_to_save or task.head
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules="all-linear" if modules == ["all-linear"] else modules,
-            task_type="CAUSAL_LM",
+            target_modules=one if one == "all-linear" or re.search(r"[^\w.]", one) else modules,
+            modules_to_save=head,
+            # PEFT leaves the heads of generation and of text classification out of "all-linear", not the others.
+            exclude_modules=["classifier", *(head or [])] if one == "all-linear" and task.classes else None,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            task_type=task.peft_type,
         )
 
 
-_LISTS = {
-    item.name for kind in (RecipeArguments, DevFTConfig) for item in fields(kind) if "list[" in str(item.type)
-} - {"report_to", "debug"}
+def _config_class(trainer: str) -> type[DevFTConfig]:
+    """The config of a trainer.
+
+    Raises:
+        ValueError: there is no such trainer. ImportError: TRL is not installed.
+    """
+    if trainer not in TRAINERS:
+        raise ValueError(f"trainer={trainer!r} is unknown: choose one of {', '.join(TRAINERS)}.")
+    return getattr(hf_devft, {"devft": "DevFTConfig", "sft": "DevFTSFTConfig", "dpo": "DevFTDPOConfig"}[trainer])
 
 
 def parse_arguments(argv: Sequence[str], default_config: Path) -> tuple[RecipeArguments, DevFTConfig]:
-    """Arguments of a recipe.
+    """Arguments of a recipe; the second is the config of `--trainer`.
 
     Args:
         argv: `--config FILE` (a YAML mapping; default: `default_config`) and `--key value` for any key, which wins
@@ -81,9 +118,11 @@ def parse_arguments(argv: Sequence[str], default_config: Path) -> tuple[RecipeAr
             raise ValueError("--config needs the path of a YAML file.")
         config = Path(argv[position + 1])
         del argv[position : position + 2]
-    parser = HfArgumentParser((RecipeArguments, DevFTConfig), allow_abbrev=False)
-    known = {item.name for kind in (RecipeArguments, DevFTConfig) for item in fields(kind) if item.init}
     values = _read_yaml(config)
+    kinds = (RecipeArguments, _config_class(_value_of("trainer", argv) or values.get("trainer", "devft")))
+    values = {key: _as_written(kinds, key, value) for key, value in values.items()}
+    parser = HfArgumentParser(kinds, allow_abbrev=False)
+    known = {item.name for kind in kinds for item in fields(kind) if item.init}
     _refuse_unknown(values, known, str(config))
     parser.set_defaults(**values)
     namespace, rest = parser.parse_known_args(argv)
@@ -91,8 +130,14 @@ def parse_arguments(argv: Sequence[str], default_config: Path) -> tuple[RecipeAr
     given = vars(namespace)
     return tuple(
         kind(**{item.name: given[item.name] for item in fields(kind) if item.init and item.name in given})
-        for kind in (RecipeArguments, DevFTConfig)
+        for kind in kinds
     )
+
+
+def _value_of(key: str, argv: Sequence[str]) -> str | None:
+    """The value that the command line gives a key."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    return next((after for word, after in pairwise(words) if word == f"--{key}"), None)
 
 
 def _read_yaml(path: Path) -> dict:
@@ -102,14 +147,16 @@ def _read_yaml(path: Path) -> dict:
         raise ValueError(f"the config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"the config {path} must be a mapping of keys to values, not a {type(values).__name__}.")
-    return {key: _as_written(key, value) for key, value in values.items()}
+    return values
 
 
-def _as_written(key: str, value: Any) -> Any:
+def _as_written(kinds: Sequence[type], key: str, value: Any) -> Any:
     """What the user meant: YAML reads the word `no` as false, and one value may stand for a list of one."""
     if value is False and str(key).endswith("_strategy"):
         return "no"
-    if key in _LISTS and value is not None and not isinstance(value, list):
+    types = {item.name: str(item.type) for kind in kinds for item in fields(kind)}
+    many = "list[" in types.get(key, "") and key not in ("report_to", "debug")
+    if many and value is not None and not isinstance(value, list):
         return [value]
     return value
 

@@ -80,7 +80,7 @@ def load_files(files: Sequence[str], to_columns: Callable[[Dataset], Dataset] = 
         FileNotFoundError: a file is not there.
         ValueError: unknown endings or columns, unreadable files, or files of which no column is common to all.
     """
-    datasets = []
+    datasets = {}
     for path in map(Path, files):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file: give the paths of {', '.join(_BUILDERS)} files.")
@@ -88,21 +88,50 @@ def load_files(files: Sequence[str], to_columns: Callable[[Dataset], Dataset] = 
             raise ValueError(f"{path} ends in {path.suffix!r}: known are {', '.join(_BUILDERS)}.")
         builder, options = _BUILDERS[path.suffix]
         try:
-            dataset = load_dataset(builder, data_files=str(path), split="train", **options)
+            datasets[path] = load_dataset(builder, data_files=str(path), split="train", **options)
         except Exception as error:
             raise ValueError(f"{path} could not be read as {builder.upper()}: {error.__cause__ or error}") from error
+    return _joined({str(path): dataset for path, dataset in datasets.items()}, to_columns)
+
+
+def load_datasets(
+    names: Sequence[str],
+    config: str | None = None,
+    split: str = "train",
+    to_columns: Callable[[Dataset], Dataset] = to_known_columns,
+) -> Dataset:
+    """Datasets on the Hub or in local folders as one, as `load_files` does.
+
+    Raises:
+        ValueError: see `load_files`; no such dataset, configuration or split.
+    """
+    datasets = {}
+    for name in names:
+        try:
+            datasets[name] = load_dataset(name, config, split=split)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the dataset {name!r} could not be read: {error}") from error
+    return _joined(datasets, to_columns)
+
+
+def _joined(datasets: dict[str, Dataset], to_columns: Callable[[Dataset], Dataset]) -> Dataset:
+    """One dataset of all, with the stem of each name as `source`, unless it has that."""
+    converted = []
+    for name, dataset in datasets.items():
         try:
             dataset = to_columns(dataset)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        datasets.append(dataset.add_column("source", [path.stem] * len(dataset)))
-    shared = [name for name in datasets[0].column_names if all(name in d.column_names for d in datasets)]
+            raise ValueError(f"{name}: {error}") from None
+        if "source" not in dataset.column_names:
+            dataset = dataset.add_column("source", [Path(name).stem] * len(dataset))
+        converted.append(dataset)
+    shared = [name for name in converted[0].column_names if all(name in d.column_names for d in converted)]
     if shared == ["source"]:
         raise ValueError(
-            f"the files have no column in common ({'; '.join(', '.join(d.column_names) for d in datasets)}): convert "
-            "them to one format."
+            f"the datasets have no column in common ({'; '.join(', '.join(d.column_names) for d in converted)}): "
+            "convert them to one format."
         )
-    return concatenate_datasets([dataset.select_columns(shared) for dataset in datasets])
+    return concatenate_datasets([dataset.select_columns(shared) for dataset in converted])
 
 
 def tokenize(

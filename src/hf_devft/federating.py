@@ -145,9 +145,7 @@ class FederationMixin:
         method, config = federation.method, self.peft_config
         patterns = ("rank_pattern", "alpha_pattern", "use_dora", "target_parameters")
         if (method.factors or method.products) and not layout.pairs:
-            raise ValueError(
-                f"{name} is about LoRA's factors, which {config.peft_type.value} does not have: use LoRA."
-            )
+            raise ValueError(f"{name} is about LoRA's factors, which {config.peft_type.value} lacks: use LoRA.")
         if method.products and (given := [option for option in patterns if getattr(config, option)]):
             raise ValueError(
                 f"{name} works with products of LoRA's factors, of one rank and scale everywhere: leave out "

@@ -53,7 +53,7 @@ class AdapterLayout:
         named = trainable(model)
         # PEFT's keys do not say that a module is a trained copy, nor which adapter's.
         adapter = rf"(\.modules_to_save)?\.{re.escape(model.active_adapter)}(?=\.|$)"
-        keys = tuple(re.sub(adapter, "", name) for name in named)
+        keys = tuple(re.sub(adapter, "", name).replace(f"{MAGNITUDE}.weight", MAGNITUDE) for name in named)
         shapes = tuple(parameter.shape for parameter in named.values())
         return cls(keys, shapes, lora_scaling(model.peft_config[model.active_adapter]))
 

@@ -111,12 +111,9 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
                 f"clients_per_round={args.clients_per_round}, but there are {len(clients.rows)} clients: lower it."
             )
         eval_dataset = first_rows(eval_dataset, args.max_eval_samples)
+        self._given_clients = clients
         super().__init__(model=model, args=args, train_dataset=clients.dataset, eval_dataset=eval_dataset, **kwargs)
-        if len(self.train_dataset) != len(clients.dataset):
-            raise ValueError(
-                f"the trainer made {len(self.train_dataset)} rows of the clients' {len(clients.dataset)}, so it is "
-                "not known whose they are: turn off packing and filtering."
-            )
+        clients = self._as_prepared(clients)
         if args.deepspeed_plugin is not None and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             raise ValueError(
                 f"DeepSpeed was asked for, but Accelerate runs {self.accelerator.distributed_type.value}: launch by "
@@ -179,6 +176,15 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
             self.remove_callback(callback)
         if not args.disable_tqdm:
             self.add_callback(RoundProgressCallback(self.stages))
+
+    def _as_prepared(self, clients: ClientData) -> ClientData:
+        """The clients' rows in what the trainer has made of their dataset."""
+        if len(self.train_dataset) != len(clients.dataset):
+            raise ValueError(
+                f"the trainer made {len(self.train_dataset)} rows of the clients' {len(clients.dataset)}, so it is "
+                "not known whose they are: turn off packing and filtering."
+            )
+        return clients
 
     def _check_adapter(self, stack: LayerStack) -> None:
         """Refuse what this adapter cannot do on these layers."""

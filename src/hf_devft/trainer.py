@@ -18,7 +18,7 @@ from hf_devft.mixin import DevFTMixin, clients_of
 from hf_devft.stages.adapter import attach_adapter, new_adapter
 from hf_devft.stages.base_difference import base_difference
 from hf_devft.stages.streaming import load_base, where_from
-from hf_devft.tasks import Encoding, Task, label_options, task_of
+from hf_devft.tasks import TASKS, Encoding, Task, label_options, task_of
 
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class DevFTTrainer(DevFTMixin, Trainer):
             check_adapter(adapter)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         task = task_of(None if isinstance(model, str) else base, getattr(adapter, "task_type", None), args.task)
+        if args.predict_with_generate and task is not TASKS["text-generation"]:
+            raise ValueError("predict_with_generate is for causal language models: turn it off.")
         # The data first: a mistake in it is found before a large model is loaded.
         train_dataset = each(train_dataset, functools.partial(_as_rows, task))
         clients = clients_of(args, train_dataset, partitioner)

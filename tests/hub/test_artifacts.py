@@ -1,7 +1,7 @@
 import pytest
 import torch
 from conftest import lora, tiny_llama
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import LoHaConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from hf_devft import StageConfig
@@ -42,7 +42,7 @@ def test_broken_and_foreign_adapters_are_refused(trained, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="no readable adapter"):
         load_adapter(tmp_path)
-    save_adapter(tmp_path, IA3Config(), {"a": torch.ones(1)})
+    save_adapter(tmp_path, LoHaConfig(), {"a": torch.ones(1)})
     with pytest.raises(ValueError, match="LoraConfig"):
         load_adapter(tmp_path)
 

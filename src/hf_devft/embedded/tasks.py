@@ -341,3 +341,20 @@ def task_dataset(rows: int, families: list[str] | None = None, split: str = "tra
         if drawn > 50 * rows:
             raise ValueError(f"{sorted(weights)} have only {len(distinct)} distinct {split} rows, not rows={rows}")
     return Dataset.from_list(list(distinct.values()))
+
+
+def preference_pairs(tasks: Dataset) -> Dataset:
+    """Rows of `prompt`, `chosen` and `rejected`, for preference optimisation: each task's own answer, and that of the
+    next task of its family that has another."""
+    answers: dict[str, list[str]] = {}
+    for row in tasks:
+        answers.setdefault(row["family"], []).append(row["completion"])
+    seen: dict[str, int] = {}
+    pairs = []
+    for row in tasks:
+        family, own = answers[row["family"]], row["completion"]
+        place = seen[row["family"]] = seen.get(row["family"], -1) + 1
+        others = [*family[place + 1 :], *family[:place]]
+        rejected = next((answer for answer in others if answer != own), own + own)
+        pairs.append({"prompt": row["prompt"], "chosen": own, "rejected": rejected, "family": row["family"]})
+    return Dataset.from_list(pairs)

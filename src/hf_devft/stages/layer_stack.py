@@ -165,7 +165,9 @@ def _find_list(model: PreTrainedModel, part: str, depth: int) -> tuple[str, nn.M
 
 
 def _kind(layer: nn.Module, layer_type: str | None) -> tuple:
-    shapes = tuple((name, tuple(shape_of(parameter))) for name, parameter in layer.named_parameters())
+    """The same with an adapter and without."""
+    parameters = [(name, weight) for name, weight in layer.named_parameters() if not re.search(r"\.(lora|ia3)_", name)]
+    shapes = tuple((name.replace(".base_layer", ""), tuple(shape_of(weight))) for name, weight in parameters)
     return type(layer).__name__, layer_type, shapes
 
 

@@ -1,0 +1,119 @@
+"""The adapters that users know from PEFT, through stages and back."""
+
+import pytest
+import torch
+from conftest import lora, tiny_llama
+from peft import IA3Config, LoHaConfig, PeftModel
+
+from hf_devft import load_submodel
+
+
+TOKENS = torch.tensor([[5, 6, 7, 8]])
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+ADAPTERS = {
+    "rslora": lambda: lora(use_rslora=True),
+    "dora": lambda: lora(use_dora=True),
+    "orthogonal": lambda: lora(init_lora_weights="orthogonal"),
+    "patterns": lambda: lora(rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 2}),
+    "some layers": lambda: lora(target_modules=["q_proj", "v_proj"], layers_to_transform=[1, 2, 3]),
+    "regex": lambda: lora(target_modules=r".*\.self_attn\.[qv]_proj"),
+    "embeddings and head": lambda: lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "ia3": lambda: IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"],
+                             feedforward_modules=["down_proj"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_stage_loads_with_plain_peft(make_trainer, name):
+    trainer = make_trainer(peft_config=ADAPTERS[name](), model=untied())
+    trainer.train()
+    folder = trainer.args.output_dir
+    trained = logits(trainer.model)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(untied(), folder)), trained)
+    assert not torch.allclose(logits(untied()), trained)
+    assert logits(load_submodel(untied(), folder, stage=1)).isfinite().all()
+
+
+def untied():
+    model = tiny_llama()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+    return model
+
+
+def test_the_submodel_that_is_loaded_is_the_one_that_was_trained(make_trainer):
+    """Also with an adapter on some layers only, which have other numbers there."""
+    seen = {}
+
+    def keep(trainer):
+        seen.setdefault(trainer._running.stage.stage, logits(trainer.model))
+
+    trainer = make_trainer(
+        peft_config=ADAPTERS["some layers"](), model=untied(), cls=before_the_stage_ends(keep), stage_layers=[2, 4]
+    )
+    trainer.train()
+    assert trainer.stages[0].groups[0] == [0], "the layer without adapter shares its group with none that has one"
+    torch.testing.assert_close(logits(load_submodel(untied(), trainer.args.output_dir, stage=1)), seen[1])
+
+
+def before_the_stage_ends(function):
+    from hf_devft import DevFTTrainer
+
+    class Watched(DevFTTrainer):
+        def _finish_stage(self):
+            function(self)
+            super()._finish_stage()
+
+    return Watched
+
+
+def test_dora_members_keep_norms_of_their_own(make_trainer):
+    trainer = make_trainer(peft_config=lora(use_dora=True), stage_layers=[1, 4])
+    before = dict(trainer._full_adapter)
+    trainer.stages = trainer.stages[:1]
+    trainer.train()
+    key = "base_model.model.model.layers.{}.self_attn.q_proj.lora_magnitude_vector"
+    changes = [trainer._full_adapter[key.format(layer)] / before[key.format(layer)] for layer in range(4)]
+    assert (changes[0] != 1).any()
+    for change in changes[1:]:
+        torch.testing.assert_close(change, changes[0])
+    assert not torch.equal(trainer._full_adapter[key.format(1)], trainer._full_adapter[key.format(0)])
+
+
+@pytest.mark.parametrize(("adapter", "options", "message"), [
+    (lora(use_dora=True), {"fusion": "mean"}, "norms of a layer's weights"),
+    (lora(use_dora=True), {"federated_method": "flora"}, "use_dora"),
+    (lora(rank_pattern={"q_proj": 4}), {"federated_method": "hetlora"}, "rank_pattern"),
+    (lora(rank_pattern={"layers.0.q_proj": 4}), {}, "names single layers"),
+    (lora(init_lora_weights="pissa"), {}, "changes the base's weights"),
+    (lora(target_modules=r".*layers\.[01]\..*q_proj"), {}, "not on all layers alike"),
+    (lora(modules_to_save=["input_layernorm"]), {}, "belongs to a single layer"),
+    (lora(trainable_token_indices=[1]), {}, "trainable_token_indices"),
+    (LoHaConfig(target_modules=["q_proj"]), {}, "LoHaConfig is not supported"),
+    (IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
+     {"federated_method": "ffa_lora"}, "lacks: use LoRA"),
+])  # fmt: skip
+def test_what_stages_cannot_carry_is_refused_at_once(make_trainer, adapter, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(peft_config=adapter, **options)
+
+
+@pytest.mark.parametrize("method", [
+    "fedit", "ffa_lora", "fedsa_lora", "rolora", "flora", "fedex_lora", "flexlora", "hetlora", "c2a", "dofit",
+    "droppeft", "fedit+scaffold", "fedit+fedadam",
+])  # fmt: skip
+def test_a_head_that_is_trained_whole_is_averaged_by_every_method(make_trainer, method):
+    adapter = lora(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    trainer = make_trainer(peft_config=adapter, model=untied(), federated_method=method, stage_rounds=[1])
+    key = "base_model.model.lm_head.weight"
+    before = trainer._full_adapter[key].clone()
+    trainer.train()
+    assert not torch.equal(trainer._full_adapter[key], before)
+    loaded = PeftModel.from_pretrained(untied(), trainer.args.output_dir)
+    torch.testing.assert_close(logits(loaded), logits(trainer.model))
