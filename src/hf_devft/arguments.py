@@ -70,7 +70,7 @@ class RecipeArguments:
     plan: bool = field(default=False, metadata={"help": "Only say what the run would cost."})
     plan_json: bool = field(default=False, metadata={"help": "The same as JSON."})
 
-    def lora_config(self, task: str | None) -> LoraConfig:
+    def lora_config(self, task: str | None = None) -> LoraConfig:
         """The adapter's config, for a task of `DevFTConfig.task`."""
         modules, task = self.lora_target_modules, TASKS[task or "text-generation"]
         one = modules[0] if len(modules) == 1 else ""
