@@ -195,8 +195,11 @@ class DevFTConfig(TrainingArguments):
             Metadata of the model card: languages (ISO 639-1).
         card_datasets (`list[str]`, *optional*):
             Metadata of the model card: names of the datasets on the Hub.
+        client_eval_size (`float`, *optional*):
+            Part of each client's rows that is held out, and evaluated on client by client; the mean over the clients
+            and the worst of them are reported, too.
         max_eval_samples (`int`, *optional*):
-            Evaluate on the first so many rows only.
+            Evaluate on the first so many rows only (of each evaluation set).
         predict_with_generate (`bool`, *optional*, defaults to `False`):
             Also measure exact match by greedy generation, at full depth, at the end of each stage.
         generation_max_new_tokens (`int`, *optional*, defaults to `64`):
@@ -293,6 +296,9 @@ class DevFTConfig(TrainingArguments):
     card_license: str | None = field(default=None, metadata={"help": "Model card: licence of the adapter."})
     card_language: list[str] | None = field(default=None, metadata={"help": "Model card: languages, ISO 639-1."})
     card_datasets: list[str] | None = field(default=None, metadata={"help": "Model card: datasets on the Hub."})
+    client_eval_size: float | None = field(
+        default=None, metadata={"help": "Part of each client's rows to evaluate on, client by client."}
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
     predict_with_generate: bool = field(
         default=False, metadata={"help": "Measure exact match by generation at each stage's end."}
@@ -384,6 +390,8 @@ class DevFTConfig(TrainingArguments):
             )
         if not 0 <= self.client_dropout_rate < 1:
             raise ValueError(f"client_dropout_rate={self.client_dropout_rate}: give a probability from 0 to below 1.")
+        if self.client_eval_size is not None and not 0 < self.client_eval_size < 1:
+            raise ValueError(f"client_eval_size={self.client_eval_size}: give a part above 0, below 1.")
         if not 0 < self.wire_top_k <= 1:
             raise ValueError(f"wire_top_k={self.wire_top_k}: give a part above 0, up to 1.")
         if self.growth_factor <= 1:

@@ -90,10 +90,11 @@ class EvaluationMixin:
             if self.args.predict_with_generate:
                 metrics[f"{prefix}_exact_match"] = self._exact_match(dataset)
             self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
-        for name in ("loss", "exact_match"):
+        for name, worst in (("loss", max), ("exact_match", min), ("accuracy", min)):
             values = [metrics[key] for key in metrics if key.endswith(f"_{name}")]
-            if isinstance(self.eval_dataset, dict) and values:
-                metrics[f"eval_full_{name}"] = float(np.mean(values))  # over the evaluation sets
+            if isinstance(self.eval_dataset, dict) and values:  # over the evaluation sets, such as the clients'
+                metrics[f"eval_full_{name}"] = float(np.mean(values))
+                metrics[f"eval_full_worst_{name}"] = worst(values)
         self.log(metrics | {"stage": stage})
         return metrics
 

@@ -27,7 +27,7 @@ from hf_devft.federating import FederationMixin
 from hf_devft.federation.client import LocalTraining
 from hf_devft.federation.ledger import Ledger, PeakMemory, RoundRecord
 from hf_devft.federation.methods import make_methods
-from hf_devft.federation.partition import ClientData, make_clients
+from hf_devft.federation.partition import ClientData, hold_out, make_clients
 from hf_devft.federation.rounds import Federation, RoundOutcome
 from hf_devft.federation.sampling import Placement, client_seed
 from hf_devft.files import atomic_folder
@@ -106,6 +106,10 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
         clients = (
             train_dataset if isinstance(train_dataset, ClientData) else clients_of(args, train_dataset, partitioner)
         )
+        if args.client_eval_size is not None:
+            if eval_dataset is not None:
+                raise ValueError("client_eval_size holds the clients' own rows out: leave `eval_dataset` out.")
+            clients, eval_dataset = hold_out(clients, args.client_eval_size, args.seed)
         if args.clients_per_round > len(clients.rows):
             raise ValueError(
                 f"clients_per_round={args.clients_per_round}, but there are {len(clients.rows)} clients: lower it."

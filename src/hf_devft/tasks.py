@@ -115,13 +115,13 @@ def label_options(dataset: Dataset, column: str) -> dict[str, Any]:
     """The `num_labels`, `id2label` and `label2id` of a model for the labels in a column: of classes that it names, of
     texts in alphabetical order, or of numbers from 0 on."""
     feature = dataset.features[column]
-    feature = feature.feature if isinstance(feature, List) else feature
+    by_word = isinstance(feature, List)
+    feature = feature.feature if by_word else feature
     if isinstance(feature, ClassLabel):
         names = feature.names
     else:
         values = dataset[column][:]
-        values = values if feature is dataset.features[column] else chain.from_iterable(values)
-        known = set(values) - {None}
+        known = set(chain.from_iterable(values) if by_word else values) - {None}
         names = sorted(known) if all(isinstance(value, str) for value in known) else list(range(max(known) + 1))
     names = list(map(str, names))
     return {

@@ -56,6 +56,28 @@ def from_partitioner(partitioner: Any, dataset: Dataset) -> ClientData:
     return from_mapping({f"client-{index}": partitioner.load_partition(index) for index in range(count)})
 
 
+def hold_out(clients: ClientData, part: float, seed: int = 0) -> tuple[ClientData, dict[str, Dataset]]:
+    """Keep a part of each client's rows for evaluation, drawn by the seed: at least one, and one is left to train on.
+
+    Returns:
+        The clients with the other rows, and {client: rows held out}.
+
+    Raises:
+        ValueError: a client with a single row.
+    """
+    if single := [name for name, rows in clients.rows.items() if len(rows) < 2]:
+        raise ValueError(
+            f"client_eval_size={part} holds rows of each client out, but {', '.join(single[:5])} have one: leave them "
+            "out, or pass `eval_dataset` instead."
+        )
+    kept, held = {}, {}
+    for number, (name, rows) in enumerate(clients.rows.items()):
+        shuffled = np.random.default_rng([seed, number]).permutation(rows)
+        count = min(max(1, round(part * len(rows))), len(rows) - 1)
+        kept[name], held[name] = np.sort(shuffled[count:]), clients.dataset.select(np.sort(shuffled[:count]))
+    return ClientData(clients.dataset, kept), held
+
+
 def make_clients(data: Any, partitioner: Any = None, num_clients: int | None = None, **options) -> ClientData:
     """Clients from whatever a user has: {client: dataset}, a dataset and a partitioner, or a dataset and options.
 

@@ -1,0 +1,237 @@
+"""Rows as users have them, through a run by name."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from conftest import config, lora
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from peft import AutoPeftModelForSequenceClassification, LoraConfig
+from PIL import Image
+from test_models import ENCODER, SIZES, WAVES, WHISPER
+
+from hf_devft import DevFTTrainer
+from hf_devft.embedded import BASE_PATH
+from hf_devft.tasks import TASKS, Encoding, SoundCollator, label_options, task_of
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory, tokenizer):
+    """A checkpoint with the embedded base's tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    sizes = ENCODER | {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    hf.BertForMaskedLM(hf.BertConfig(**sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run(model, folder, rows, adapter, **kwargs) -> DevFTTrainer:
+    passed = {name: kwargs.pop(name) for name in ("processing_class",) if name in kwargs}
+    sizes = {"stage_rounds": [1], "local_steps": 1, "num_clients": 2, "max_length": 16}
+    trainer = DevFTTrainer(
+        model, config(folder, **sizes | kwargs), peft_config=adapter, train_dataset=rows,
+        eval_dataset=rows.select(range(4)), **passed,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+SENTENCES = [f"row {number} is {'good' if number % 3 else 'bad'}" for number in range(24)]
+
+
+def test_text_classification_by_name_learns_the_labels_of_the_data(bert, tmp_path):
+    rows = Dataset.from_dict({"sentence": SENTENCES, "label": [["bad", "so-so", "good"][n % 3] for n in range(24)]})
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
+    trainer = run(bert, tmp_path, rows, adapter)
+    model = trainer.model.get_base_model()
+    assert type(model) is hf.BertForSequenceClassification
+    assert model.config.id2label == {0: "bad", 1: "good", 2: "so-so"}
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
+
+
+def test_pairs_of_sentences(bert, tmp_path):
+    rows = Dataset.from_dict({"premise": SENTENCES, "hypothesis": SENTENCES[::-1], "label": [0, 1] * 12})
+    trainer = run(bert, tmp_path, rows, LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
+    assert trainer.train_dataset[0]["token_type_ids"][-1] == 1
+
+
+def test_each_words_first_token_carries_its_tag(bert, tmp_path, tokenizer):
+    names = ["O", "B-NAME", "I-NAME"]
+    features = Features({"tokens": Sequence(Value("string")), "ner_tags": Sequence(ClassLabel(names=names))})
+    rows = Dataset.from_list(
+        [{"tokens": ["unbelievably", "Ann", "Lee"], "ner_tags": [0, 1, 2]}] * 24, features=features
+    )
+    adapter = LoraConfig(r=2, target_modules=["query", "value"], task_type="TOKEN_CLS")
+    trainer = run(bert, tmp_path, rows, adapter)
+    assert trainer.model.config.id2label == dict(enumerate(names))
+    row = trainer.train_dataset[0]
+    assert [label for label in row["labels"] if label != -100] == [0, 1, 2]
+    assert row["labels"][1] == -100, "the first word has several tokens"
+
+
+def test_text_to_text(tmp_path, tokenizer):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+    model = hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, pad_token_id=0, **sizes)
+    )
+    rows = Dataset.from_dict({"question": SENTENCES, "answer": SENTENCES})
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
+    trainer = run(model, tmp_path, rows, adapter, stage_layers=[4], processing_class=tokenizer)
+    assert tokenizer.decode(trainer.train_dataset[0]["input_ids"]).startswith("Question: row 0 is")
+
+
+def test_images(tmp_path):
+    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
+    model = hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=8, patch_size=4))
+    images = [Image.fromarray(np.full((10, 10), 9 * number, np.uint8)) for number in range(24)]
+    rows = Dataset.from_dict({"img": images, "label": [0, 1] * 12}).cast_column("img", hf_image())
+    processor = hf.ViTImageProcessor(size={"height": 8, "width": 8})
+    adapter = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["classifier"])
+    trainer = run(model, tmp_path, rows, adapter, processing_class=processor)
+    assert np.shape(trainer.train_dataset[0]["pixel_values"]) == (3, 8, 8)
+    assert trainer.ledger.rounds[0].tokens == 2 * 4 * 5, "4 patches and the class token, of 4 images of 2 clients"
+
+
+def hf_image():
+    from datasets import Image as ImageFeature
+
+    return ImageFeature()
+
+
+def sounds(**columns) -> Dataset:
+    rng = np.random.default_rng(0)
+    clips = [{"array": rng.normal(size=200 + 10 * number), "sampling_rate": 16000} for number in range(24)]
+    return Dataset.from_dict({"audio": clips} | columns)
+
+
+def test_sound_classification(tmp_path):
+    model = hf.Wav2Vec2ForSequenceClassification(hf.Wav2Vec2Config(**ENCODER, **WAVES))
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["projector", "classifier"])
+    extractor = hf.Wav2Vec2FeatureExtractor(sampling_rate=16000)
+    trainer = run(model, tmp_path, sounds(label=[0, 1] * 12), adapter, processing_class=extractor)
+    assert trainer.ledger.rounds[0].flops > 0
+
+
+def test_speech_recognition(tmp_path, tokenizer):
+    model = hf.WhisperForConditionalGeneration(hf.WhisperConfig(**WHISPER | {"vocab_size": len(tokenizer)}))
+    extractor = hf.WhisperFeatureExtractor(feature_size=4, chunk_length=1, n_fft=64, hop_length=1000)
+    processor = hf.WhisperProcessor(extractor, tokenizer)
+    rows = sounds(sentence=SENTENCES)
+    trainer = run(
+        model,
+        tmp_path,
+        rows,
+        LoraConfig(r=2, target_modules=["q_proj"]),
+        stage_layers=[2, 6],
+        processing_class=processor,
+    )
+    assert tokenizer.decode(trainer.train_dataset[0]["labels"]) == SENTENCES[0]
+
+
+def test_a_start_that_the_model_adds_is_not_learned():
+    extractor = hf.Wav2Vec2FeatureExtractor(sampling_rate=16000)
+    collator = SoundCollator(extractor, start=3)
+    batch = collator([
+        {"input_values": [0.0] * 5, "labels": [3, 7, 8]}, {"input_values": [0.0] * 9, "labels": [3, 7]},
+    ])  # fmt: skip
+    assert batch["labels"].tolist() == [[7, 8], [7, -100]]
+    assert batch["input_values"].shape == (2, 9)
+
+
+def test_labels_of_numbers_reach_from_zero():
+    rows = Dataset.from_dict({"label": [0, 3], "tags": [[0, 1], [2]]})
+    assert label_options(rows, "label")["num_labels"] == 4
+    assert label_options(rows, "tags")["num_labels"] == 3
+
+
+def test_a_label_that_the_model_does_not_have_is_an_error(bert, tmp_path, tokenizer):
+    model = hf.BertForSequenceClassification.from_pretrained(bert, num_labels=2)
+    rows = Dataset.from_dict({"text": SENTENCES, "label": [0, 1, 2] * 8})
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
+    with pytest.raises(ValueError, match="label 2 is none of the model's 2"):
+        run(model, tmp_path, rows, adapter, processing_class=tokenizer)
+
+
+def test_columns_that_a_task_lacks_are_named(tmp_path):
+    for task, names in {
+        "text-classification": "text or sentence", "token-classification": "tokens or words",
+        "image-classification": "image", "automatic-speech-recognition": "audio",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=names):
+            TASKS[task].to_columns(Dataset.from_dict({"body": ["a"]}))
+
+
+def test_the_task_is_what_someone_says():
+    bert = hf.BertForTokenClassification(hf.BertConfig(**ENCODER))
+    assert task_of(bert, None) is TASKS["token-classification"]
+    assert task_of(bert, "SEQ_CLS") is TASKS["text-classification"]
+    assert task_of(bert, "SEQ_CLS", "image-classification") is TASKS["image-classification"]
+    assert task_of(None, None) is TASKS["text-generation"]
+
+
+CHAT = [
+    {"role": "user", "content": "red?"}, {"role": "assistant", "content": " blue"},
+    {"role": "user", "content": "cat?"}, {"role": "assistant", "content": " dog"},
+]  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def chatty():
+    tokenizer = hf.AutoTokenizer.from_pretrained(BASE_PATH)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("form", ["messages", "conversations", "prompt"])
+def test_only_the_assistants_turns_of_a_chat_are_learned(chatty, form):
+    row = {
+        "messages": {"messages": CHAT},
+        "conversations": {"conversations": [
+            {"from": {"user": "human", "assistant": "gpt"}[turn["role"]], "value": turn["content"]} for turn in CHAT
+        ]},
+        "prompt": {"prompt": CHAT[:3], "completion": CHAT[3:]},
+    }[form]  # fmt: skip
+    encoded = TASKS["text-generation"].encode(Dataset.from_list([row]), Encoding(chatty, None, 64))[0]
+    learned = chatty.decode([label for label in encoded["labels"] if label != -100])
+    assert learned == " blue<|endoftext|> dog<|endoftext|>"
+    assert chatty.decode(encoded["input_ids"]).startswith("[user]red?[assistant] blue")
+
+
+def test_a_template_that_changes_earlier_turns_is_refused(chatty):
+    chatty.chat_template = "{{ messages | length }}" + TEMPLATE
+    with pytest.raises(ValueError, match="changes earlier turns"):
+        TASKS["text-generation"].encode(Dataset.from_list([{"messages": CHAT}]), Encoding(chatty, None, 64))
+
+
+def test_a_text_is_learned_whole(tokenizer):
+    row = TASKS["text-generation"].encode(Dataset.from_dict({"text": ["red cat"]}), Encoding(tokenizer, None, 64))[0]
+    assert row["labels"] == row["input_ids"]
+    assert tokenizer.decode(row["labels"]) == "red cat<|endoftext|>"
+
+
+def test_each_clients_own_rows_are_evaluated(tasks, tokenizer, tmp_path):
+    trainer = DevFTTrainer(
+        "embedded", config(tmp_path, stage_layers=[2, 16], stage_rounds=[1], num_clients=3, client_eval_size=0.2),
+        peft_config=lora(), train_dataset=tasks,
+    )  # fmt: skip
+    held = {name: len(rows) for name, rows in trainer.eval_dataset.items()}
+    assert held == {"client-0": 8, "client-1": 8, "client-2": 8}
+    trained = [
+        set(map(str, trainer.train_dataset.select(rows)["input_ids"])) for rows in trainer.clients.rows.values()
+    ]
+    own = [set(map(str, rows["input_ids"])) for rows in trainer.eval_dataset.values()]
+    assert not set.union(*trained) & set.union(*own)
+    trainer.train()
+    metrics = json.loads((tmp_path / "stage-2" / "stage_config.json").read_text())["metrics"]
+    losses = [metrics[f"eval_full_client-{number}_loss"] for number in range(3)]
+    assert metrics["eval_full_loss"] == pytest.approx(np.mean(losses))
+    assert metrics["eval_full_worst_loss"] == max(losses)
