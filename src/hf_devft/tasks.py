@@ -52,7 +52,9 @@ class Encoding:
     num_proc: int | None = None
 
     def map(self, dataset: Dataset, encode: Callable, **options: Any) -> Dataset:
-        """`encode(rows, encoding)` of all rows, cached."""
+        """`encode(rows, encoding)` of all rows, cached. A raw `label` goes, which a `Trainer` would take for the
+        encoded one."""
+        options["remove_columns"] = [name for name in ("label",) if name in dataset.column_names]
         return dataset.map(encode, fn_kwargs={"encoding": self}, num_proc=self.num_proc, desc="Encoding", **options)
 
 
