@@ -48,6 +48,7 @@ def test_text_classification_by_name_learns_the_labels_of_the_data(bert, tmp_pat
     model = trainer.model.get_base_model()
     assert type(model) is hf.BertForSequenceClassification
     assert model.config.id2label == {0: "bad", 1: "good", 2: "so-so"}
+    assert "bert.pooler.dense" in trainer.peft_config.modules_to_save, "the checkpoint has none: it would be random"
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """`DevFTTrainer`: the mixin on `Trainer`, with loading by name, an adapter and encoded rows."""
 
+import copy
 import functools
 import logging
 from collections.abc import Callable
@@ -83,8 +84,8 @@ class DevFTTrainer(DevFTMixin, Trainer):
             options = args.model_init_kwargs or {}
             if task.classes in clients.dataset.column_names:
                 options = label_options(clients.dataset, task.classes) | options
-            streamed = not getattr(adapter, "use_dora", False)  # DoRA looks at the weights of every layer
-            model, processing_class = _load(task, model, options, args.stack, streamed, processing_class)
+            whole = getattr(adapter, "use_dora", False)  # DoRA looks at the weights of every layer
+            model, processing_class = _load(task, model, options, args.stack, whole, processing_class)
             base = model
         if isinstance(model, PeftModel) == (peft_config is not None):
             raise ValueError(
@@ -94,7 +95,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
             _compare_with_the_adapters_base(start[0], model, args)
             model = attach_adapter(model, *start)
         elif peft_config is not None:
-            model = new_adapter(model, peft_config)
+            model = new_adapter(model, _with_what_is_new(peft_config, model))
         if getattr(processing_class, "pad_token", "") is None:
             processing_class.pad_token = processing_class.eos_token
         if base.config.is_encoder_decoder is False and getattr(base.config, "pad_token_id", 0) is None:
@@ -118,15 +119,30 @@ class DevFTTrainer(DevFTMixin, Trainer):
 
 
 def _load(
-    task: Task, name: str, options: dict[str, Any], stack: str | None, streamed: bool, processor: Any
+    task: Task, name: str, options: dict[str, Any], stack: str | None, whole: bool, processor: Any
 ) -> tuple[PreTrainedModel, Any]:
     """Model and, unless given, what goes with it, of one name, at one revision."""
     path = resolve_model_name(name)
-    if streamed:
-        model = load_base(path, task.auto_class, stack, **options)
-    else:
-        model = task.auto_class.from_pretrained(path, **options)
+    model = load_base(path, task.auto_class, stack, whole, **options)
     return model, processor or task.processor_class.from_pretrained(path, **where_from(options))
+
+
+def _with_what_is_new(config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
+    """The adapter's config, with modules that the checkpoint lacks (a pooler, say) trained whole: whoever loads the
+    adapter would have other random values there."""
+    known = {"classifier", "score"} if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else set()
+    known |= set(getattr(config, "modules_to_save", None) or [])
+    new = getattr(model, "modules_made_anew", set())
+    new = sorted(name for name in new if not any(f".{own}." in f".{name}." for own in known))
+    if not new:
+        return config
+    config = copy.deepcopy(config)
+    config.modules_to_save = [*(config.modules_to_save or []), *new]
+    excluded = config.exclude_modules or []
+    if isinstance(excluded, str):
+        raise ValueError(f"the checkpoint lacks {', '.join(new)}: give `exclude_modules` as a list, with these.")
+    config.exclude_modules = [*excluded, *new]
+    return config
 
 
 def _compare_with_the_adapters_base(config: LoraConfig, model: PreTrainedModel, args: DevFTConfig) -> None:

@@ -20,7 +20,11 @@ from hf_devft.stages.weights import Stored
 
 
 def load_base(
-    name_or_path: str, auto_class: type = AutoModelForCausalLM, which: str | None = None, **options: Any
+    name_or_path: str,
+    auto_class: type = AutoModelForCausalLM,
+    which: str | None = None,
+    whole: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
     """`auto_class.from_pretrained`, with the layers left in the checkpoint: on the meta device, and read by
     `dense`.
@@ -30,19 +34,26 @@ def load_base(
 
     Args:
         name_or_path: a Hub name or a folder.
-        auto_class: of transformers. which: see `find_layer_stack`.
+        auto_class: of transformers. which: see `find_layer_stack`. whole: whether to load everything at once.
         options: of `from_pretrained`.
+
+    Returns:
+        The model; `model.modules_made_anew` names the modules that the checkpoint does not have.
     """
     config = _config(name_or_path, options)
     quantized = options.get("quantization_config") or getattr(config, "quantization_config", None)
-    if quantized or is_deepspeed_zero3_enabled() or "device_map" in options:
-        return auto_class.from_pretrained(name_or_path, **options)
+    if whole or quantized or is_deepspeed_zero3_enabled() or "device_map" in options:
+        return _noted(*auto_class.from_pretrained(name_or_path, output_loading_info=True, **options))
     names = find_layer_stack(skeleton := empty_base(name_or_path, auto_class, **options), which).names
     # Only for checkpoints whose weights are not stored as the model has them (pickled ones, some mixtures of experts).
     folder = tempfile.TemporaryDirectory(prefix="hf-devft-")
     with _quiet("accelerate.big_modeling"):
-        model = auto_class.from_pretrained(
-            name_or_path, device_map=_device_map(skeleton, names), offload_folder=folder.name, **options
+        model, info = auto_class.from_pretrained(
+            name_or_path,
+            device_map=_device_map(skeleton, names),
+            offload_folder=folder.name,
+            output_loading_info=True,
+            **options,
         )
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     weights = next(hook.weights_map.dataset for hook in hooks if hook.offload)
@@ -51,6 +62,11 @@ def load_base(
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             parameter.stored = Stored(weights, name, folder)
+    return _noted(model, info)
+
+
+def _noted(model: PreTrainedModel, info: dict[str, Any]) -> PreTrainedModel:
+    model.modules_made_anew = {key.rpartition(".")[0] for key in info["missing_keys"]}
     return model
 
 
