@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from hf_devft.embedded import BASE_PATH
 
@@ -27,10 +28,51 @@ def run(tmp_path):
     return run_in_its_folder
 
 
-def test_own_clients_then_load_a_stage(run):
+def test_own_clients_then_what_can_be_done_with_a_stage(run, tmp_path):
     run(EXAMPLES / "own_clients.py")
-    answer = run(EXAMPLES / "load_stage.py", "outputs/own-clients/stage-2", "Repeat these words: red cat milk")
+    stage = "outputs/own-clients/stage-2"
+    answer = run(EXAMPLES / "load_stage.py", stage, "Repeat these words: red cat milk")
     assert answer.strip()
+
+    run(EXAMPLES / "merge_and_save.py", stage, "merged")
+    tokens = torch.tensor([[5, 6, 7]])
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / stage, dtype="float32")
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(tokens).logits
+        torch.testing.assert_close(merged, loaded(tokens).logits)
+
+    run(EXAMPLES / "continue_from_stage.py", stage)
+    assert (tmp_path / "outputs/continued/stage-2/adapter_model.safetensors").exists()
+
+
+def test_clients_from_files(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("north", "south"):
+        (tmp_path / "mine" / f"{name}.csv").write_text("question,answer\n" + "1+1?,2\n2+2?,4\n" * 8)
+    said = run(EXAMPLES / "clients_from_files.py", "mine")
+    assert "north: loss" in said
+    assert "worst" in said
+
+
+def test_classification(run, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(BASE_PATH)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 6}
+    BertForMaskedLM(BertConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    assert "complaint" in run(EXAMPLES / "classification.py", "bert")
+
+
+def test_own_callback(run):
+    rounds, megabytes = run(EXAMPLES / "own_callback.py").split(" rounds, ")
+    assert 0 < int(rounds.split()[-1]) < 8
+    assert 3 <= float(megabytes.split()[0]) < 6
+
+
+def test_a_walk_through_a_stage(run, tmp_path):
+    said = run(EXAMPLES / "walk_through_a_stage.py")
+    assert "group 3" in said
+    assert "a submodel of 4 layers" in said
+    assert (tmp_path / "groups.png").stat().st_size > 10_000
 
 
 def test_own_method_then_a_newer_base(run, tmp_path):

@@ -1,0 +1,32 @@
+"""One client for each file of a folder, a part of each client's rows held out to evaluate on.
+
+python examples/clients_from_files.py my-clients
+"""
+
+import sys
+from pathlib import Path
+
+from peft import LoraConfig
+
+from hf_devft import DevFTConfig, DevFTTrainer
+from hf_devft.data import load_files
+
+
+clients = {path.stem: load_files([path]) for path in sorted(Path(sys.argv[1]).iterdir())}
+trainer = DevFTTrainer(
+    "embedded",  # or any name on the Hub
+    DevFTConfig(
+        output_dir="outputs/clients-from-files",
+        stage_layers=[4, 16],
+        stage_rounds=[2],
+        learning_rate=2e-3,
+        client_eval_size=0.25,
+    ),
+    peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    train_dataset=clients,
+)
+trainer.train()
+metrics = trainer.stages[-1].metrics
+for name in clients:
+    print(f"{name}: loss {metrics[f'eval_full_{name}_loss']:.3f}")
+print(f"mean {metrics['eval_full_loss']:.3f}, worst {metrics['eval_full_worst_loss']:.3f}")
