@@ -1,11 +1,6 @@
-from pathlib import Path
-
 import pytest
 
 from hf_devft.arguments import parse_arguments
-
-
-CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 
 
 def write(path, text):
@@ -64,9 +59,3 @@ def test_an_unreadable_yaml_is_an_error(tmp_path, text):
 def test_a_missing_config_is_an_error(default):
     with pytest.raises(ValueError, match=r"nowhere\.yaml cannot be read"):
         parse_arguments(["--config", "nowhere.yaml"], default)
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_parses(path):
-    _, args = parse_arguments([], path)
-    assert args.resolve_stages(args.stage_layers[-1] if args.stage_layers else 32)

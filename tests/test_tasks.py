@@ -12,7 +12,7 @@ from peft import AutoPeftModelForSequenceClassification, LoraConfig
 from PIL import Image
 from test_models import ENCODER, SIZES, WAVES, WHISPER
 
-from hf_devft import DevFTTrainer
+from hf_devft import DevFTTrainer, load_submodel
 from hf_devft.embedded import BASE_PATH
 from hf_devft.tasks import TASKS, Encoding, SoundCollator, label_options, task_of
 
@@ -49,6 +49,11 @@ def test_text_classification_by_name_learns_the_labels_of_the_data(bert, tmp_pat
     assert type(model) is hf.BertForSequenceClassification
     assert model.config.id2label == {0: "bad", 1: "good", 2: "so-so"}
     assert "bert.pooler.dense" in trainer.peft_config.modules_to_save, "the checkpoint has none: it would be random"
+    card = (tmp_path / "README.md").read_text()
+    assert f'AutoPeftModelForSequenceClassification.from_pretrained("{tmp_path}", num_labels=3)' in card
+    assert "pipeline_tag: text-classification" in card
+    fresh = hf.BertForSequenceClassification.from_pretrained(bert, num_labels=3)
+    assert load_submodel(fresh, tmp_path, stage=1).config.num_hidden_layers == 2
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
@@ -165,10 +170,10 @@ def test_columns_that_a_task_lacks_are_named(tmp_path):
 
 def test_the_task_is_what_someone_says():
     bert = hf.BertForTokenClassification(hf.BertConfig(**ENCODER))
-    assert task_of(bert, None) is TASKS["token-classification"]
-    assert task_of(bert, "SEQ_CLS") is TASKS["text-classification"]
-    assert task_of(bert, "SEQ_CLS", "image-classification") is TASKS["image-classification"]
-    assert task_of(None, None) is TASKS["text-generation"]
+    assert task_of(bert, None) == "token-classification"
+    assert task_of(bert, "SEQ_CLS") == "text-classification"
+    assert task_of(bert, "SEQ_CLS", "image-classification") == "image-classification"
+    assert task_of(None, None) == "text-generation"
 
 
 CHAT = [

@@ -443,6 +443,7 @@ class DevFTConfig(TrainingArguments):
                 transfer=self.transfer,
                 adapter_fusion=self.adapter_fusion,
                 stack=self.stack,
+                task=self.task or "text-generation",
                 federated_method=self.federated_method,
             )
             for index in range(len(layers))
@@ -465,6 +466,7 @@ class StageConfig(PushToHubMixin):
         num_layers, full_layers: layers of the submodel (L_s) and of the base (L).
         rounds, learning_rate: communication rounds, and the learning rate before the schedule.
         grouping, fusion, fusion_beta, transfer, adapter_fusion, stack: the rules; see `DevFTConfig`.
+        task: what the model is for; see `DevFTConfig`.
         federated_method: how updates were combined.
         groups: the layers of the base in each group, as they were found.
         base_model_name_or_path, base_model_revision: the base.
@@ -487,6 +489,7 @@ class StageConfig(PushToHubMixin):
     transfer: str = "broadcast"
     adapter_fusion: str = "anchor"
     stack: str | None = None
+    task: str = "text-generation"
     federated_method: str = "fedit"
     groups: list[list[int]] | None = None
     base_model_name_or_path: str | None = None

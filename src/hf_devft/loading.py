@@ -14,6 +14,7 @@ from hf_devft.stages.fusion import FUSIONS
 from hf_devft.stages.layer_stack import find_layer_stack
 from hf_devft.stages.streaming import load_base
 from hf_devft.stages.submodel import build_submodel
+from hf_devft.tasks import TASKS
 
 
 def load_submodel(
@@ -39,9 +40,13 @@ def load_submodel(
         ValueError: its record or its adapter is broken, or is of another base.
     """
     config = StageConfig.from_pretrained(name_or_path, subfolder=f"stage-{stage}", revision=revision, token=token)
-    if config.groups is None or config.fusion not in FUSIONS:
-        raise ValueError(f"stage {stage} of {name_or_path} has groups {config.groups} and fusion {config.fusion!r}.")
-    base = load_base(resolve_model_name(base)) if isinstance(base, str) else base
+    if config.groups is None or config.fusion not in FUSIONS or config.task not in TASKS:
+        raise ValueError(
+            f"stage {stage} of {name_or_path} has groups {config.groups}, fusion {config.fusion!r} and task "
+            f"{config.task!r}."
+        )
+    if isinstance(base, str):
+        base = load_base(resolve_model_name(base), TASKS[config.task].auto_class, config.stack)
     stack = find_layer_stack(base, config.stack)
     if len(stack) != config.full_layers:
         raise ValueError(

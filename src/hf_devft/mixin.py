@@ -413,6 +413,7 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
             output_dir=self.args.output_dir,
             tokenizer=self.processing_class,
             base_name=config._name_or_path or None,
+            num_labels=getattr(config, "num_labels", 2),
             base_revision=getattr(config, "_commit_hash", None),
             setup=describe_setup(self.args, self.clients, self.peft_config),
             repo_id=self._pusher.full_name() if self.args.push_to_hub else None,

@@ -16,6 +16,7 @@ from hf_devft.hub.model_card import CardContext, model_card
 from hf_devft.layout import State
 from hf_devft.plotting import plot_run
 from hf_devft.progress import stage_rows
+from hf_devft.tasks import TASKS
 
 
 @dataclass
@@ -28,6 +29,7 @@ class RunReport:
     base_revision: str | None
     setup: dict[str, Any]
     evaluation_rows: int
+    num_labels: int = 2
     repo_id: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -47,6 +49,7 @@ class RunReport:
             save_state: writes what a run needs to go on with the next stage, ledger included.
         """
         stage = stages[-1]
+        imports, load = TASKS[stage.task].snippet(self.base_name, self.num_labels)
         stage.base_model_name_or_path, stage.base_model_revision = self.base_name, self.base_revision
         figure = plot_run(log_history, ledger, stages)
         context = CardContext(
@@ -56,6 +59,8 @@ class RunReport:
             setup=self.setup,
             table=stage_rows(with_start(stages, log_history)),
             evaluation=f"{self.evaluation_rows} held-out rows" if self.evaluation_rows else "no data",
+            imports=imports,
+            load=load,
             **self.metadata,
         )
 

@@ -86,6 +86,19 @@ class Task:
     compute_metrics: Callable = field(default_factory=ClassificationMetrics)
     preprocess_logits: Callable = argmax_logits
 
+    def snippet(self, base: str | None, num_labels: int) -> tuple[str, str]:
+        """Python that loads an adapter of this task from LOCATION with PEFT: imports, and the rest."""
+        auto, processor = self.auto_class.__name__, self.processor_class.__name__
+        labels = f", num_labels={num_labels}" if self.classes else ""
+        last = f"processor = {processor}.from_pretrained(LOCATION)"
+        if self.peft_type is not None:
+            peft = auto.replace("AutoModel", "AutoPeftModel")
+            imports = f"from peft import {peft}\nfrom transformers import {processor}"
+            return imports, f"model = {peft}.from_pretrained(LOCATION{labels})\n{last}"
+        imports = f"from peft import PeftModel\nfrom transformers import {auto}, {processor}"
+        load = f'base = {auto}.from_pretrained("{base}"{labels})\nmodel = PeftModel.from_pretrained(base, LOCATION)'
+        return imports, f"{load}\n{last}"
+
 
 def _columns(*wanted: tuple[str, ...]) -> Callable[[Dataset], Dataset]:
     """Rows with these columns, each by the first of its names that is there, renamed to the first."""
@@ -315,17 +328,17 @@ TASKS: dict[str, Task] = {
 }  # fmt: skip
 
 
-def task_of(model: PreTrainedModel | None, peft_type: TaskType | str | None, name: str | None = None) -> Task:
-    """The task that is named, that PEFT names, or that a model's class is for; else "text-generation"."""
+def task_of(model: PreTrainedModel | None, peft_type: TaskType | str | None, name: str | None = None) -> str:
+    """The name of the task that is named, that PEFT names, or that a model's class is for; else "text-generation"."""
     if name is not None:
-        return TASKS[name]
+        return name
     own = type(model).__name__
     return next(
         (
-            task
-            for task in TASKS.values()
+            name
+            for name, task in TASKS.items()
             if (peft_type is not None and task.peft_type == peft_type)
             or (peft_type is None and model is not None and own in task.model_names.values())
         ),
-        TASKS["text-generation"],
+        "text-generation",
     )

@@ -73,7 +73,8 @@ class DevFTTrainer(DevFTMixin, Trainer):
         if adapter is not None:
             check_adapter(adapter)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        task = task_of(None if isinstance(model, str) else base, getattr(adapter, "task_type", None), args.task)
+        args.task = task_of(None if isinstance(model, str) else base, getattr(adapter, "task_type", None), args.task)
+        task = TASKS[args.task]
         if args.predict_with_generate and task is not TASKS["text-generation"]:
             raise ValueError("predict_with_generate is for causal language models: turn it off.")
         # The data first: a mistake in it is found before a large model is loaded.

@@ -20,6 +20,7 @@ class CardContext:
         setup: {what: value} of the federation.
         table: (titles, rows) of the finished stages.
         evaluation: what the metrics were measured on.
+        imports, load: Python that loads the adapter; "LOCATION" in it stands for where it is.
         license, language, datasets: for the metadata, where the run says.
     """
 
@@ -29,12 +30,19 @@ class CardContext:
     setup: dict[str, object]
     table: tuple[list[str], list[list[str]]]
     evaluation: str
+    imports: str
+    load: str
     license: str | None = None
     language: list[str] | None = None
     datasets: list[str] | None = None
 
 
-_METRICS = {"eval_full_loss": ("loss", "loss"), "eval_full_exact_match": ("exact_match", "exact match")}
+_METRICS = {
+    "eval_full_loss": ("loss", "loss"),
+    "eval_full_exact_match": ("exact_match", "exact match"),
+    "eval_full_accuracy": ("accuracy", "accuracy"),
+    "eval_full_f1": ("f1", "macro F1"),
+}
 
 
 def model_card(stages: list[StageConfig], context: CardContext, location: str) -> ModelCard:
@@ -47,7 +55,7 @@ def model_card(stages: list[StageConfig], context: CardContext, location: str) -
     base = stage.base_model_name_or_path
     results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=stage.task,
             dataset_type=(context.datasets or ["held-out"])[0],
             dataset_name=context.evaluation,
             metric_type=kind,
@@ -64,7 +72,7 @@ def model_card(stages: list[StageConfig], context: CardContext, location: str) -
         language=context.language,
         datasets=context.datasets,
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=stage.task,
         tags=["devft", "federated-learning", "lora"],
         model_name=context.model_name,
         eval_results=results or None,
@@ -74,6 +82,6 @@ def model_card(stages: list[StageConfig], context: CardContext, location: str) -
         template_str=files("hf_devft.hub").joinpath("model_card_template.md").read_text(),
         stage=stage,
         context=context,
-        location=location,
+        load=context.load.replace("LOCATION", location),
         sizes=[len(group) for group in stage.groups or []],
     )
