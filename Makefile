@@ -1,5 +1,5 @@
 # Every target works on a fresh machine: it makes .venv where no virtual environment is active.
-.PHONY: help install quickstart test benchmark quality style
+.PHONY: help install quickstart test benchmark docs quality style
 
 ifdef VIRTUAL_ENV
 BIN := $(VIRTUAL_ENV)/bin
@@ -9,7 +9,7 @@ endif
 PYTHON ?= python3
 INSTALLED := $(BIN)/.hf-devft-installed
 TESTABLE := $(BIN)/.hf-devft-testable
-SOURCES := src recipes tests examples benchmarks
+SOURCES := src recipes tests examples benchmarks docs
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ benchmark: install  ## Run a short version of every benchmark (benchmarks/result
 	$(BIN)/python benchmarks/scaling.py --rounds 2 --results $(SHORT)/scaling.md
 	$(BIN)/python benchmarks/grouping.py --repeats 1 --results $(SHORT)/grouping.md
 	$(BIN)/python benchmarks/to_target.py --seeds 0 --only "linear, 8 rounds" "12 + 4 rounds" --results $(SHORT)/to_target.json
+
+docs: install  ## Write docs/configuration.md anew, from the docstrings
+	$(BIN)/python docs/make_configuration.py
 
 quality: install  ## Check style without changing anything
 	$(BIN)/ruff check $(wildcard $(SOURCES))
