@@ -95,11 +95,11 @@ def make_trainer(recipe: RecipeArguments, args: DevFTConfig) -> DevFTMixin:
 
 
 if __name__ == "__main__":
-    # The run has one bar and one table of its own.
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    logging.disable_progress_bar()  # the run has one bar and one table of its own
     try:
         recipe, args = parse_arguments(sys.argv[1:], QUICKSTART)
+        if not (recipe.train_file or recipe.dataset_name):
+            datasets.disable_progress_bars()  # made-up tasks are encoded at once
         if recipe.plan or recipe.plan_json:
             plan = make_plan(recipe, args)
             print(json.dumps(plan.to_dict(), indent=2)) if recipe.plan_json else print_plan(plan)

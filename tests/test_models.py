@@ -100,7 +100,7 @@ def test_a_run_of_two_stages_loads_with_plain_peft(name, tmp_path):
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     rows = rows_for(model, task_type)
     head = ["classifier"] if task_type is None and hasattr(model, "classifier") else None
-    sizes = {"stage_layers": layers, "stage_rounds": [1], "local_steps": 1, "num_clients": 2}
+    sizes = {"stage_layers": layers, "stage_rounds": [1], "local_steps": 1, "num_clients": 2, "clients_per_batch": 2}
     trainer = DevFTTrainer(
         model,
         config(tmp_path, **sizes, learning_rate=1e-2, stack="decoder" if name == "t5_decoder" else None),

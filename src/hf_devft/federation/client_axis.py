@@ -131,6 +131,7 @@ def obstacle(trainer: Trainer, model: PeftModel) -> str | None:
         f"its rotary embeddings depend on a batch's longest row ({', '.join(ROPE_BY_BATCH)})": _has_rope_by_batch(
             base.config.to_dict()
         ),
+        "the model has an encoder and a decoder": base.config.is_encoder_decoder,
         "the base is in 8 bits": getattr(base, "is_loaded_in_8bit", False),
         f"optim={args.optim.value!r} or `optimizer_cls_and_kwargs` may mix values": args.optim.value not in ELEMENTWISE
         or trainer.optimizer_cls_and_kwargs is not None,

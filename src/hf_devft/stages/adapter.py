@@ -60,8 +60,14 @@ def of_groups(config: PeftConfig, groups: Groups) -> PeftConfig:
 
 
 def with_head(config: LoraConfig, base: PreTrainedModel) -> tuple[LoraConfig, str]:
-    """The config of an adapter that is on the output embeddings, too, and their name."""
+    """The config of an adapter that is on the output embeddings, too, and their name.
+
+    Raises:
+        ValueError: there are none.
+    """
     head = base.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"temporary_head adapts output embeddings, which {type(base).__name__} does not have.")
     name = next(name for name, module in base.named_modules() if module is head).rpartition(".")[2]
     config = copy.deepcopy(config)
     if isinstance(config.target_modules, str):
