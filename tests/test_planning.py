@@ -106,3 +106,15 @@ def test_the_recipe_plans_without_weights(tmp_path, tokenizer):
     plan = json.loads(subprocess.check_output(command, text=True, timeout=300))
     assert [stage["num_layers"] for stage in plan["stages"]] == [4, 8, 16]
     assert plan["measured"]
+
+
+def test_checkpointing_keeps_less(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 2}
+    with init_empty_weights():
+        base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    plans = [
+        plan_run(config(tmp_path, stage_layers=[2, 8], gradient_checkpointing=on), base, lora())
+        for on in (False, True)
+    ]
+    assert plans[1].total.client_memory < 0.5 * plans[0].total.client_memory
+    assert plans[1].total.flops == plans[0].total.flops

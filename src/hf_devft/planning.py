@@ -154,7 +154,12 @@ class _Submodels:
         return new_adapter(submodel, of_groups(config, groups)), stored
 
     def _activations(self, layers: int, rows: int, length: int) -> tuple[int, list[int]]:
-        return activations(self._model(layers)[0], rows, length)
+        everything, lengths = activations(self._model(layers)[0], rows, length)
+        if not self._args.gradient_checkpointing:
+            return everything, lengths
+        # Each layer's input, and what one layer at a time keeps when it is computed again.
+        inputs, _ = activations(self._model(layers)[0], rows, length, checkpointing=True)
+        return min(everything, inputs + everything // layers), lengths
 
 
 def _plan_stage(args: DevFTConfig, submodels: _Submodels, stage: StageConfig, batches: list) -> StagePlan:
@@ -237,7 +242,7 @@ def _total(plans: Sequence[StagePlan]) -> StagePlan:
     )
 
 
-def activations(model: PeftModel, rows: int, length: int) -> tuple[int, list[int]]:
+def activations(model: PeftModel, rows: int, length: int, checkpointing: bool = False) -> tuple[int, list[int]]:
     """What a forward pass of `rows` rows keeps for the backward pass, in bytes, with the gradient of the largest of
     it; and the lengths of the sequences that went through each stack of layers. Found by running it on tensors without
     memory.
@@ -245,6 +250,7 @@ def activations(model: PeftModel, rows: int, length: int) -> tuple[int, list[int
     Args:
         model: with its adapter; of no use afterwards.
         length: tokens of a row (samples, of a model that reads sound waves).
+        checkpointing: whether layers are computed again in the backward pass.
     """
     kept: dict[int, torch.Tensor] = {}
 
@@ -257,6 +263,8 @@ def activations(model: PeftModel, rows: int, length: int) -> tuple[int, list[int
     with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(pack, lambda tensor: tensor):
         model = model.to_empty(device="cpu").train()
         ours = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        if checkpointing:
+            model.get_base_model().activation_checkpointing_enable()
         lengths, _ = watch_lengths(model.get_base_model())
         model(**_example(model.get_base_model(), rows, length))
     sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
