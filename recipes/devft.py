@@ -67,6 +67,7 @@ def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
     config = recipe.lora_config(args.task)
     if recipe.adapter_name_or_path:
         config = load_adapter(fetch_adapter(recipe.adapter_name_or_path, token=args.hub_token))[0]
+        config.inference_mode = False
     clients = None
     if not recipe.dataset_name and task is TASKS["text-generation"] and recipe.trainer == "devft":
         tokenizer = AutoTokenizer.from_pretrained(path, **where_from(options))
@@ -80,6 +81,11 @@ def make_trainer(recipe: RecipeArguments, args: DevFTConfig) -> DevFTMixin:
     train, evaluation, calibration = load_data(recipe, args)
     data = {"train_dataset": train, "eval_dataset": evaluation, "calibration_dataset": calibration}
     if recipe.trainer != "devft":
+        if recipe.adapter_name_or_path:
+            raise ValueError(
+                f"--trainer {recipe.trainer} starts with a new adapter: merge {recipe.adapter_name_or_path} into the "
+                "base (examples/merge_and_save.py), and give that as `model_name_or_path`."
+            )
         trainer = {"sft": "DevFTSFTTrainer", "dpo": "DevFTDPOTrainer"}[recipe.trainer]
         config = recipe.lora_config(args.task)
         return getattr(hf_devft, trainer)(recipe.model_name_or_path, args, peft_config=config, **data)

@@ -110,7 +110,7 @@ def test_what_is_broken_or_hostile_is_refused(run, tmp_path, name, change, messa
 def test_a_pattern_from_elsewhere_is_not_run(run, tmp_path):
     never_ends = edit(target_modules=r"(([a-z0-9_]|\.)+)+!")
     model = load_submodel(tiny_llama(), broken(run, tmp_path, CONFIG, never_ends), stage=1)
-    assert len(model.peft_config["default"].target_modules) == 7
+    assert "a-z" not in model.peft_config["default"].target_modules, "the tensors tell which modules it found"
 
 
 def test_another_base_is_refused(run):

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, TaskType
 from transformers import set_seed
 
 from hf_devft import DevFTTrainer, StageConfig, load_submodel
+from hf_devft.hub.artifacts import load_adapter
 
 
 ROWS, LENGTH = 24, 8
@@ -127,6 +128,26 @@ def test_a_run_of_two_stages_loads_with_plain_peft(name, tmp_path):
     if task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) or head:
         weights = [key for key in trainer._full_adapter if ".classifier." in key or ".score." in key]
         assert weights, "the head is trained whole and travels"
+
+
+def test_an_adapter_on_one_side_of_an_encoder_decoder(tmp_path):
+    """By a regular expression, which is not run again on what others might have made."""
+    make, *_ = MODELS["whisper"]
+    set_seed(0)
+    model = make().eval()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    trainer = DevFTTrainer(
+        model,
+        config(tmp_path, stage_layers=[2, 3], stage_rounds=[1], local_steps=1, num_clients=2, stack="decoder"),
+        peft_config=LoraConfig(r=2, target_modules=r".*decoder.*\.(q_proj|v_proj)"),
+        train_dataset=rows_for(model, None),
+        data_collator=hf.default_data_collator,
+    )
+    trainer.train()
+    load_submodel(copy_of(make, before), tmp_path, stage=1)
+    config_read, _ = load_adapter(tmp_path)
+    assert "encoder_attn" in config_read.target_modules
+    assert "model\\.encoder" not in config_read.target_modules
 
 
 def copy_of(make, state) -> torch.nn.Module:

@@ -50,14 +50,55 @@ def test_text_classification_by_name_learns_the_labels_of_the_data(bert, tmp_pat
     assert model.config.id2label == {0: "bad", 1: "good", 2: "so-so"}
     assert "bert.pooler.dense" in trainer.peft_config.modules_to_save, "the checkpoint has none: it would be random"
     card = (tmp_path / "README.md").read_text()
-    assert f'AutoPeftModelForSequenceClassification.from_pretrained("{tmp_path}", num_labels=3)' in card
+    labels = "id2label={0: 'bad', 1: 'good', 2: 'so-so'}"
+    assert f'AutoPeftModelForSequenceClassification.from_pretrained("{tmp_path}", {labels})' in card
     assert "pipeline_tag: text-classification" in card
-    fresh = hf.BertForSequenceClassification.from_pretrained(bert, num_labels=3)
-    assert load_submodel(fresh, tmp_path, stage=1).config.num_hidden_layers == 2
+    assert load_submodel(bert, tmp_path, stage=1).config.id2label == model.config.id2label
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
+
+
+def test_a_head_that_was_trained_keeps_its_labels(bert, tmp_path, tokenizer):
+    names = {0: "so-so", 1: "good", 2: "bad"}
+    trained = hf.BertForSequenceClassification.from_pretrained(bert, id2label=names)
+    trained.save_pretrained(tmp_path / "trained")
+    tokenizer.save_pretrained(tmp_path / "trained")
+    rows = Dataset.from_dict({"text": SENTENCES, "label": ["bad", "good"] * 12})
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
+    trainer = run(str(tmp_path / "trained"), tmp_path / "run", rows, adapter)
+    assert trainer.model.config.id2label == names
+    assert trainer.train_dataset["labels"][:2] == [2, 1]
+
+
+def test_a_loss_that_ignores_the_number_of_items_is_not_cut(bert, tmp_path):
+    rows = Dataset.from_dict({"text": SENTENCES, "label": [0, 1] * 12})
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
+    with pytest.raises(ValueError, match="uneven parts"):
+        run(bert, tmp_path, rows, adapter, auto_find_batch_size=True)
+
+
+@pytest.mark.parametrize("method", ["c2a", "dofit"])
+def test_labels_of_rows_held_out_count_for_nobody(tasks, tmp_path, method):
+    trainer = DevFTTrainer(
+        "embedded", config(tmp_path, stage_layers=[2, 16], client_eval_size=0.5, federated_method=method),
+        peft_config=lora(), train_dataset=tasks,
+    )  # fmt: skip
+    rows = np.concatenate([*trainer.clients.rows.values()])
+    trained = sum(label != -100 for labels in trainer.train_dataset.select(rows)["labels"] for label in labels)
+    assert trainer._label_counts().sum() == trained
+
+
+def test_the_best_round_of_several_evaluation_sets(tasks, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = DevFTTrainer(
+        "embedded",
+        config(tmp_path, stage_layers=[2, 16], client_eval_size=0.2, load_best_model_at_end=True, **options),
+        peft_config=lora(), train_dataset=tasks,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_metric is not None
 
 
 def test_pairs_of_sentences(bert, tmp_path, tokenizer):
@@ -160,6 +201,10 @@ def test_a_label_that_the_model_does_not_have_is_an_error(bert, tmp_path, tokeni
 
 
 def test_columns_that_a_task_lacks_are_named(tmp_path):
+    with pytest.raises(ValueError, match="prompt and answer"):
+        TASKS["text2text-generation"].to_columns(Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(ValueError, match="QUESTION_ANS"):
+        task_of(None, "QUESTION_ANS")
     for task, names in {
         "text-classification": "text or sentence", "token-classification": "tokens or words",
         "image-classification": "image", "automatic-speech-recognition": "audio",
@@ -212,6 +257,25 @@ def test_a_template_that_changes_earlier_turns_is_refused(chatty):
     chatty.chat_template = "{{ messages | length }}" + TEMPLATE
     with pytest.raises(ValueError, match="changes earlier turns"):
         TASKS["text-generation"].encode(Dataset.from_list([{"messages": CHAT}]), Encoding(chatty, None, 64))
+
+
+def test_a_chat_may_start_with_the_assistant(chatty):
+    encoded = TASKS["text-generation"].encode(Dataset.from_list([{"messages": CHAT[1:3]}]), Encoding(chatty, None, 64))
+    assert chatty.decode([label for label in encoded[0]["labels"] if label != -100]).endswith(" blue<|endoftext|>")
+
+
+def test_a_text_has_no_prompt_to_answer(tasks, tmp_path):
+    texts = Dataset.from_dict({"text": ["red cat"] * 8})
+    with pytest.raises(ValueError, match="answers prompts"):
+        DevFTTrainer(
+            "embedded", config(tmp_path, stage_layers=[2, 16], predict_with_generate=True), peft_config=lora(),
+            train_dataset=texts, eval_dataset=texts,
+        )  # fmt: skip
+
+
+def test_a_row_without_text_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="no text where there should be one"):
+        TASKS["text-generation"].encode(Dataset.from_dict({"text": ["a", None]}), Encoding(tokenizer, None, 64))
 
 
 def test_a_text_is_learned_whole(tokenizer):

@@ -103,6 +103,24 @@ def test_rows_that_trl_drops_leave_the_others_with_their_clients(tmp_path, token
     assert "y" in tokenizer.decode(trainer.train_dataset[int(trainer.clients.rows["one"][0])]["input_ids"])
 
 
+def test_an_evaluation_set_may_have_any_name(tmp_path, tokenizer):
+    rows = task_dataset(40, seed=0)
+    trainer = DevFTSFTTrainer(
+        tiny_llama(), DevFTSFTConfig(str(tmp_path), **options(max_length=64)), peft_config=lora(), train_dataset=rows,
+        eval_dataset={"train": rows.select(range(3)), "test": rows.select(range(3))}, processing_class=tokenizer,
+    )  # fmt: skip
+    assert sum(map(len, trainer.clients.rows.values())) == 40
+
+
+def test_sft_says_what_its_losses_do_not_see(tmp_path, tokenizer):
+    for change, message in (({"temporary_head": True}, "weights of the head"), ({"grouping": "calibrated"}, "TRL")):
+        with pytest.raises(ValueError, match=message):
+            DevFTSFTTrainer(
+                tiny_llama(), DevFTSFTConfig(str(tmp_path), **options(**change)), peft_config=lora(),
+                train_dataset=task_dataset(8), processing_class=tokenizer,
+            )  # fmt: skip
+
+
 def test_dpo_raises_the_reward_margin_at_each_stage(tmp_path, tokenizer):
     set_seed(0)
     pairs = preference_pairs(task_dataset(80, seed=0))

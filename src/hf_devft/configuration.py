@@ -466,7 +466,7 @@ class StageConfig(PushToHubMixin):
         num_layers, full_layers: layers of the submodel (L_s) and of the base (L).
         rounds, learning_rate: communication rounds, and the learning rate before the schedule.
         grouping, fusion, fusion_beta, transfer, adapter_fusion, stack: the rules; see `DevFTConfig`.
-        task: what the model is for; see `DevFTConfig`.
+        task: what the model is for; see `DevFTConfig`. labels: of its classes, in order.
         federated_method: how updates were combined.
         groups: the layers of the base in each group, as they were found.
         base_model_name_or_path, base_model_revision: the base.
@@ -490,6 +490,7 @@ class StageConfig(PushToHubMixin):
     adapter_fusion: str = "anchor"
     stack: str | None = None
     task: str = "text-generation"
+    labels: list[str] | None = None
     federated_method: str = "fedit"
     groups: list[list[int]] | None = None
     base_model_name_or_path: str | None = None
@@ -542,6 +543,8 @@ class StageConfig(PushToHubMixin):
                 raise ValueError(f"{name}={value!r} is not a positive number")
         if type(self.fusion_beta) not in (int, float) or not isinstance(self.metrics, dict):
             raise ValueError("fusion_beta or metrics are of another type")
+        if self.stack not in (None, *STACKS) or not isinstance(self.labels, list | None):
+            raise ValueError(f"stack={self.stack!r} or labels={self.labels!r} are none")
         if self.groups is None:
             return
         layers = sorted(layer for group in self.groups for layer in group)

@@ -139,10 +139,10 @@ def tokenize(
 ) -> Dataset:
     """Add `input_ids` and `labels`, which are -100 on what is not to be learned.
 
-    Learned are the completion with the end of sequence, the assistant's turns of a chat, or a whole text. Rows of more
-    than `max_length` tokens lose the start of the prompt (or chat) first and then the end of the completion (a text
-    its end), so that every row keeps something to learn. Prompt and completion are tokenised apart, so that generation
-    from the prompt sees the tokens of training. A dataset that has `input_ids` is returned as it is.
+    Learned are the completion with the end of sequence, the assistant's turns of a chat, or a whole text. Of rows of
+    more than `max_length` tokens, a prompt loses its start first and then the completion its end, a text its end and a
+    chat its start, so that every row keeps something to learn. Prompt and completion are tokenised apart, so that
+    generation from the prompt sees the tokens of training. A dataset that has `input_ids` is returned as it is.
 
     Args:
         num_proc: processes that share the work.
@@ -171,7 +171,13 @@ def tokenize(
 Encoded = dict[str, list[list[int]]]
 
 
+def _refuse_missing(texts: list[str | None]) -> None:
+    if None in texts:
+        raise ValueError("a row has no text where there should be one (an empty field of a CSV, say): leave it out.")
+
+
 def _encode_pair(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    _refuse_missing([*rows["prompt"], *rows["completion"]])
     prompts = tokenizer(rows["prompt"], truncation=False).input_ids
     completions = tokenizer(rows["completion"], add_special_tokens=False).input_ids
     encoded = {"input_ids": [], "labels": []}
@@ -184,6 +190,7 @@ def _encode_pair(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase,
 
 
 def _encode_text(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    _refuse_missing(rows["text"])
     texts = [(tokens + [tokenizer.eos_token_id])[:max_length] for tokens in tokenizer(rows["text"]).input_ids]
     return {"input_ids": texts, "labels": [list(text) for text in texts]}
 
@@ -218,7 +225,8 @@ def _chat_tokens(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> tu
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = template(index, prompt=True), template(index + 1, prompt=False)
+        before = template(index, prompt=True) if index else []
+        after = template(index + 1, prompt=False)
         if tokens[: len(before)] != before or tokens[: len(after)] != after:
             raise ValueError(
                 "the tokenizer's chat template changes earlier turns of a chat (it may leave out their reasoning), so "

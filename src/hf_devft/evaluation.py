@@ -22,15 +22,15 @@ def generate_answers(
     """Greedy answers to the rows' prompts, and the reference answers, both as text, in the rows' order.
 
     Args:
-        dataset: columns `input_ids` and `labels`; a prompt is what stands before the first label.
+        dataset: columns `input_ids` and `labels`; the answer is what is labelled at the end (of a chat, the last
+            turn), the prompt what stands before.
         process: this process's index and how many there are; they share the rows, and each gets all answers.
     """
     prompts, references = [], []
     for row in dataset:
-        answer = [label for label in row["labels"] if label != IGNORED]
-        start = next(index for index, label in enumerate(row["labels"]) if label != IGNORED)
+        start = len(row["labels"]) - list(row["labels"])[::-1].index(IGNORED)
         prompts.append(list(row["input_ids"][:start]))
-        references.append(tokenizer.decode(answer, skip_special_tokens=True))
+        references.append(tokenizer.decode(row["labels"][start:], skip_special_tokens=True))
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding
     answers: dict[int, str] = {}
     model.eval()
@@ -59,6 +59,7 @@ class EvaluationMixin:
         """As `Trainer`'s; a stop that it brings about ends the stage, and the run only in the last one."""
         stopping = self.control.should_training_stop
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        metrics |= self._over_the_sets(metrics, "eval")
         if self.control.should_training_stop and not stopping:
             self.control.should_training_stop = False
             self.control.should_epoch_stop = True
@@ -90,13 +91,19 @@ class EvaluationMixin:
             if self.args.predict_with_generate:
                 metrics[f"{prefix}_exact_match"] = self._exact_match(dataset)
             self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
-        for name, worst in (("loss", max), ("exact_match", min), ("accuracy", min)):
-            values = [metrics[key] for key in metrics if key.endswith(f"_{name}")]
-            if isinstance(self.eval_dataset, dict) and values:  # over the evaluation sets, such as the clients'
-                metrics[f"eval_full_{name}"] = float(np.mean(values))
-                metrics[f"eval_full_worst_{name}"] = worst(values)
+        metrics |= self._over_the_sets(metrics, "eval_full")
         self.log(metrics | {"stage": stage})
         return metrics
+
+    def _over_the_sets(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
+        """The mean and the worst of what was measured on several evaluation sets, such as the clients'."""
+        found = {}
+        if isinstance(self.eval_dataset, dict):
+            for name, worst in (("loss", max), ("exact_match", min), ("accuracy", min)):
+                keys = [f"{prefix}_{of}_{name}" for of in self.eval_dataset]
+                if values := [metrics[key] for key in keys if key in metrics]:
+                    found |= {f"{prefix}_{name}": float(np.mean(values)), f"{prefix}_worst_{name}": worst(values)}
+        return found
 
     def _exact_match(self, dataset: Dataset) -> float:
         answers, references = generate_answers(

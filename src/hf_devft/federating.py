@@ -182,10 +182,10 @@ class FederationMixin:
         else:
             row_of = np.arange(len(labels))  # one class a row
         tokens = labels.to_numpy(zero_copy_only=False)
-        client_of = np.empty(len(labels), dtype=int)
+        client_of = np.full(len(self.train_dataset), -1)  # nobody's: held out
         for client, rows in enumerate(self.clients.rows.values()):
             client_of[rows] = client
-        kept = tokens != IGNORED
+        kept = (tokens != IGNORED) & (client_of[row_of] >= 0)
         counts = np.zeros((len(self.clients.rows), int(tokens.max()) + 1))
         np.add.at(counts, (client_of[row_of[kept]], tokens[kept]), 1)
         return counts

@@ -46,7 +46,8 @@ def load_submodel(
             f"{config.task!r}."
         )
     if isinstance(base, str):
-        base = load_base(resolve_model_name(base), TASKS[config.task].auto_class, config.stack)
+        head = {"id2label": dict(enumerate(config.labels))} if config.labels else {}
+        base = load_base(resolve_model_name(base), TASKS[config.task].auto_class, config.stack, **head)
     stack = find_layer_stack(base, config.stack)
     if len(stack) != config.full_layers:
         raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import PreTrainedModel, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -45,6 +45,7 @@ from hf_devft.stages.residual import product_adapter, without_residual
 from hf_devft.stages.transfer import check_alike
 from hf_devft.stages.weights import is_stored, unpack
 from hf_devft.staging import Running, StageMixin
+from hf_devft.tasks import TASKS
 
 
 def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -> ClientData:
@@ -117,6 +118,9 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
         eval_dataset = first_rows(eval_dataset, args.max_eval_samples)
         self._given_clients = clients
         super().__init__(model=model, args=args, train_dataset=clients.dataset, eval_dataset=eval_dataset, **kwargs)
+        if args.task not in (None, "text-generation"):
+            # Most of these models take `num_items_in_batch` and ignore it: their losses are means over the batch.
+            self.model_accepts_loss_kwargs = False
         clients = self._as_prepared(clients)
         if args.deepspeed_plugin is not None and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             raise ValueError(
@@ -413,13 +417,18 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
             output_dir=self.args.output_dir,
             tokenizer=self.processing_class,
             base_name=config._name_or_path or None,
-            num_labels=getattr(config, "num_labels", 2),
+            labels=self._labels(config),
             base_revision=getattr(config, "_commit_hash", None),
             setup=describe_setup(self.args, self.clients, self.peft_config),
             repo_id=self._pusher.full_name() if self.args.push_to_hub else None,
             metadata={name: getattr(self.args, f"card_{name}") for name in ("license", "language", "datasets")},
             evaluation_rows=_count(self.eval_dataset) if self.eval_dataset is not None else 0,
         )
+
+    def _labels(self, config: PretrainedConfig) -> list[str] | None:
+        if TASKS[self.stages[-1].task].classes is None:
+            return None
+        return [config.id2label[index] for index in range(config.num_labels)]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The full-depth adapter, and within a stage also the submodel's as it travels."""

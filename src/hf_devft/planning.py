@@ -1,5 +1,6 @@
 """What a run will cost, from its config alone: no weight is read, the model is on the meta device."""
 
+import copy
 import functools
 import itertools
 import math
@@ -151,7 +152,7 @@ class _Submodels:
         stored = _base_bytes(submodel, own, (args.model_init_kwargs or {}).get("quantization_config"))
         if args.temporary_head and layers < len(stack):
             config, _ = with_head(config, submodel)
-        return new_adapter(submodel, of_groups(config, groups)), stored
+        return new_adapter(submodel, copy.deepcopy(of_groups(config, groups))), stored
 
     def _activations(self, layers: int, rows: int, length: int) -> tuple[int, list[int]]:
         everything, lengths = activations(self._model(layers)[0], rows, length)

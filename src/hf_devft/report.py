@@ -29,7 +29,7 @@ class RunReport:
     base_revision: str | None
     setup: dict[str, Any]
     evaluation_rows: int
-    num_labels: int = 2
+    labels: list[str] | None = None
     repo_id: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -49,8 +49,9 @@ class RunReport:
             save_state: writes what a run needs to go on with the next stage, ledger included.
         """
         stage = stages[-1]
-        imports, load = TASKS[stage.task].snippet(self.base_name, self.num_labels)
+        imports, load = TASKS[stage.task].snippet(self.base_name, self.labels)
         stage.base_model_name_or_path, stage.base_model_revision = self.base_name, self.base_revision
+        stage.labels = self.labels
         figure = plot_run(log_history, ledger, stages)
         context = CardContext(
             model_name=Path(self.output_dir).name,

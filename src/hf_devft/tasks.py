@@ -86,10 +86,10 @@ class Task:
     compute_metrics: Callable = field(default_factory=ClassificationMetrics)
     preprocess_logits: Callable = argmax_logits
 
-    def snippet(self, base: str | None, num_labels: int) -> tuple[str, str]:
+    def snippet(self, base: str | None, labels: list[str] | None) -> tuple[str, str]:
         """Python that loads an adapter of this task from LOCATION with PEFT: imports, and the rest."""
         auto, processor = self.auto_class.__name__, self.processor_class.__name__
-        labels = f", num_labels={num_labels}" if self.classes else ""
+        labels = f", id2label={dict(enumerate(labels))}" if labels else ""
         last = f"processor = {processor}.from_pretrained(LOCATION)"
         if self.peft_type is not None:
             peft = auto.replace("AutoModel", "AutoPeftModel")
@@ -115,6 +115,13 @@ def _columns(*wanted: tuple[str, ...]) -> Callable[[Dataset], Dataset]:
     return to_columns
 
 
+def _prompt_and_completion(dataset: Dataset) -> Dataset:
+    dataset = to_known_columns(dataset)
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"the dataset has columns {dataset.column_names}, but this task needs prompt and answer.")
+    return dataset
+
+
 _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"))
 
 
@@ -136,7 +143,7 @@ def label_options(dataset: Dataset, column: str) -> dict[str, Any]:
         names = feature.names
     else:
         values = dataset[column][:]
-        known = set(chain.from_iterable(values) if by_word else values) - {None}
+        known = set(chain.from_iterable(values) if by_word else values) - {None, IGNORED}
         names = sorted(known) if all(isinstance(value, str) for value in known) else list(range(max(known) + 1))
     names = list(map(str, names))
     return {
@@ -147,10 +154,11 @@ def label_options(dataset: Dataset, column: str) -> dict[str, Any]:
 
 
 def _class_of(label: int | str, config: PretrainedConfig) -> int:
-    number = config.label2id.get(label) if isinstance(label, str) else label
+    numbers = {name: number for number, name in config.id2label.items()}
+    number = numbers.get(label) if isinstance(label, str) else label
     if number is None or not (number == IGNORED or 0 <= number < config.num_labels):
         raise ValueError(
-            f"label {label!r} is none of the model's {config.num_labels} ({', '.join(config.label2id)}): load the "
+            f"label {label!r} is none of the model's {config.num_labels} ({', '.join(numbers)}): load the "
             "model with `num_labels`, or by name."
         )
     return number
@@ -268,7 +276,7 @@ TASKS: dict[str, Task] = {
         processor_class=AutoTokenizer,
         model_names=modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         peft_type=TaskType.SEQ_2_SEQ_LM,
-        to_columns=to_known_columns,
+        to_columns=_prompt_and_completion,
         encode=_batched(_encode_text_to_text),
         collator=_padding(DataCollatorForSeq2Seq),
         compute_metrics=ClassificationMetrics(f1=False),
@@ -329,10 +337,16 @@ TASKS: dict[str, Task] = {
 
 
 def task_of(model: PreTrainedModel | None, peft_type: TaskType | str | None, name: str | None = None) -> str:
-    """The name of the task that is named, that PEFT names, or that a model's class is for; else "text-generation"."""
+    """The name of the task that is named, that PEFT names, or that a model's class is for; else "text-generation".
+
+    Raises:
+        ValueError: PEFT names one that is none of ours.
+    """
     if name is not None:
         return name
     own = type(model).__name__
+    if peft_type is not None and peft_type not in [task.peft_type for task in TASKS.values()]:
+        raise ValueError(f"task_type={peft_type!r} is not supported: use one of {', '.join(TASKS)} by `task`.")
     return next(
         (
             name

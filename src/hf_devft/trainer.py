@@ -8,13 +8,14 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import AutoConfig, PreTrainedModel, Trainer, set_seed
 
 from hf_devft.configuration import DevFTConfig
 from hf_devft.data import each, first_rows
 from hf_devft.embedded import resolve_model_name
 from hf_devft.federation.partition import ClientData
 from hf_devft.hub.artifacts import check_adapter, fetch_adapter, load_adapter
+from hf_devft.metrics import IGNORED
 from hf_devft.mixin import DevFTMixin, clients_of
 from hf_devft.stages.adapter import attach_adapter, new_adapter
 from hf_devft.stages.base_difference import base_difference
@@ -78,13 +79,14 @@ class DevFTTrainer(DevFTMixin, Trainer):
         if args.predict_with_generate and task is not TASKS["text-generation"]:
             raise ValueError("predict_with_generate is for causal language models: turn it off.")
         # The data first: a mistake in it is found before a large model is loaded.
-        train_dataset = each(train_dataset, functools.partial(_as_rows, task))
+        if isinstance(train_dataset, dict):  # clients may hold different formats
+            train_dataset = each(train_dataset, functools.partial(_as_rows, task))
         clients = clients_of(args, train_dataset, partitioner)
         set_seed(args.seed)
         if isinstance(model, str):
             options = args.model_init_kwargs or {}
-            if task.classes in clients.dataset.column_names:
-                options = label_options(clients.dataset, task.classes) | options
+            if task.classes is not None:
+                options = _labels(task, clients.dataset, model, options) | options
             whole = getattr(adapter, "use_dora", False)  # DoRA looks at the weights of every layer
             model, processing_class = _load(task, model, options, args.stack, whole, processing_class)
             base = model
@@ -93,7 +95,8 @@ class DevFTTrainer(DevFTMixin, Trainer):
                 "pass `peft_config` with a plain model, and a `PeftModel` without it: there must be one adapter."
             )
         if isinstance(peft_config, str):
-            _compare_with_the_adapters_base(start[0], model, args)
+            if task.classes is None:  # a classifier's bases differ in their new heads
+                _compare_with_the_adapters_base(start[0], model, args, task)
             model = attach_adapter(model, *start)
         elif peft_config is not None:
             model = new_adapter(model, _with_what_is_new(peft_config, model))
@@ -111,7 +114,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
             model,
             args,
             train_dataset=ClientData(prepare(clients.dataset), clients.rows),
-            eval_dataset=prepare(first_rows(eval_dataset, args.max_eval_samples)),
+            eval_dataset=_with_prompts(prepare(first_rows(eval_dataset, args.max_eval_samples)), args),
             calibration_dataset=prepare(first_rows(calibration_dataset, args.calibration_samples)),
             processing_class=processing_class,
             data_collator=data_collator or task.collator(processing_class, base.config),
@@ -146,7 +149,7 @@ def _with_what_is_new(config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
     return config
 
 
-def _compare_with_the_adapters_base(config: LoraConfig, model: PreTrainedModel, args: DevFTConfig) -> None:
+def _compare_with_the_adapters_base(config: PeftConfig, model: PreTrainedModel, args: DevFTConfig, task: Task) -> None:
     """Say how far `model` is from the base that an adapter was made on, where it is another one.
 
     Raises:
@@ -157,7 +160,7 @@ def _compare_with_the_adapters_base(config: LoraConfig, model: PreTrainedModel, 
         return
     try:
         options = {"revision": config.revision} if config.revision else {}
-        other = load_base(resolve_model_name(old), local_files_only=True, **options)
+        other = load_base(resolve_model_name(old), task.auto_class, args.stack, local_files_only=True, **options)
     except OSError:
         logger.warning(
             f"the adapter was made on {old}, which is not on this machine, so it is not known how far {new} is from "
@@ -180,6 +183,31 @@ _INPUTS = {"input_ids", "pixel_values", "input_features", "input_values"}
 
 def _is_encoded(dataset: Dataset) -> bool:
     return not _INPUTS.isdisjoint(dataset.column_names)
+
+
+def _labels(task: Task, dataset: Dataset, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The model's options for the labels of these rows; none where its checkpoint has been trained on them."""
+    column = "labels" if _is_encoded(dataset) else task.classes
+    found = label_options(dataset if _is_encoded(dataset) else task.to_columns(dataset), column)
+    trained = AutoConfig.from_pretrained(resolve_model_name(name), **where_from(options))
+    names, known = set(found["label2id"]), set(trained.id2label.values())
+    if (trained.architectures or [""])[0] in task.model_names.values() and (
+        names <= known or (all(map(str.isdigit, names)) and len(names) <= len(known))
+    ):
+        return {}
+    return found
+
+
+def _with_prompts(datasets: Any, args: DevFTConfig) -> Any:
+    """Refuse rows that nothing can be generated for."""
+    if args.predict_with_generate:
+        for rows in datasets.values() if isinstance(datasets, dict) else [datasets or []]:
+            if any(IGNORED not in row["labels"] for row in rows):
+                raise ValueError(
+                    "predict_with_generate answers prompts, but some evaluation rows have none (a whole `text`, say): "
+                    "turn it off."
+                )
+    return datasets
 
 
 def _as_rows(task: Task, dataset: Any) -> Any:

@@ -54,6 +54,10 @@ class _TRLMixin(DevFTMixin):
         if (adapter := kwargs.get("peft_config")) is not None:
             check_adapter(adapter)
         self._check_placement(args)
+        if args.temporary_head:
+            raise ValueError("TRL's losses read the weights of the head, not its adapter: leave temporary_head out.")
+        if args.grouping == "calibrated":
+            raise ValueError('grouping="calibrated" measures the loss of text, which TRL prepares: use another rule.')
         # TRL and PEFT still read an alias that transformers 5 has renamed, at every step.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         super().__init__(resolve_model_name(model) if isinstance(model, str) else model, args, **kwargs)
@@ -67,8 +71,7 @@ class _TRLMixin(DevFTMixin):
 
     def _prepare_dataset(self, dataset: Dataset, *rest: Any) -> Dataset:
         """As TRL's; remembers whose rows are what became of the training set. Packing never mixes clients."""
-        *_, name = rest
-        if name != "train":
+        if hasattr(self, "_rows"):  # TRL prepares the training set first
             return super()._prepare_dataset(dataset, *rest)
         clients = self._given_clients
         if getattr(self, "_packs", False):
@@ -144,8 +147,6 @@ class DevFTDPOTrainer(_TRLMixin, DPOTrainer):
                 "ref_model, precompute_ref_log_probs and a model with an adapter are for one reference of full depth, "
                 "but each stage has its own, the submodel without adapter: leave them out, and pass `peft_config`."
             )
-        if args.grouping == "calibrated":
-            raise ValueError('grouping="calibrated" measures the loss of text: use another rule with DPO.')
         if args.predict_with_generate:
             raise ValueError("predict_with_generate compares with one answer, and pairs have two: turn it off.")
         super().__init__(model, args, **kwargs)

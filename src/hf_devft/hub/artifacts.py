@@ -34,6 +34,8 @@ def save_adapter(folder: str | Path, peft_config: LoraConfig, state: State) -> N
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(peft_config)
     config.inference_mode = True
+    if config.modules_to_save:
+        config.modules_to_save = sorted(set(config.modules_to_save))  # PEFT adds its own names each time
     config.save_pretrained(folder)
     # Layers that share a broadcast adapter share its tensors: safetensors wants each with memory of its own.
     tensors = {
@@ -111,8 +113,9 @@ def load_adapter(folder: str | Path) -> tuple[LoraConfig, State]:
         raise ValueError(f"{folder} holds no readable adapter: its rank is {known}, its tensors have {ranks}.")
     if isinstance(config.target_modules, str):
         # A pattern from elsewhere is not run: the tensors tell which modules it found.
-        own = [re.match(r"(.*)\.(lora|ia3)_", key) for key in state]
-        config.target_modules = {match[1].rpartition(".")[2] for match in own if match}
+        own = [re.match(r"base_model\.model\.(.*)\.(lora|ia3)_", key) for key in state]
+        modules = sorted({re.sub(r"\b\d+\b", r"\\d+", re.escape(match[1])) for match in own if match})
+        config.target_modules = "|".join(modules)
         config.exclude_modules = None
     return config, state
 
