@@ -1,5 +1,7 @@
 """TRL's trainers with rounds and stages."""
 
+import sys
+
 import pytest
 import torch
 from conftest import lora, tiny_llama
@@ -7,6 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import set_seed
 
+import hf_devft
 from hf_devft.embedded import task_dataset
 from hf_devft.embedded.tasks import preference_pairs
 
@@ -151,3 +154,10 @@ def test_what_dpo_cannot_do_is_said_first(tmp_path, tokenizer, change, message):
             tiny_llama(), DevFTDPOConfig(str(tmp_path), **options(**change)), peft_config=lora(),
             train_dataset=preference_pairs(task_dataset(8)), processing_class=tokenizer,
         )  # fmt: skip
+
+
+def test_without_trl_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "hf_devft.trl_trainers")
+    with pytest.raises(ImportError, match=r"pip install 'hf-devft\[trl\]'"):
+        hf_devft.DevFTSFTTrainer  # noqa: B018
