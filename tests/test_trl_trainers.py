@@ -159,5 +159,6 @@ def test_what_dpo_cannot_do_is_said_first(tmp_path, tokenizer, change, message):
 def test_without_trl_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, "hf_devft.trl_trainers")
+    monkeypatch.delattr(hf_devft, "trl_trainers")
     with pytest.raises(ImportError, match=r"pip install 'hf-devft\[trl\]'"):
         hf_devft.DevFTSFTTrainer  # noqa: B018
