@@ -24,7 +24,7 @@ from hf_devft import DevFTConfig, DevFTMixin, DevFTTrainer
 from hf_devft.arguments import RecipeArguments, parse_arguments
 from hf_devft.data import load_datasets, load_files, tokenize
 from hf_devft.embedded import resolve_model_name, task_dataset
-from hf_devft.embedded.tasks import preference_pairs
+from hf_devft.embedded.families import preference_pairs
 from hf_devft.hub.artifacts import fetch_adapter, load_adapter
 from hf_devft.mixin import clients_of
 from hf_devft.planning import RunPlan, plan_run

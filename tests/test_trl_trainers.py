@@ -11,7 +11,7 @@ from transformers import set_seed
 
 import hf_devft
 from hf_devft.embedded import task_dataset
-from hf_devft.embedded.tasks import preference_pairs
+from hf_devft.embedded.families import preference_pairs
 
 
 trl = pytest.importorskip("trl")

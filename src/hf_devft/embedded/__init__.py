@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hf_devft.embedded.tasks import task_dataset
+from hf_devft.embedded.families import task_dataset
 
 
 EMBEDDED = "embedded"

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from hf_devft.embedded.tasks import FAMILIES, NEW, RARE, SEEN, generate, split_of, task_dataset
+from hf_devft.embedded.families import FAMILIES, NEW, RARE, SEEN, generate, split_of, task_dataset
 
 
 def test_there_are_at_least_twelve_families():
