@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import lora, tiny_llama
-from peft import IA3Config, LoHaConfig, PeftModel
+from peft import IA3Config, LoHaConfig, PeftModel, get_peft_model
 
 from hf_devft import load_submodel
 
@@ -86,12 +86,51 @@ def test_dora_members_keep_norms_of_their_own(make_trainer):
     assert not torch.equal(trainer._full_adapter[key.format(1)], trainer._full_adapter[key.format(0)])
 
 
+ANCHORS = dict.fromkeys(("fusion", "adapter_fusion", "transfer"), "anchor")
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_what_an_initialisation_takes_out_of_the_base_is_in_what_is_saved(make_trainer, tmp_path, init):
+    seen = {}
+
+    def keep(trainer):
+        seen.setdefault(trainer._running.stage.stage, logits(trainer.model))
+
+    def start(name):
+        return make_trainer(peft_config=lora(init_lora_weights=init, use_rslora=True), model=untied(),
+                            cls=before_the_stage_ends(keep), output_dir=str(tmp_path / name), **ANCHORS)  # fmt: skip
+
+    trainer = start("run")
+    assert not torch.equal(trainer.model.get_base_model().model.layers[0].self_attn.q_proj.weight,
+                           untied().model.layers[0].self_attn.q_proj.weight)  # fmt: skip
+    torch.testing.assert_close(logits(trainer.model), logits(untied()))
+    trainer.train()
+    folder = trainer.args.output_dir
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(untied(), folder)), logits(trainer.model))
+    torch.testing.assert_close(logits(load_submodel(untied(), folder, stage=1)), seen[1])
+    assert (logits(trainer.model) - logits(untied())).abs().max() > 1e-3
+
+    again = start("again")
+    again.train(resume_from_checkpoint=f"{folder}/stage-1")
+    torch.testing.assert_close(logits(again.model), logits(trainer.model))
+
+
+def test_an_adapter_on_weights_that_were_changed_elsewhere_is_refused(make_trainer):
+    model = get_peft_model(untied(), lora(init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match="pass the plain base"):
+        make_trainer(model=model, peft_config=None, **ANCHORS)
+
+
 @pytest.mark.parametrize(("adapter", "options", "message"), [
     (lora(use_dora=True), {"fusion": "mean"}, "norms of a layer's weights"),
     (lora(use_dora=True), {"federated_method": "flora"}, "use_dora"),
     (lora(rank_pattern={"q_proj": 4}), {"federated_method": "hetlora"}, "rank_pattern"),
     (lora(rank_pattern={"layers.0.q_proj": 4}), {}, "names single layers"),
-    (lora(init_lora_weights="pissa"), {}, "changes the base's weights"),
+    (lora(init_lora_weights="eva"), {}, "looks at data"),
+    (lora(init_lora_weights="pissa"), {}, "belongs to no other layer"),
+    (lora(init_lora_weights="olora"), ANCHORS | {"grouping": "calibrated"}, "every module"),
+    (lora(init_lora_weights="pissa", alpha_pattern={"q_proj": 3}), ANCHORS, "leave out alpha_pattern"),
+    (lora(init_lora_weights="pissa"), ANCHORS | {"federated_method": "flexlora"}, "products of LoRA's factors"),
     (lora(target_modules=r".*layers\.[01]\..*q_proj"), {}, "not on all layers alike"),
     (lora(modules_to_save=["input_layernorm"]), {}, "belongs to a single layer"),
     (lora(trainable_token_indices=[1]), {}, "trainable_token_indices"),

@@ -65,6 +65,9 @@ class RecipeArguments:
         metadata={"help": "Modules to train whole. Default: the task's head, unless PEFT knows it."},
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha over the square root of the rank."})
+    init_lora_weights: str | None = field(
+        default=None, metadata={"help": "As PEFT's: 'gaussian', 'orthogonal', 'pissa', 'olora'; default: B is zero."}
+    )
     use_dora: bool = field(default=False, metadata={"help": "DoRA: also train the norms of the weights."})
 
     plan: bool = field(default=False, metadata={"help": "Only say what the run would cost."})
@@ -84,6 +87,7 @@ class RecipeArguments:
             # PEFT leaves the heads of generation and of text classification out of "all-linear", not the others.
             exclude_modules=["classifier", *(head or [])] if one == "all-linear" and task.classes else None,
             use_rslora=self.use_rslora,
+            init_lora_weights=self.init_lora_weights or True,
             use_dora=self.use_dora,
             task_type=task.peft_type,
         )

@@ -23,6 +23,7 @@ from hf_devft.federation.selection import SELECTIONS, ClientSelection
 from hf_devft.federation.wire import Wire
 from hf_devft.layout import AdapterLayout, lora_scaling
 from hf_devft.metrics import IGNORED
+from hf_devft.stages.principal import moves_weights
 
 
 class FederationMixin:
@@ -150,6 +151,11 @@ class FederationMixin:
             raise ValueError(
                 f"{name} works with products of LoRA's factors, of one rank and scale everywhere: leave out "
                 f"{', '.join(given)}."
+            )
+        if method.products and moves_weights(config):
+            raise ValueError(
+                f"{name} works with products of LoRA's factors, into which "
+                f"init_lora_weights={config.init_lora_weights!r} puts a part of the weights: use another."
             )
         base = self.model.get_base_model()
         plain = base.main_input_name == "input_ids" and not base.config.is_encoder_decoder

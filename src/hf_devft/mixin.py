@@ -41,7 +41,8 @@ from hf_devft.schedule import RoundSchedule
 from hf_devft.stages.adapter import adapter_state, with_head
 from hf_devft.stages.grouping import GroupingTask, group_layers, layer_similarity
 from hf_devft.stages.layer_stack import LayerStack, find_layer_stack
-from hf_devft.stages.residual import product_adapter, without_residual
+from hf_devft.stages.principal import moves_weights
+from hf_devft.stages.residual import without_residual
 from hf_devft.stages.transfer import check_alike
 from hf_devft.stages.weights import is_stored, unpack
 from hf_devft.staging import Running, StageMixin
@@ -151,8 +152,9 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
             raise ValueError(f"the model has several adapters {list(self.model.peft_config)}: leave one.")
         self.peft_config: PeftConfig = copy.deepcopy(self.model.peft_config[self.model.active_adapter])
         self.peft_config.inference_mode = False
-        check_adapter(self.peft_config)
+        check_adapter(self.peft_config, new=True)
         self._full_adapter: State = adapter_state(self.model)
+        self._initial: State = self._full_adapter if moves_weights(self.peft_config) else {}
         stack = self._layer_stack(self.model.get_base_model())
         check_alike(self._full_adapter, stack.names, stack.kinds)
         self._check_adapter(stack)
@@ -204,6 +206,24 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
                 "LoraConfig(use_dora=True) keeps the norms of a layer's weights, which fused layers do not have: set "
                 'fusion="anchor" and adapter_fusion="anchor".'
             )
+        if moves_weights(config):
+            self._check_moved_weights(config)
+
+    def _check_moved_weights(self, config: LoraConfig) -> None:
+        args, init = self.args, f"init_lora_weights={config.init_lora_weights!r}"
+        if {args.fusion, args.adapter_fusion, args.transfer} != {"anchor"}:
+            raise ValueError(
+                f"{init} moves a part of each layer's weights into its adapter, which belongs to no other layer: set "
+                'fusion="anchor", adapter_fusion="anchor" and transfer="anchor".'
+            )
+        if args.grouping == "calibrated" or args.temporary_head:
+            raise ValueError(f'{init} needs its adapter on every module: leave out "calibrated" and temporary_head.')
+        if given := [name for name in ("rank_pattern", "alpha_pattern", "use_dora") if getattr(config, name)]:
+            raise ValueError(f"{init} is saved as plain LoRA of one rank: leave out {', '.join(given)}.")
+        if any("lora_embedding" in key for key in self._full_adapter):
+            raise ValueError(f"{init} does not move embeddings: leave them out of `target_modules`.")
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(f"{init} changes the base's weights, which are not whole under ZeRO-3: use ZeRO-2.")
 
     # --- the loop: stages, rounds ---------------------------------------------------------------------
 
@@ -374,7 +394,7 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
             best = Path(self.state.best_model_checkpoint)
             sub = without_residual(load_adapter(best / SUBMODEL)[1], _rank(self.peft_config))
             self._federation.memory.load_state_dict(load_federation(best))
-        compact = product_adapter(running.config, sub, self._residual())
+        compact = self._compact_form(sub)
         self._full_adapter = self._expanded(sub)
         self._federation.end_stage(self._remembered)
         stage.rounds_done = running.done
@@ -388,7 +408,7 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
             finished = self.stages[: stage.stage]
             self._report().write(
                 finished,
-                product_adapter(self.peft_config, self._full_adapter, self._residual()),
+                self._full_form(self._full_adapter, self._residual()),
                 compact,
                 self.state.log_history,
                 self.ledger,
@@ -447,10 +467,9 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        save_adapter(folder, *product_adapter(self.peft_config, state_dict, residual or {}))
+        save_adapter(folder, *self._full_form(state_dict, residual or {}))
         if self._running is not None:
-            compact = product_adapter(self._running.config, self._sub_adapter(), self._residual())
-            save_adapter(folder / SUBMODEL, *compact)
+            save_adapter(folder / SUBMODEL, *self._compact_form(self._sub_adapter()))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 

@@ -1,6 +1,5 @@
 """What a run will cost, from its config alone: no weight is read, the model is on the meta device."""
 
-import copy
 import functools
 import itertools
 import math
@@ -29,6 +28,7 @@ from hf_devft.layout import AdapterLayout
 from hf_devft.stages.adapter import new_adapter, of_groups, with_head
 from hf_devft.stages.grouping import GroupingTask, group_layers
 from hf_devft.stages.layer_stack import encoders_of, find_layer_stack, watch_lengths, with_layers
+from hf_devft.stages.principal import as_initialised
 
 
 # Of a client's trained values in float32: themselves, their gradient, AdamW's two moments.
@@ -152,7 +152,7 @@ class _Submodels:
         stored = _base_bytes(submodel, own, (args.model_init_kwargs or {}).get("quantization_config"))
         if args.temporary_head and layers < len(stack):
             config, _ = with_head(config, submodel)
-        return new_adapter(submodel, copy.deepcopy(of_groups(config, groups))), stored
+        return new_adapter(submodel, as_initialised(of_groups(config, groups))), stored
 
     def _activations(self, layers: int, rows: int, length: int) -> tuple[int, list[int]]:
         everything, lengths = activations(self._model(layers)[0], rows, length)

@@ -26,6 +26,7 @@ from hf_devft.layout import State
 from hf_devft.stages.adapter import adapter_state, attach_adapter, detach_adapter, of_groups, with_head
 from hf_devft.stages.grouping import GroupingTask, Groups, group_layers
 from hf_devft.stages.layer_stack import LayerStack, encoders_of, find_layer_stack, with_layers
+from hf_devft.stages.principal import on_whole_weights
 from hf_devft.stages.residual import OpenWeights, product_adapter
 from hf_devft.stages.submodel import build_submodel, build_whole
 from hf_devft.stages.transfer import expand_adapter, fuse_adapter, kinds_by_adapter
@@ -308,6 +309,20 @@ class StageMixin:
         """What the method adds to the weights beside the adapter, at the depth where it stands."""
         method = self._federation.method if self._federation is not None else None
         return method.residual() if isinstance(method, Residual) else {}
+
+    def _full_form(self, adapter: State, residual: State) -> tuple[LoraConfig, State]:
+        """A full-depth adapter as plain PEFT puts it on the base, with what has changed the base's weights."""
+        if self._initial:
+            return on_whole_weights(self.peft_config, adapter, self._initial)
+        return product_adapter(self.peft_config, adapter, residual)
+
+    def _compact_form(self, sub: State) -> tuple[LoraConfig, State]:
+        """The running submodel's adapter, likewise."""
+        running = self._running
+        if self._initial:
+            initial = fuse_adapter(self._initial, running.stack.names, running.stage.groups, "anchor")
+            return on_whole_weights(running.config, sub, initial)
+        return product_adapter(running.config, sub, self._residual())
 
 
 def _layers(submodel: PreTrainedModel, stack: LayerStack, groups: Groups) -> list[nn.Module]:

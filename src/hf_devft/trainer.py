@@ -19,6 +19,7 @@ from hf_devft.metrics import IGNORED
 from hf_devft.mixin import DevFTMixin, clients_of
 from hf_devft.stages.adapter import attach_adapter, new_adapter
 from hf_devft.stages.base_difference import base_difference
+from hf_devft.stages.principal import moves_weights
 from hf_devft.stages.streaming import load_base, where_from
 from hf_devft.tasks import TASKS, Encoding, Task, label_options, task_of
 
@@ -72,7 +73,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
         else:
             adapter = peft_config
         if adapter is not None:
-            check_adapter(adapter)
+            check_adapter(adapter, new=not isinstance(model, PeftModel))
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         args.task = task_of(None if isinstance(model, str) else base, getattr(adapter, "task_type", None), args.task)
         task = TASKS[args.task]
@@ -87,7 +88,8 @@ class DevFTTrainer(DevFTMixin, Trainer):
             options = args.model_init_kwargs or {}
             if task.classes is not None:
                 options = _labels(task, clients.dataset, model, options) | options
-            whole = getattr(adapter, "use_dora", False)  # DoRA looks at the weights of every layer
+            # Both look at the weights of every layer.
+            whole = getattr(adapter, "use_dora", False) or (adapter is not None and moves_weights(adapter))
             model, processing_class = _load(task, model, options, args.stack, whole, processing_class)
             base = model
         if isinstance(model, PeftModel) == (peft_config is not None):

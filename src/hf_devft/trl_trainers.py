@@ -52,7 +52,9 @@ class _TRLMixin(DevFTMixin):
 
     def __init__(self, model: Any, args: DevFTConfig, **kwargs):
         if (adapter := kwargs.get("peft_config")) is not None:
-            check_adapter(adapter)
+            check_adapter(adapter, new=True)
+        elif isinstance(model, PeftModel):
+            check_adapter(model.peft_config[model.active_adapter])
         self._check_placement(args)
         if args.temporary_head:
             raise ValueError("TRL's losses read the weights of the head, not its adapter: leave temporary_head out.")

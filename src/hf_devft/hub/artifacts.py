@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_devft.configuration import StageConfig
 from hf_devft.files import atomic_folder, replace_files
 from hf_devft.layout import State
+from hf_devft.stages.principal import moves_weights
 
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -120,12 +121,15 @@ def load_adapter(folder: str | Path) -> tuple[LoraConfig, State]:
     return config, state
 
 
-# Initialisations of LoRA that leave the base as it is.
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+# Initialisations of LoRA that look at nothing but the layer's own weights.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_[number]")
 
 
-def check_adapter(config: PeftConfig) -> None:
+def check_adapter(config: PeftConfig, new: bool = False) -> None:
     """Refuse adapters that stages cannot carry from depth to depth.
+
+    Args:
+        new: whether it is to be made, or just made; some initialisations change the base.
 
     Raises:
         ValueError: neither LoRA nor IA3, trained biases, or options that name single layers or change the base.
@@ -139,10 +143,16 @@ def check_adapter(config: PeftConfig) -> None:
         )
     if type(config.r) is not int or config.r < 1 or not isinstance(config.lora_alpha, (int, float)):
         raise ValueError(f"an adapter of rank {config.r!r} and alpha {config.lora_alpha!r} is none.")
-    if config.init_lora_weights not in _INITIALISATIONS:
+    init = config.init_lora_weights
+    if init not in _INITIALISATIONS and not re.fullmatch(r"pissa_niter_\d+", str(init)):
         raise ValueError(
-            f"LoraConfig(init_lora_weights={config.init_lora_weights!r}) changes the base's weights or looks at data, "
-            f"but stages fuse the base as it is: use one of {_INITIALISATIONS}."
+            f"LoraConfig(init_lora_weights={init!r}) looks at data or at how weights are quantised, which submodels "
+            f"do not share: use one of {_INITIALISATIONS}."
+        )
+    if moves_weights(config) and not new:
+        raise ValueError(
+            f"this adapter belongs to a base that init_lora_weights={init!r} has changed: pass the plain base with "
+            "`peft_config`, and save adapters with `path_initial_model_for_weight_conversion`."
         )
     if config.bias != "none":
         raise ValueError(f'LoraConfig(bias="{config.bias}") trains parameters of the base: use bias="none".')

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_devft.layout import State
 from hf_devft.stages.grouping import Groups
+from hf_devft.stages.principal import as_initialised
 from hf_devft.stages.weights import gathered, stand_ins
 
 
@@ -37,7 +38,7 @@ def attach_adapter(base: PreTrainedModel, config: LoraConfig, state: State, grow
     Raises:
         ValueError: the adapter's tensors are not those of this base and config.
     """
-    config = copy.deepcopy(config)
+    config = as_initialised(config)
     config.inference_mode = False
     with torch.random.fork_rng(), warnings.catch_warnings():
         # Of a head that is tied to the embeddings; where it is the user's, the trainer's own adapter has said so.
