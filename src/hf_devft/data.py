@@ -109,8 +109,8 @@ def load_datasets(
     for name in names:
         try:
             datasets[name] = load_dataset(name, config, split=split)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the dataset {name!r} could not be read: {error}") from error
+        except Exception as error:
+            raise ValueError(f"the dataset {name!r} could not be read: {error.__cause__ or error}") from error
     return _joined(datasets, to_columns)
 
 

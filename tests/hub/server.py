@@ -89,7 +89,7 @@ def make_app(hub: HubServer) -> FastAPI:
 
     @app.middleware("http")
     async def gate(request: Request, call_next):
-        path = request.url.path
+        path = request.scope["path"] = _as_of_models(request.url.path)
         hub.requests.append(f"{request.method} {path}")
         if (fault := hub.fault(path)) is not None:
             if fault.status:
@@ -135,7 +135,8 @@ def make_app(hub: HubServer) -> FastAPI:
     def describe(repo_id: str, revision: str):
         repo, oid = find(repo_id, revision)
         siblings = [{"rfilename": path} for path in sorted(repo.commits[oid])]
-        return {"id": repo_id, "modelId": repo_id, "sha": oid, "private": repo.private, "siblings": siblings,
+        known_as = repo_id.removeprefix("datasets:")
+        return {"id": known_as, "modelId": known_as, "sha": oid, "private": repo.private, "siblings": siblings,
                 "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
 
     @app.get("/api/models/{user}/{name}")
@@ -273,6 +274,12 @@ def make_app(hub: HubServer) -> FastAPI:
         return FileResponse(hub.blobs / blob, headers=headers)
 
     return app
+
+
+def _as_of_models(path: str) -> str:
+    """Repositories of datasets are kept beside the models', by names that begin with "datasets:"."""
+    path = path.replace("/api/datasets/", "/api/models/datasets:", 1)
+    return "/datasets:" + path.removeprefix("/datasets/") if path.startswith("/datasets/") else path
 
 
 async def _cut_off():

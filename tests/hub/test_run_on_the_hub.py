@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from server import TOKEN, Fault, serve
+from server import TOKEN, Fault, Repo, serve
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "devft.py"
@@ -114,6 +114,27 @@ def test_a_run_goes_on_from_the_hub_on_another_machine(pushed, tmp_path):
     for name in ("adapter_model.safetensors", "submodel/adapter_model.safetensors"):
         here, there = (path / "stage-3" / name for path in (tmp_path / "run", folder / "run"))
         assert here.read_bytes() == there.read_bytes()
+
+
+READ_DATASETS = """
+from hf_devft.data import load_datasets
+train = load_datasets(["me/sums", "me/words"])
+assert train.num_rows == 100 and set(train["source"]) == {"sums", "words"} and "completion" in train.column_names
+assert load_datasets(["me/words"], split="test")["completion"][0].strip() == "Word 50."
+load_datasets(["me/nothing"])
+"""
+
+
+def test_datasets_are_read_by_name(tmp_path):
+    with serve(tmp_path / "hub") as hub:
+        for name, line in {"sums": "What is {0} plus 1?,It is {0}.", "words": "Say word {0}.,Word {0}."}.items():
+            rows = [line.format(number) for number in range(60)]
+            splits = {"train": rows[:50], "test": rows[50:]}
+            files = {f"{split}.csv": "\n".join(["question,answer", *part]) for split, part in splits.items()}
+            repo = hub.repos[f"datasets:me/{name}"] = Repo(private=False)
+            repo.commit("main", {path: hub.store(text.encode()) for path, text in files.items()}, "rows")
+        result = run(tmp_path / "home", hub.url, "-c", READ_DATASETS)
+    assert "ValueError: the dataset 'me/nothing' could not be read" in result.stderr.splitlines()[-1]
 
 
 def test_a_run_survives_a_hub_that_is_down_and_is_pushed_by_the_command_it_names(tmp_path):
