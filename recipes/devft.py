@@ -30,7 +30,7 @@ from hf_devft.mixin import clients_of
 from hf_devft.planning import RunPlan, plan_run
 from hf_devft.progress import print_plan
 from hf_devft.stages.streaming import empty_base, where_from
-from hf_devft.tasks import TASKS
+from hf_devft.tasks import TASKS, label_options
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -69,6 +69,8 @@ def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
         config = load_adapter(fetch_adapter(recipe.adapter_name_or_path, token=args.hub_token))[0]
         config.inference_mode = False
     clients = None
+    if task.classes and recipe.train_file:
+        options = label_options(load_data(recipe, args)[0], task.classes) | options
     if not recipe.dataset_name and task is TASKS["text-generation"] and recipe.trainer == "devft":
         tokenizer = AutoTokenizer.from_pretrained(path, **where_from(options))
         clients = clients_of(args, tokenize(load_data(recipe, args)[0], tokenizer, args.max_length))

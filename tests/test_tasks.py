@@ -192,6 +192,12 @@ def test_labels_of_numbers_reach_from_zero():
     assert label_options(rows, "tags")["num_labels"] == 3
 
 
+@pytest.mark.parametrize(("labels", "kinds"), [([0.5, 1.0], "float"), ([None, None], "nothing")])
+def test_labels_that_are_no_classes_are_an_error(labels, kinds):
+    with pytest.raises(ValueError, match=f"column 'label' holds {kinds}"):
+        label_options(Dataset.from_dict({"label": labels}), "label")
+
+
 def test_a_label_that_the_model_does_not_have_is_an_error(bert, tmp_path, tokenizer):
     model = hf.BertForSequenceClassification.from_pretrained(bert, num_labels=2)
     rows = Dataset.from_dict({"text": SENTENCES, "label": [0, 1, 2] * 8})

@@ -135,7 +135,11 @@ def _text_and_label(dataset: Dataset) -> Dataset:
 
 def label_options(dataset: Dataset, column: str) -> dict[str, Any]:
     """The `num_labels`, `id2label` and `label2id` of a model for the labels in a column: of classes that it names, of
-    texts in alphabetical order, or of numbers from 0 on."""
+    texts in alphabetical order, or of numbers from 0 on.
+
+    Raises:
+        ValueError: labels that are neither.
+    """
     feature = dataset.features[column]
     by_word = isinstance(feature, List)
     feature = feature.feature if by_word else feature
@@ -144,7 +148,13 @@ def label_options(dataset: Dataset, column: str) -> dict[str, Any]:
     else:
         values = dataset[column][:]
         known = set(chain.from_iterable(values) if by_word else values) - {None, IGNORED}
-        names = sorted(known) if all(isinstance(value, str) for value in known) else list(range(max(known) + 1))
+        kinds = {type(value) for value in known}
+        if not (kinds == {str} or (kinds and kinds <= {int, bool})):
+            given = " and ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
+            raise ValueError(
+                f"column {column!r} holds {given}: labels are classes, named by texts or numbered from 0 on."
+            )
+        names = sorted(known) if kinds == {str} else list(range(max(known) + 1))
     names = list(map(str, names))
     return {
         "num_labels": len(names),
@@ -161,7 +171,7 @@ def _class_of(label: int | str, config: PretrainedConfig) -> int:
             f"label {label!r} is none of the model's {config.num_labels} ({', '.join(numbers)}): load the "
             "model with `num_labels`, or by name."
         )
-    return number
+    return int(number)
 
 
 def _encode_text_and_label(rows: dict[str, list], encoding: Encoding) -> dict[str, list]:

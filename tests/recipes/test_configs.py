@@ -32,6 +32,18 @@ def test_a_config_can_be_planned_on_the_meta_device(path):
     assert plan.total.bytes < plan.without_stages.bytes or len(layers) == 1
 
 
+def test_the_plan_counts_the_labels_of_a_file(tmp_path):
+    values = []
+    for labels in (2, 5):
+        rows = "".join(f"text {row},{row % labels}\n" for row in range(20))
+        (tmp_path / "rows.csv").write_text(f"text,label\n{rows}")
+        argv = [*NO_GPU, "--model_name_or_path", str(MODELS / "roberta-classification"), "--train_file",
+                str(tmp_path / "rows.csv"), "--num_clients", "4"]  # fmt: skip
+        config = RECIPES / "configs" / "roberta-classification.yaml"
+        values.append(recipe_script.make_plan(*parse_arguments(argv, config)).total.trainable)
+    assert values[1] - values[0] == 3 * (768 + 1)
+
+
 @pytest.mark.parametrize("path", sorted(MODELS.iterdir()), ids=lambda path: path.name)
 def test_saved_model_configs_are_of_the_configs_models(path):
     recipe, args = parse_arguments(
