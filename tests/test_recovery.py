@@ -39,3 +39,14 @@ def test_twenty_kills_leave_no_trace(tmp_path):
     assert len(whole["adapters"]) == 1 + 3 * 2
     for number in range(seen["runs"]):
         assert contents(tmp_path / f"run-{number}") == whole
+
+
+def test_a_checkpoint_that_a_kill_left_over_goes(make_trainer):
+    """Where the kill came between the last save and the rotation."""
+    options = {"save_strategy": "steps", "save_steps": 1}
+    output = Path(make_trainer(**options).args.output_dir)
+    make_trainer(**options).train()
+    kept = sorted(path.name for path in output.glob("checkpoint-*"))
+    assert len(kept) > 1
+    make_trainer(**options, save_total_limit=1).train(resume_from_checkpoint="last")
+    assert [path.name for path in output.glob("checkpoint-*")] == kept[-1:]

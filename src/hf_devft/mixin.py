@@ -304,6 +304,8 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
             if self.control.should_training_stop:
                 break
         self._make_whole()
+        if args.should_save:  # a run that was killed may have left one more than it keeps
+            self._rotate_checkpoints(Path(self._get_output_dir(trial=trial)))
         num_samples = max_steps * args.clients_per_round * args.local_steps * args.train_batch_size
         return self._finalize_training(trial, num_samples * args.gradient_accumulation_steps, start_time)
 
@@ -491,13 +493,16 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
                     self._save_run_state(folder, running.stage.stage, running.done, self.control.should_epoch_stop)
                     torch.save(self._schedule.state_dict(), folder / SCHEDULE)
             self._push_from_checkpoint(target)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            self._rotate_checkpoints(run_dir)
         self.accelerator.wait_for_everyone()
+
+    def _rotate_checkpoints(self, run_dir: Path) -> None:
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
 
     def _save_run_state(self, folder: Path, stage: int, done: int, over: bool) -> None:
         """What a run needs to go on with the round after `done` of `stage`, but for the adapters and the schedule."""

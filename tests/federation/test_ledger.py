@@ -51,5 +51,6 @@ def test_peak_memory_is_of_the_time_since_the_reset():
     block = torch.ones(30_000_000)
     assert memory.read() - before > 0.8 * block.nbytes
     del block
+    memory.release()
     memory.reset()
     assert memory.read() - before < 60_000_000
