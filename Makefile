@@ -30,8 +30,10 @@ $(TESTABLE): $(INSTALLED)
 quickstart: install  ## Run the main job: federated tuning in stages on the embedded base
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/devft.py
 
+# Each takes about 2 GB; many tests start two processes more.
+TEST_PROCESSES ?= 2
 test: $(TESTABLE)  ## Run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 SHORT := outputs/benchmark
 benchmark: install  ## Run a short version of every benchmark (benchmarks/results has the long ones)

@@ -44,7 +44,7 @@ def trained_together(trainer, monkeypatch) -> list[int]:
         {"federated_method": "flora"},
         {"federated_method": "fedadam", "wire_dtype": "int8"},
         {"optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.1},
-        {"gradient_checkpointing": True, "include_num_input_tokens_seen": "non_padding"},
+        {"activation_checkpointing": True, "include_num_input_tokens_seen": "non_padding"},
         {"per_device_train_batch_size": 20},  # more than some clients have rows: other batch sizes
     ],
     ids=str,

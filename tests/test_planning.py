@@ -59,40 +59,12 @@ def test_memory_is_what_a_run_takes():
         assert planned == pytest.approx(measured, rel=0.2)
 
 
-# The paper's set-ups: (config, stages, values of a LoRA of rank 32 on one layer).
-PAPER = {
-    "LLaMA2-7B": ((32000, 4096, 11008, 32, 32, 32), [4, 8, 16, 32]),
-    "LLaMA3.1-8B": ((128256, 4096, 14336, 32, 32, 8), [4, 8, 16, 32]),
-    "LLaMA2-13B": ((32000, 5120, 13824, 40, 40, 40), [5, 10, 20, 40]),
-}
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_the_papers_set_ups(tmp_path, name, capsys):
-    (vocabulary, hidden, intermediate, depth, heads, key_heads), stages = PAPER[name]
-    LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=depth,
-        num_attention_heads=heads, num_key_value_heads=key_heads, tie_word_embeddings=False, dtype="bfloat16",
-    ).save_pretrained(tmp_path)  # fmt: skip
-    args = config(
-        tmp_path, stage_layers=stages, stage_rounds=[75], num_clients=20, clients_per_round=2, local_steps=10,
-        per_device_train_batch_size=16, model_init_kwargs={"quantization_config": {"load_in_4bit": True}},
-    )  # fmt: skip
-    plan = plan_run(args, empty_base(str(tmp_path)), lora(r=32, lora_alpha=64))
-    narrow = hidden * key_heads // heads
-    layer = 32 * (2 * (hidden + hidden) + 2 * (hidden + narrow) + 3 * (hidden + intermediate))
-    for stage, layers in zip(plan.stages, stages, strict=True):
-        assert stage.trainable == layers * layer
-        assert stage.bytes_down == stage.bytes_up == 4 * stage.trainable
-        assert stage.bytes == 75 * 2 * 8 * stage.trainable
-        assert stage.tokens == 75 * 2 * 10 * 16 * 512
-    assert plan.total.bytes == pytest.approx(plan.without_stages.bytes * 15 / 32)
-    # Four bits and a scale of float32 for 64 values, but for embeddings, head and norms.
-    matrices = 2 * hidden * hidden + 2 * hidden * narrow + 3 * hidden * intermediate
-    rest = 2 * (2 * vocabulary * hidden + (2 * depth + 1) * hidden)
-    assert plan.stages[-1].base_bytes == depth * matrices * 0.5625 + rest
-    assert plan.stages[0].client_memory < plan.stages[-1].client_memory / 4
-    print_plan(plan)
+def test_a_plan_is_printed_whole(tmp_path, capsys):
+    LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=64, num_hidden_layers=4).save_pretrained(
+        tmp_path
+    )
+    args = config(tmp_path, stage_layers=[2, 4], stage_rounds=[75], num_clients=20, per_device_train_batch_size=16)
+    print_plan(plan_run(args, empty_base(str(tmp_path)), lora(r=32)))
     printed = capsys.readouterr().out
     assert "…" not in printed
     assert "not read" in printed
@@ -113,7 +85,7 @@ def test_checkpointing_keeps_less(tmp_path):
     with init_empty_weights():
         base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
     plans = [
-        plan_run(config(tmp_path, stage_layers=[2, 8], gradient_checkpointing=on), base, lora())
+        plan_run(config(tmp_path, stage_layers=[2, 8], activation_checkpointing=on), base, lora())
         for on in (False, True)
     ]
     assert plans[1].total.client_memory < 0.5 * plans[0].total.client_memory

@@ -156,7 +156,7 @@ class _Submodels:
 
     def _activations(self, layers: int, rows: int, length: int) -> tuple[int, list[int]]:
         everything, lengths = activations(self._model(layers)[0], rows, length)
-        if not self._args.gradient_checkpointing:
+        if not self._args.activation_checkpointing:
             return everything, lengths
         # Each layer's input, and what one layer at a time keeps when it is computed again.
         inputs, _ = activations(self._model(layers)[0], rows, length, checkpointing=True)
@@ -264,6 +264,7 @@ def activations(model: PeftModel, rows: int, length: int, checkpointing: bool = 
     with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(pack, lambda tensor: tensor):
         model = model.to_empty(device="cpu").train()
         ours = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        model.config.use_cache = False  # as `Trainer` has it
         if checkpointing:
             model.get_base_model().activation_checkpointing_enable()
         lengths, _ = watch_lengths(model.get_base_model())

@@ -1,12 +1,15 @@
 """Every config, without its weights: a typo cannot wait for a GPU to be found."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
+from hf_devft import DevFTConfig
 from hf_devft.arguments import parse_arguments
+from hf_devft.planning import RunPlan
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -20,16 +23,43 @@ recipe_script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(recipe_script)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_can_be_planned_on_the_meta_device(path):
-    saved = MODELS / path.stem
+@functools.cache
+def planned(name: str) -> tuple[DevFTConfig, RunPlan]:
+    saved = MODELS / name
     argv = [*NO_GPU, "--model_name_or_path", str(saved)] if saved.exists() else NO_GPU
-    recipe, args = parse_arguments(argv, path)
-    plan = recipe_script.make_plan(recipe, args)
+    recipe, args = parse_arguments(argv, RECIPES / "configs" / f"{name}.yaml")
+    return args, recipe_script.make_plan(recipe, args)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS])
+def test_a_config_can_be_planned_on_the_meta_device(name):
+    args, plan = planned(name)
     layers = [stage.num_layers for stage in plan.stages]
     assert layers == args.stage_layers == sorted(layers)
     assert all(stage.flops > 0 and stage.client_memory > stage.base_bytes for stage in plan.stages)
     assert plan.total.bytes < plan.without_stages.bytes or len(layers) == 1
+
+
+@pytest.mark.parametrize("name", ["llama2-7b", "llama3.1-8b", "llama2-13b"])
+def test_the_plan_is_right_for_the_papers_set_ups(name):
+    _, plan = planned(name)
+    base = AutoConfig.from_pretrained(MODELS / name)
+    hidden, intermediate, depth = base.hidden_size, base.intermediate_size, base.num_hidden_layers
+    narrow = hidden * base.num_key_value_heads // base.num_attention_heads
+    layer = 32 * (2 * (hidden + hidden) + 2 * (hidden + narrow) + 3 * (hidden + intermediate))
+    for stage in plan.stages:
+        assert stage.trainable == stage.num_layers * layer
+        assert stage.bytes_down == stage.bytes_up == 4 * stage.trainable
+        assert stage.bytes == stage.rounds * 2 * 8 * stage.trainable
+        assert stage.tokens == stage.rounds * 2 * 10 * 16 * 512
+    assert plan.total.bytes == pytest.approx(plan.without_stages.bytes * 15 / 32)
+    # Four bits and the scales of blocks of 64 values, but for embeddings, head and norms.
+    matrices = 2 * hidden * hidden + 2 * hidden * narrow + 3 * hidden * intermediate
+    rest = 2 * (2 * base.vocab_size * hidden + (2 * depth + 1) * hidden)
+    assert plan.stages[-1].base_bytes == pytest.approx(depth * matrices * 0.5625 + rest)
+    memories = [stage.client_memory for stage in plan.stages]
+    assert memories == sorted(memories)
+    assert memories[0] < 0.6 * memories[-1]
 
 
 def test_the_plan_counts_the_labels_of_a_file(tmp_path):
