@@ -20,6 +20,8 @@ LINEAR = ["--lr_scheduler_type", "linear"]
 OFTEN = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start", "false", "--save_strategy", "no"]
 INT4 = ["--wire_dtype", "int4"]
 FEW = ["--task_rows", "400"]
+ANCHORS = ["--fusion", "anchor", "--adapter_fusion", "anchor", "--transfer", "anchor"]
+PISSA = ["--init_lora_weights", "pissa", *ANCHORS]
 # Regime -> losses to reach.
 TARGETS = {"many rows": (0.5, 0.3, 0.25), "few rows": (0.8, 0.6, 0.5)}
 COSTS = {"rounds": "rounds", "seconds": "time", "bytes": "bytes", "flops": "FLOPs"}
@@ -46,6 +48,16 @@ VARIANTS = {
         "DevFT 4-16, 12 + 4 rounds, 6e-3, 9e-3 linear": devft("4 16", "12 4", "6e-3 9e-3", *LINEAR),
         "DevFT 4-8-16, 12 + 4 + 6 rounds, 6e-3, 8e-3, 1e-2 linear": devft(
             "4 8 16", "12 4 6", "6e-3 8e-3 1e-2", *LINEAR
+        ),
+        "FedIT, PiSSA, 3e-3 linear, 12 rounds": fedit(12, "3e-3", *LINEAR, *PISSA),
+        "DevFT 4-8-16, 4 + 4 + 6 rounds, 6e-3 linear, to anchors": devft(
+            "4 8 16", "4 4 6", "6e-3 6e-3 6e-3", *LINEAR, *ANCHORS
+        ),
+        "DevFT 4-8-16, 4 + 4 + 6 rounds, 3e-3 linear, PiSSA": devft(
+            "4 8 16", "4 4 6", "3e-3 3e-3 3e-3", *LINEAR, *PISSA
+        ),
+        "DevFT 4-8-16, 4 + 4 + 6 rounds, 3e-3 linear, PiSSA, int4": devft(
+            "4 8 16", "4 4 6", "3e-3 3e-3 3e-3", *LINEAR, *PISSA, *INT4
         ),
         "DevFT 4-16, 16 + 8 rounds, 6e-3, 9e-3 linear, int4": devft("4 16", "16 8", "6e-3 9e-3", *LINEAR, *INT4),
     },
