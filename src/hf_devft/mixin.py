@@ -31,7 +31,7 @@ from hf_devft.federation.partition import ClientData, hold_out, make_clients
 from hf_devft.federation.rounds import Federation, RoundOutcome
 from hf_devft.federation.sampling import Placement, client_seed
 from hf_devft.files import atomic_folder
-from hf_devft.hub.artifacts import SUBMODEL, check_adapter, download_stage, load_adapter, newest_commit, save_adapter
+from hf_devft.hub.artifacts import SUBMODEL, download_stage, load_adapter, newest_commit, save_adapter
 from hf_devft.layout import State
 from hf_devft.local_training import LocalTrainingMixin
 from hf_devft.progress import RoundProgressCallback, print_stages
@@ -40,9 +40,10 @@ from hf_devft.report import RunReport, describe_setup, with_start
 from hf_devft.schedule import RoundSchedule
 from hf_devft.stages.adapter import adapter_state, with_head
 from hf_devft.stages.grouping import GroupingTask, group_layers, layer_similarity
-from hf_devft.stages.layer_stack import LayerStack, find_layer_stack
+from hf_devft.stages.layer_stack import find_layer_stack
 from hf_devft.stages.principal import moves_weights
 from hf_devft.stages.residual import without_residual
+from hf_devft.stages.supported import check_adapter, check_rules
 from hf_devft.stages.transfer import check_alike
 from hf_devft.stages.weights import is_stored, unpack
 from hf_devft.staging import Running, StageMixin
@@ -157,7 +158,7 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
         self._initial: State = self._full_adapter if moves_weights(self.peft_config) else {}
         stack = self._layer_stack(self.model.get_base_model())
         check_alike(self._full_adapter, stack.names, stack.kinds)
-        self._check_adapter(stack)
+        check_rules(self.peft_config, args, self._full_adapter, encoder_too=len(stack.names.lists) > 1)
         self._check_federation()
         if (
             args.temporary_head
@@ -195,35 +196,6 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
                 "not known whose they are: turn off packing and filtering."
             )
         return clients
-
-    def _check_adapter(self, stack: LayerStack) -> None:
-        """Refuse what this adapter cannot do on these layers."""
-        config, args = self.peft_config, self.args
-        if getattr(config, "layers_to_transform", None) is not None and len(stack.names.lists) > 1:
-            raise ValueError("layers_to_transform means layers of an encoder and of a decoder: choose one by `stack`.")
-        if getattr(config, "use_dora", False) and {args.fusion, args.adapter_fusion} != {"anchor"}:
-            raise ValueError(
-                "LoraConfig(use_dora=True) keeps the norms of a layer's weights, which fused layers do not have: set "
-                'fusion="anchor" and adapter_fusion="anchor".'
-            )
-        if moves_weights(config):
-            self._check_moved_weights(config)
-
-    def _check_moved_weights(self, config: LoraConfig) -> None:
-        args, init = self.args, f"init_lora_weights={config.init_lora_weights!r}"
-        if {args.fusion, args.adapter_fusion, args.transfer} != {"anchor"}:
-            raise ValueError(
-                f"{init} moves a part of each layer's weights into its adapter, which belongs to no other layer: set "
-                'fusion="anchor", adapter_fusion="anchor" and transfer="anchor".'
-            )
-        if args.grouping == "calibrated" or args.temporary_head:
-            raise ValueError(f'{init} needs its adapter on every module: leave out "calibrated" and temporary_head.')
-        if given := [name for name in ("rank_pattern", "alpha_pattern", "use_dora") if getattr(config, name)]:
-            raise ValueError(f"{init} is saved as plain LoRA of one rank: leave out {', '.join(given)}.")
-        if any("lora_embedding" in key for key in self._full_adapter):
-            raise ValueError(f"{init} does not move embeddings: leave them out of `target_modules`.")
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise ValueError(f"{init} changes the base's weights, which are not whole under ZeRO-3: use ZeRO-2.")
 
     # --- the loop: stages, rounds ---------------------------------------------------------------------
 

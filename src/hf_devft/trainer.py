@@ -14,13 +14,14 @@ from hf_devft.configuration import DevFTConfig
 from hf_devft.data import each, first_rows
 from hf_devft.embedded import resolve_model_name
 from hf_devft.federation.partition import ClientData
-from hf_devft.hub.artifacts import check_adapter, fetch_adapter, load_adapter
+from hf_devft.hub.artifacts import fetch_adapter, load_adapter
 from hf_devft.metrics import IGNORED
 from hf_devft.mixin import DevFTMixin, clients_of
 from hf_devft.stages.adapter import attach_adapter, new_adapter
 from hf_devft.stages.base_difference import base_difference
 from hf_devft.stages.principal import moves_weights
 from hf_devft.stages.streaming import load_base, where_from
+from hf_devft.stages.supported import check_adapter
 from hf_devft.tasks import TASKS, Encoding, Task, label_options, task_of
 
 

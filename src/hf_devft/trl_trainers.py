@@ -15,8 +15,8 @@ from peft import PeftModel
 from hf_devft.configuration import DevFTConfig
 from hf_devft.embedded import resolve_model_name
 from hf_devft.federation.partition import ClientData
-from hf_devft.hub.artifacts import check_adapter
 from hf_devft.mixin import DevFTMixin
+from hf_devft.stages.supported import check_adapter
 
 
 try:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_devft.configuration import StageConfig
 from hf_devft.files import atomic_folder, replace_files
 from hf_devft.layout import State
-from hf_devft.stages.principal import moves_weights
+from hf_devft.stages.supported import check_adapter
 
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -119,51 +119,6 @@ def load_adapter(folder: str | Path) -> tuple[LoraConfig, State]:
         config.target_modules = "|".join(modules)
         config.exclude_modules = None
     return config, state
-
-
-# Initialisations of LoRA that look at nothing but the layer's own weights.
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_[number]")
-
-
-def check_adapter(config: PeftConfig, new: bool = False) -> None:
-    """Refuse adapters that stages cannot carry from depth to depth.
-
-    Args:
-        new: whether it is to be made, or just made; some initialisations change the base.
-
-    Raises:
-        ValueError: neither LoRA nor IA3, trained biases, or options that name single layers or change the base.
-    """
-    if config.peft_type == PeftType.IA3:
-        return
-    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
-        raise ValueError(
-            f"{type(config).__name__} is not supported: stages carry what belongs to a layer from layer to layer; "
-            "pass a `peft.LoraConfig` or a `peft.IA3Config`."
-        )
-    if type(config.r) is not int or config.r < 1 or not isinstance(config.lora_alpha, (int, float)):
-        raise ValueError(f"an adapter of rank {config.r!r} and alpha {config.lora_alpha!r} is none.")
-    init = config.init_lora_weights
-    if init not in _INITIALISATIONS and not re.fullmatch(r"pissa_niter_\d+", str(init)):
-        raise ValueError(
-            f"LoraConfig(init_lora_weights={init!r}) looks at data or at how weights are quantised, which submodels "
-            f"do not share: use one of {_INITIALISATIONS}."
-        )
-    if moves_weights(config) and not new:
-        raise ValueError(
-            f"this adapter belongs to a base that init_lora_weights={init!r} has changed: pass the plain base with "
-            "`peft_config`, and save adapters with `path_initial_model_for_weight_conversion`."
-        )
-    if config.bias != "none":
-        raise ValueError(f'LoraConfig(bias="{config.bias}") trains parameters of the base: use bias="none".')
-    if given := [name for name in ("layer_replication", "trainable_token_indices") if getattr(config, name, None)]:
-        raise ValueError(f"LoraConfig({', '.join(given)}) is not supported: leave it out.")
-    patterns = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
-    if numbered := [pattern for pattern in patterns if re.search(r"\d", pattern)]:
-        raise ValueError(
-            f"rank_pattern or alpha_pattern names single layers ({', '.join(numbered)}), which stages renumber: name "
-            "modules only, such as 'q_proj'."
-        )
 
 
 def save_stage(
