@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import lora, tiny_llama
 from peft import IA3Config, LoHaConfig, PeftModel, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_devft import load_submodel
 
@@ -96,23 +97,60 @@ def test_what_an_initialisation_takes_out_of_the_base_is_in_what_is_saved(make_t
     def keep(trainer):
         seen.setdefault(trainer._running.stage.stage, logits(trainer.model))
 
-    def start(name):
-        return make_trainer(peft_config=lora(init_lora_weights=init, use_rslora=True), model=untied(),
+    def start(name, model):
+        return make_trainer(peft_config=lora(init_lora_weights=init, use_rslora=True), model=model,
                             cls=before_the_stage_ends(keep), output_dir=str(tmp_path / name), **ANCHORS)  # fmt: skip
 
-    trainer = start("run")
-    assert not torch.equal(trainer.model.get_base_model().model.layers[0].self_attn.q_proj.weight,
-                           untied().model.layers[0].self_attn.q_proj.weight)  # fmt: skip
+    base = untied()
+    trainer = start("run", base)
     torch.testing.assert_close(logits(trainer.model), logits(untied()))
+    with trainer.model.disable_adapter():
+        assert not torch.allclose(logits(trainer.model), logits(untied()), atol=0.1)
     trainer.train()
-    folder = trainer.args.output_dir
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(untied(), folder)), logits(trainer.model))
+    folder, trained = trainer.args.output_dir, logits(trainer.model)
+    assert (trained - logits(untied())).abs().max() > 1e-3
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(untied(), folder)), trained)
     torch.testing.assert_close(logits(load_submodel(untied(), folder, stage=1)), seen[1])
-    assert (logits(trainer.model) - logits(untied())).abs().max() > 1e-3
+    trainer.model.save_pretrained(tmp_path / "by PEFT")
+    if "niter" not in init:  # of which PEFT draws another when it loads
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(untied(), tmp_path / "by PEFT")), trained)
 
-    again = start("again")
+    again = start("again", base)  # which is as it was
     again.train(resume_from_checkpoint=f"{folder}/stage-1")
-    torch.testing.assert_close(logits(again.model), logits(trainer.model))
+    torch.testing.assert_close(logits(again.model), trained)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(untied(), again.args.output_dir)), trained)
+    other = make_trainer(peft_config=lora(use_rslora=True), model=base, output_dir=folder, **ANCHORS)
+    torch.testing.assert_close(logits(other.model), logits(untied()))
+    with pytest.raises(ValueError, match="init_lora_weights"):
+        other.train(resume_from_checkpoint=f"{folder}/stage-1")
+
+
+def test_a_tied_head_is_taken_from_without_the_embeddings(make_trainer):
+    adapter = lora(init_lora_weights="pissa", target_modules=["q_proj", "lm_head"])
+    trainer = make_trainer(peft_config=adapter, model=tiny_llama(), **ANCHORS)
+    torch.testing.assert_close(logits(trainer.model), logits(tiny_llama()))
+    trainer.train()
+    loaded = PeftModel.from_pretrained(tiny_llama(), trainer.args.output_dir)
+    torch.testing.assert_close(logits(loaded), logits(trainer.model))
+
+
+@pytest.mark.parametrize(("adapter", "message"), [
+    (lora(init_lora_weights="pissa", r=12), "12 components out of a matrix"),
+    (lora(init_lora_weights="pissa", target_modules=["q_proj", "embed_tokens"]), "leave it out"),
+])  # fmt: skip
+def test_modules_without_such_components_are_named(make_trainer, adapter, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(peft_config=adapter, **ANCHORS)
+
+
+def test_olora_knows_no_transposed_weights(make_trainer):
+    config = GPT2Config(vocab_size=2048, n_embd=16, n_layer=4, n_head=2, n_positions=64)
+    with pytest.raises(ValueError, match="transposed"):
+        make_trainer(model=GPT2LMHeadModel(config), peft_config=lora(init_lora_weights="olora"), **ANCHORS)
+    model = GPT2LMHeadModel(config)
+    before = logits(model)
+    trainer = make_trainer(model=model, peft_config=lora(init_lora_weights="pissa"), **ANCHORS)
+    torch.testing.assert_close(logits(trainer.model), before)
 
 
 def test_an_adapter_on_weights_that_were_changed_elsewhere_is_refused(make_trainer):
@@ -126,7 +164,8 @@ def test_an_adapter_on_weights_that_were_changed_elsewhere_is_refused(make_train
     (lora(use_dora=True), {"federated_method": "flora"}, "use_dora"),
     (lora(rank_pattern={"q_proj": 4}), {"federated_method": "hetlora"}, "rank_pattern"),
     (lora(rank_pattern={"layers.0.q_proj": 4}), {}, "names single layers"),
-    (lora(init_lora_weights="eva"), {}, "looks at data"),
+    (lora(init_lora_weights="eva"), {}, "look at data"),
+    (lora(init_lora_weights="pisa"), {}, "'pisa'. is none of"),
     (lora(init_lora_weights="pissa"), {}, "belongs to no other layer"),
     (lora(init_lora_weights="olora"), ANCHORS | {"grouping": "calibrated"}, "every module"),
     (lora(init_lora_weights="pissa", alpha_pattern={"q_proj": 3}), ANCHORS, "leave out alpha_pattern"),

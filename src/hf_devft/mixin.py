@@ -41,8 +41,8 @@ from hf_devft.schedule import RoundSchedule
 from hf_devft.stages.adapter import adapter_state, with_head
 from hf_devft.stages.grouping import GroupingTask, group_layers, layer_similarity
 from hf_devft.stages.layer_stack import find_layer_stack
-from hf_devft.stages.principal import moves_weights
-from hf_devft.stages.residual import without_residual
+from hf_devft.stages.principal import initialise
+from hf_devft.stages.residual import OpenWeights, without_residual
 from hf_devft.stages.supported import check_adapter, check_rules
 from hf_devft.stages.transfer import check_alike
 from hf_devft.stages.weights import is_stored, unpack
@@ -82,6 +82,9 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
     Raises:
         ValueError: data, adapter or options that cannot be trained this way; before any work is spent.
     """
+
+    # One that takes a part of the base's weights into the new adapter, see `stages.principal`.
+    _initialisation: str | None = None
 
     def __init__(
         self,
@@ -154,11 +157,17 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
         self.peft_config: PeftConfig = copy.deepcopy(self.model.peft_config[self.model.active_adapter])
         self.peft_config.inference_mode = False
         check_adapter(self.peft_config, new=True)
+        self._opened: OpenWeights | None = None  # of the model as it is now
+        if self._initialisation is not None:
+            self.peft_config.init_lora_weights = self._initialisation
+            self._opened = initialise(self.model, self._initialisation)
         self._full_adapter: State = adapter_state(self.model)
-        self._initial: State = self._full_adapter if moves_weights(self.peft_config) else {}
+        self._initial: State = self._full_adapter if self._opened else {}
         stack = self._layer_stack(self.model.get_base_model())
         check_alike(self._full_adapter, stack.names, stack.kinds)
-        check_rules(self.peft_config, args, self._full_adapter, encoder_too=len(stack.names.lists) > 1)
+        check_rules(self.peft_config, args)
+        if getattr(self.peft_config, "layers_to_transform", None) is not None and len(stack.names.lists) > 1:
+            raise ValueError("layers_to_transform means layers of an encoder and of a decoder: choose one by `stack`.")
         self._check_federation()
         if (
             args.temporary_head
@@ -276,7 +285,9 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
             if self.control.should_training_stop:
                 break
         self._make_whole()
-        if args.should_save:  # a run that was killed may have left one more than it keeps
+        if (
+            args.should_save and args.save_strategy != "no"
+        ):  # a run that was killed may have left one more than it keeps
             self._rotate_checkpoints(Path(self._get_output_dir(trial=trial)))
         num_samples = max_steps * args.clients_per_round * args.local_steps * args.train_batch_size
         return self._finalize_training(trial, num_samples * args.gradient_accumulation_steps, start_time)
@@ -507,6 +518,8 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
         )
         return {name: getattr(args, name) for name in (*rules, *federation)} | {
             "stage_layers": [stage.num_layers for stage in self.stages],
+            "lora_alpha": getattr(self.peft_config, "lora_alpha", None),
+            "init_lora_weights": self._initialisation,
             "num_clients": len(self.clients.rows),
             "rows of the clients (checksum)": zlib.crc32(np.concatenate([*self.clients.rows.values()]).tobytes()),
         }

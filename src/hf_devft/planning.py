@@ -29,6 +29,7 @@ from hf_devft.stages.adapter import new_adapter, of_groups, with_head
 from hf_devft.stages.grouping import GroupingTask, group_layers
 from hf_devft.stages.layer_stack import encoders_of, find_layer_stack, watch_lengths, with_layers
 from hf_devft.stages.principal import as_initialised
+from hf_devft.stages.supported import check_adapter, check_rules
 
 
 # Of a client's trained values in float32: themselves, their gradient, AdamW's two moments.
@@ -100,6 +101,8 @@ def plan_run(
     Raises:
         ValueError: stages or methods that cannot run on this base.
     """
+    check_adapter(peft_config, new=True)
+    check_rules(peft_config, args)
     stages = args.resolve_stages(len(find_layer_stack(base, args.stack)))
     ends = np.cumsum([0, *(stage.rounds for stage in stages)]).tolist()
     batches = functools.partial(planned_batches, args, clients)

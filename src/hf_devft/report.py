@@ -16,6 +16,7 @@ from hf_devft.hub.model_card import CardContext, model_card
 from hf_devft.layout import State
 from hf_devft.plotting import plot_run
 from hf_devft.progress import stage_rows
+from hf_devft.stages.principal import moves_weights
 from hf_devft.tasks import TASKS
 
 
@@ -112,4 +113,5 @@ def _adapter(config: PeftConfig) -> str:
         return config.peft_type.value
     kind = "DoRA" if config.use_dora else "LoRA"
     whole = f", with {', '.join(sorted(set(config.modules_to_save)))} trained whole" if config.modules_to_save else ""
-    return f"{kind} of rank {config.r}, alpha {config.lora_alpha}{whole}"
+    start = f", from {config.init_lora_weights}" if moves_weights(config) else ""
+    return f"{kind} of rank {config.r}, alpha {config.lora_alpha}{start}{whole}"

@@ -26,7 +26,7 @@ from hf_devft.layout import State
 from hf_devft.stages.adapter import adapter_state, attach_adapter, detach_adapter, of_groups, with_head
 from hf_devft.stages.grouping import GroupingTask, Groups, group_layers
 from hf_devft.stages.layer_stack import LayerStack, encoders_of, find_layer_stack, with_layers
-from hf_devft.stages.principal import on_whole_weights
+from hf_devft.stages.principal import move_weights, on_whole_weights
 from hf_devft.stages.residual import OpenWeights, product_adapter
 from hf_devft.stages.submodel import build_submodel, build_whole
 from hf_devft.stages.transfer import expand_adapter, fuse_adapter, kinds_by_adapter
@@ -116,6 +116,7 @@ class StageMixin:
         config = of_groups(self.peft_config, stage.groups)
         config, head = with_head(config, submodel) if growing else (config, None)
         model = attach_adapter(submodel, config, adapter, grows=growing)
+        self._move_weights(model, stack, stage.groups)
         adapter = adapter_state(model)
         weights = OpenWeights(model) if self._federation.method.needs_room else None
         stacked = self._stack(model)  # before an engine wraps the model
@@ -167,9 +168,18 @@ class StageMixin:
             submodel = build_submodel(base, stack, earlier.groups, earlier.fusion, earlier.fusion_beta)
             adapter = fuse_adapter(self._full_adapter, stack.names, earlier.groups, earlier.adapter_fusion)
             model = attach_adapter(submodel, of_groups(self.peft_config, earlier.groups), adapter)
+            self._move_weights(model, stack, earlier.groups)
             layers = _layers(submodel, stack, earlier.groups)
             smaller[number] = Smaller(earlier, model, self._engine_beside(model), layers)
         return smaller
+
+    def _initial_of(self, stack: LayerStack, groups: Groups) -> State:
+        return fuse_adapter(self._initial, stack.names, groups, "anchor")
+
+    def _move_weights(self, model: PeftModel, stack: LayerStack, groups: Groups) -> None:
+        """Where the adapter's initial values were taken out of the weights."""
+        if self._initial:
+            move_weights(model, self.peft_config, self._initial_of(stack, groups))
 
     def _stack(self, model: PeftModel) -> tuple[PeftModel, ClientAxis, int] | None:
         if (count := self._clients_in_a_batch(model)) == 1:
@@ -194,7 +204,11 @@ class StageMixin:
             self._full_adapter = adapter_state(self.model)
         base = self._release()
         config, adapter = product_adapter(self.peft_config, self._full_adapter, self._residual())
-        self._use(attach_adapter(build_whole(base, self.args.stack), config, adapter), train=False)
+        model = attach_adapter(build_whole(base, self.args.stack), config, adapter)
+        if self._initial:
+            move_weights(model, config, self._initial)
+            model.peft_config[model.active_adapter].init_lora_weights = config.init_lora_weights  # for PEFT to save
+        self._use(model, train=False)
         self._whole = True
 
     def _release(self) -> PreTrainedModel:
@@ -204,6 +218,8 @@ class StageMixin:
         self._whole = False
         if self._base is None:
             self._base = detach_adapter(self.model)
+            if self._opened:
+                self._opened.close()
             shard(self, self._base)
         self.engine = self._running = self.optimizer = self.callback_handler.optimizer = None
         self.model = self.model_wrapped = self.callback_handler.model = self._base
@@ -320,8 +336,7 @@ class StageMixin:
         """The running submodel's adapter, likewise."""
         running = self._running
         if self._initial:
-            initial = fuse_adapter(self._initial, running.stack.names, running.stage.groups, "anchor")
-            return on_whole_weights(running.config, sub, initial)
+            return on_whole_weights(running.config, sub, self._initial_of(running.stack, running.stage.groups))
         return product_adapter(running.config, sub, self._residual())
 
 

@@ -6,6 +6,7 @@ Tasks have the names of transformers' pipelines. A new one is one entry in `TASK
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -166,7 +167,7 @@ def label_options(dataset: Dataset, column: str) -> dict[str, Any]:
 def _class_of(label: int | str, config: PretrainedConfig) -> int:
     numbers = {name: number for number, name in config.id2label.items()}
     number = numbers.get(label) if isinstance(label, str) else label
-    if number is None or not (number == IGNORED or 0 <= number < config.num_labels):
+    if not isinstance(number, Integral) or not (number == IGNORED or 0 <= number < config.num_labels):
         raise ValueError(
             f"label {label!r} is none of the model's {config.num_labels} ({', '.join(numbers)}): load the "
             "model with `num_labels`, or by name."

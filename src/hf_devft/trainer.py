@@ -19,9 +19,9 @@ from hf_devft.metrics import IGNORED
 from hf_devft.mixin import DevFTMixin, clients_of
 from hf_devft.stages.adapter import attach_adapter, new_adapter
 from hf_devft.stages.base_difference import base_difference
-from hf_devft.stages.principal import moves_weights
+from hf_devft.stages.principal import as_initialised, moves_weights
 from hf_devft.stages.streaming import load_base, where_from
-from hf_devft.stages.supported import check_adapter
+from hf_devft.stages.supported import check_adapter, check_rules
 from hf_devft.tasks import TASKS, Encoding, Task, label_options, task_of
 
 
@@ -75,6 +75,9 @@ class DevFTTrainer(DevFTMixin, Trainer):
             adapter = peft_config
         if adapter is not None:
             check_adapter(adapter, new=not isinstance(model, PeftModel))
+            check_rules(adapter, args)
+            if moves_weights(adapter):
+                self._initialisation = adapter.init_lora_weights
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         args.task = task_of(None if isinstance(model, str) else base, getattr(adapter, "task_type", None), args.task)
         task = TASKS[args.task]
@@ -102,7 +105,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
                 _compare_with_the_adapters_base(start[0], model, args, task)
             model = attach_adapter(model, *start)
         elif peft_config is not None:
-            model = new_adapter(model, _with_what_is_new(peft_config, model))
+            model = new_adapter(model, as_initialised(_with_what_is_new(peft_config, model)))
         if getattr(processing_class, "pad_token", "") is None:
             processing_class.pad_token = processing_class.eos_token
         if base.config.is_encoder_decoder is False and getattr(base.config, "pad_token_id", 0) is None:

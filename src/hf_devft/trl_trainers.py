@@ -16,7 +16,8 @@ from hf_devft.configuration import DevFTConfig
 from hf_devft.embedded import resolve_model_name
 from hf_devft.federation.partition import ClientData
 from hf_devft.mixin import DevFTMixin
-from hf_devft.stages.supported import check_adapter
+from hf_devft.stages.principal import as_initialised, moves_weights
+from hf_devft.stages.supported import check_adapter, check_rules
 
 
 try:
@@ -53,6 +54,10 @@ class _TRLMixin(DevFTMixin):
     def __init__(self, model: Any, args: DevFTConfig, **kwargs):
         if (adapter := kwargs.get("peft_config")) is not None:
             check_adapter(adapter, new=True)
+            check_rules(adapter, args)
+            if moves_weights(adapter):
+                self._initialisation = adapter.init_lora_weights
+            kwargs["peft_config"] = as_initialised(adapter)
         elif isinstance(model, PeftModel):
             check_adapter(model.peft_config[model.active_adapter])
         self._check_placement(args)
@@ -148,6 +153,11 @@ class DevFTDPOTrainer(_TRLMixin, DPOTrainer):
             raise ValueError(
                 "ref_model, precompute_ref_log_probs and a model with an adapter are for one reference of full depth, "
                 "but each stage has its own, the submodel without adapter: leave them out, and pass `peft_config`."
+            )
+        if (adapter := kwargs.get("peft_config")) is not None and moves_weights(adapter):
+            raise ValueError(
+                f"init_lora_weights={adapter.init_lora_weights!r} leaves no reference where the adapter is taken off: "
+                "use another initialisation."
             )
         if args.predict_with_generate:
             raise ValueError("predict_with_generate compares with one answer, and pairs have two: turn it off.")

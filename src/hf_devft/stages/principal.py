@@ -1,16 +1,17 @@
 """Initialisations of LoRA that move a part of the base's weights into the adapter: W = W' + s·B₀A₀.
 
 PiSSA (Meng et al. 2024, arXiv 2404.02948, §3) moves the principal components, OLoRA (Büyükakyüz 2024, arXiv
-2406.01775) an orthonormal basis of the weights. PEFT does both, and leaves W' in the model.
+2406.01775) an orthonormal basis of the weights. PEFT computes both. Here W' is in copies, and the base keeps its W.
 """
 
 import copy
 import math
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 
-from hf_devft.layout import State
+from hf_devft.layout import RESIDUAL, State, lora_scaling
+from hf_devft.stages.residual import OpenWeights
 
 
 def moves_weights(config: PeftConfig) -> bool:
@@ -24,6 +25,45 @@ def as_initialised(config: PeftConfig) -> PeftConfig:
     if moves_weights(config):
         config.init_lora_weights = True
     return config
+
+
+def initialise(model: PeftModel, initialisation: str) -> OpenWeights:
+    """Give a new adapter its initial values, and the modules under it W', in copies of their weights.
+
+    Raises:
+        ValueError: weights that have no such initialisation.
+    """
+    opened, name = OpenWeights(model), model.active_adapter
+    for path, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        shape, rank = module.get_base_layer().weight.shape, module.r[name]
+        if len(shape) != 2 or rank > min(shape):
+            raise ValueError(
+                f"init_lora_weights={initialisation!r} takes {rank} components out of a matrix, but {path} has one "
+                f"of {tuple(shape)}: lower `r`, or leave it out of `target_modules`."
+            )
+        if initialisation.startswith("pissa"):
+            module.pissa_init(name, initialisation)
+        elif getattr(module, "fan_in_fan_out", False):
+            raise ValueError(f"{path} keeps its weights transposed, which PEFT's OLoRA does not know: use PiSSA.")
+        else:
+            module.olora_init(name)
+    return opened
+
+
+def move_weights(model: PeftModel, config: LoraConfig, initial: State) -> None:
+    """Give the modules under an adapter W', in copies of their weights."""
+    scaling = lora_scaling(config)
+    OpenWeights(model).set(
+        {
+            key.removesuffix(".lora_A.weight") + RESIDUAL: -scaling
+            * initial[key.replace(".lora_A.", ".lora_B.")]
+            @ matrix
+            for key, matrix in initial.items()
+            if key.endswith(".lora_A.weight")
+        }
+    )
 
 
 def on_whole_weights(config: LoraConfig, state: State, initial: State) -> tuple[LoraConfig, State]:

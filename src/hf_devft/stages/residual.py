@@ -85,3 +85,8 @@ class OpenWeights:
             base, original, transposed = self._open[key]
             matrix = (matrix.T if transposed else matrix).to(base.weight.device)
             base.weight.copy_(original.to(base.weight.device) + matrix)
+
+    def close(self) -> None:
+        """Give the modules their own weights back."""
+        for base, original, _ in self._open.values():
+            base.weight = original

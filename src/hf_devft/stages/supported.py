@@ -5,12 +5,11 @@ import re
 from peft import LoraConfig, PeftConfig, PeftType
 
 from hf_devft.configuration import DevFTConfig
-from hf_devft.layout import State
 from hf_devft.stages.principal import moves_weights
 
 
 # Initialisations of LoRA that look at nothing but the layer's own weights.
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_[number]")
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
 
 
 def check_adapter(config: PeftConfig, new: bool = False) -> None:
@@ -34,8 +33,8 @@ def check_adapter(config: PeftConfig, new: bool = False) -> None:
     init = config.init_lora_weights
     if init not in _INITIALISATIONS and not re.fullmatch(r"pissa_niter_\d+", str(init)):
         raise ValueError(
-            f"LoraConfig(init_lora_weights={init!r}) looks at data or at how weights are quantised, which submodels "
-            f"do not share: use one of {_INITIALISATIONS}."
+            f"LoraConfig(init_lora_weights={init!r}) is none of {_INITIALISATIONS} and 'pissa_niter_[number]'; those "
+            "that look at data or at how weights are quantised are not supported, as submodels do not share these."
         )
     if moves_weights(config) and not new:
         raise ValueError(
@@ -54,19 +53,13 @@ def check_adapter(config: PeftConfig, new: bool = False) -> None:
         )
 
 
-def check_rules(config: PeftConfig, args: DevFTConfig, state: State, encoder_too: bool) -> None:
-    """Refuse adapters that do not go with the stages' rules.
-
-    Args:
-        state: the adapter's tensors.
-        encoder_too: whether stages shorten an encoder and a decoder together.
+def check_rules(config: PeftConfig, args: DevFTConfig) -> None:
+    """Refuse adapters that do not go with the stages' rules; before one is made, as that may be much work.
 
     Raises:
-        ValueError: `layers_to_transform` for two stacks; DoRA, or an initialisation that changes the base, with rules
-            that give a layer what belongs to others.
+        ValueError: DoRA, or an initialisation that changes the base, with rules that give a layer what belongs to
+            others.
     """
-    if getattr(config, "layers_to_transform", None) is not None and encoder_too:
-        raise ValueError("layers_to_transform means layers of an encoder and of a decoder: choose one by `stack`.")
     if getattr(config, "use_dora", False) and {args.fusion, args.adapter_fusion} != {"anchor"}:
         raise ValueError(
             "LoraConfig(use_dora=True) keeps the norms of a layer's weights, which fused layers do not have: set "
@@ -82,9 +75,10 @@ def check_rules(config: PeftConfig, args: DevFTConfig, state: State, encoder_too
         )
     if args.grouping == "calibrated" or args.temporary_head:
         raise ValueError(f'{init} needs its adapter on every module: leave out "calibrated" and temporary_head.')
-    if given := [name for name in ("rank_pattern", "alpha_pattern", "use_dora") if getattr(config, name)]:
+    patterns = ("rank_pattern", "alpha_pattern", "use_dora", "target_parameters")
+    if given := [name for name in patterns if getattr(config, name)]:
         raise ValueError(f"{init} is saved as plain LoRA of one rank: leave out {', '.join(given)}.")
-    if any("lora_embedding" in key for key in state):
-        raise ValueError(f"{init} does not move embeddings: leave them out of `target_modules`.")
+    if (args.model_init_kwargs or {}).get("quantization_config"):
+        raise ValueError(f"{init} changes the base's weights: use a base that is not quantised.")
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         raise ValueError(f"{init} changes the base's weights, which are not whole under ZeRO-3: use ZeRO-2.")
