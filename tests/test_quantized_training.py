@@ -1,8 +1,11 @@
 """4-bit bases, whole runs: group -> dequantise, fuse, requantise -> train -> transfer."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import config, lora
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -52,10 +55,27 @@ def test_a_run_on_a_4_bit_base(wide, tmp_path, tasks, eval_tasks, tokenizer, eva
     adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in adapter.values())
     assert any(tensor.any() for key, tensor in adapter.items() if "lora_B" in key)
+    fresh = AutoModelForCausalLM.from_pretrained(wide, quantization_config=four_bit)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "run")
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():  # in training, as evaluations use other kernels
+        torch.testing.assert_close(loaded.train()(tokens).logits, trainer.model.train()(tokens).logits)
 
 
 def packed(model: torch.nn.Module) -> int:
     return sum(isinstance(parameter, bitsandbytes.nn.Params4bit) for parameter in model.parameters())
+
+
+def test_a_base_that_was_evaluated_before_is_whole_or_refused(wide, tmp_path, tasks, tokenizer):
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(wide, quantization_config=four_bit).eval()
+    with torch.no_grad():
+        base(torch.tensor([[5, 6, 7, 8]]))
+    repacked = any(getattr(p.quant_state, "packing_format_for_cpu", False) for p in base.parameters()
+                   if isinstance(p, bitsandbytes.nn.Params4bit))  # fmt: skip
+    options = {"peft_config": lora(), "train_dataset": tasks, "processing_class": tokenizer}
+    with pytest.raises(ValueError, match="load it again") if repacked else contextlib.nullcontext():
+        DevFTTrainer(base, config(tmp_path / "run"), **options)
 
 
 def test_a_4_bit_base_by_config_alone(wide, tmp_path, tasks, tokenizer):

@@ -45,7 +45,7 @@ from hf_devft.stages.principal import initialise
 from hf_devft.stages.residual import OpenWeights, without_residual
 from hf_devft.stages.supported import check_adapter, check_rules
 from hf_devft.stages.transfer import check_alike
-from hf_devft.stages.weights import is_stored, unpack
+from hf_devft.stages.weights import is_stored, keep_readable
 from hf_devft.staging import Running, StageMixin
 from hf_devft.tasks import TASKS
 
@@ -154,6 +154,7 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
             raise ValueError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`.")
         if len(self.model.peft_config) != 1:
             raise ValueError(f"the model has several adapters {list(self.model.peft_config)}: leave one.")
+        keep_readable(self.model)
         self.peft_config: PeftConfig = copy.deepcopy(self.model.peft_config[self.model.active_adapter])
         self.peft_config.inference_mode = False
         check_adapter(self.peft_config, new=True)
@@ -312,9 +313,6 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
         """One round: train the sampled clients, aggregate, record. Returns a gradient norm."""
         started, running = time.perf_counter(), self._running
         self._peak_memory.reset()
-        for parameter in self.model.parameters():
-            unpack(parameter)  # an evaluation may have been before
-
         outcome = self._federation.run(
             self.state.global_step, running.adapter, functools.partial(self._train_clients, learning_rate)
         )

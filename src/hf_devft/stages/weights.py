@@ -38,6 +38,10 @@ class Stored:
 
 
 # The types of safetensors' format that a model's weights have before they are quantised.
+_REPACKED = (
+    "the base has been used on this CPU, for which bitsandbytes has repacked its 4-bit weights, and cannot undo it "
+    "exactly: load it again."
+)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -127,7 +131,8 @@ def dense(parameter: torch.Tensor) -> torch.Tensor:
     sharded, read where it is stored, else itself.
 
     Raises:
-        ValueError: integers of another quantisation, which cannot be compared or added.
+        ValueError: integers of another quantisation, which cannot be compared or added, or 4-bit weights that
+            bitsandbytes has repacked.
     """
     if is_stored(parameter):
         return parameter.stored.read()
@@ -142,9 +147,10 @@ def dense(parameter: torch.Tensor) -> torch.Tensor:
         )
     if state is None:
         return parameter
+    if _is_repacked(parameter):
+        raise ValueError(_REPACKED)
     from bitsandbytes.functional import dequantize_4bit
 
-    unpack(parameter)
     return dequantize_4bit(parameter.data, parameter.quant_state)
 
 
@@ -162,15 +168,18 @@ def piece_size(parameter: torch.Tensor) -> int:
     return 2**20 if slow or not (is_stored(parameter) or parameter.device.type == "cpu") else 2**16
 
 
-def unpack(parameter: torch.Tensor) -> None:
-    """Undo what an evaluation on a CPU does to a 4-bit weight: repacked for bitsandbytes' inference kernels, it can
-    neither be read nor passed a gradient through."""
-    if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse  # as it does before it saves
+def keep_readable(model: nn.Module) -> None:
+    """Keep an evaluation on a CPU from repacking 4-bit weights for bitsandbytes' inference kernels: they could neither
+    be read nor passed a gradient through, and it cannot be undone exactly."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        if _is_repacked(getattr(module, "weight", None)):
+            raise ValueError(_REPACKED)
 
-        parameter.data, parameter.quant_state = _convert_weight_packed_for_cpu_inverse(
-            parameter.data, parameter.quant_state
-        )
+
+def _is_repacked(parameter: torch.Tensor | None) -> bool:
+    return bool(getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False))
 
 
 class DenseValues(Sequence):
