@@ -25,7 +25,9 @@ def quantised(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     wide_model().save_pretrained(folder)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    keep_readable(model)
+    return model
 
 
 def test_values_survive_a_round_trip(quantised):
@@ -62,7 +64,6 @@ def test_a_group_is_dequantised_fused_and_quantised_again(quantised):
 
 
 def test_similarity_of_quantised_layers(quantised):
-    keep_readable(quantised)
     with torch.no_grad():
         quantised.eval()(torch.tensor([[3, 9, 27]]))  # would repack the weights on some CPUs
     similarity = layer_similarity(find_layer_stack(quantised))
