@@ -30,7 +30,8 @@ from hf_devft.mixin import clients_of
 from hf_devft.planning import RunPlan, plan_run
 from hf_devft.progress import print_plan
 from hf_devft.stages.streaming import empty_base, where_from
-from hf_devft.tasks import TASKS, label_options
+from hf_devft.tasks import TASKS
+from hf_devft.trainer import labels_of
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -70,7 +71,7 @@ def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
         config.inference_mode = False
     clients = None
     if task.classes and recipe.train_file:
-        options = label_options(load_data(recipe, args)[0], task.classes) | options
+        options = labels_of(task, load_data(recipe, args)[0], path, options) | options
     if not recipe.dataset_name and task is TASKS["text-generation"] and recipe.trainer == "devft":
         tokenizer = AutoTokenizer.from_pretrained(path, **where_from(options))
         clients = clients_of(args, tokenize(load_data(recipe, args)[0], tokenizer, args.max_length))

@@ -91,7 +91,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
         if isinstance(model, str):
             options = args.model_init_kwargs or {}
             if task.classes is not None:
-                options = _labels(task, clients.dataset, model, options) | options
+                options = labels_of(task, clients.dataset, model, options) | options
             # Both look at the weights of every layer.
             whole = getattr(adapter, "use_dora", False) or (adapter is not None and moves_weights(adapter))
             model, processing_class = _load(task, model, options, args.stack, whole, processing_class)
@@ -191,7 +191,7 @@ def _is_encoded(dataset: Dataset) -> bool:
     return not _INPUTS.isdisjoint(dataset.column_names)
 
 
-def _labels(task: Task, dataset: Dataset, name: str, options: dict[str, Any]) -> dict[str, Any]:
+def labels_of(task: Task, dataset: Dataset, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The model's options for the labels of these rows; none where its checkpoint has been trained on them."""
     column = "labels" if _is_encoded(dataset) else task.classes
     found = label_options(dataset if _is_encoded(dataset) else task.to_columns(dataset), column)
