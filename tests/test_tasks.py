@@ -192,7 +192,7 @@ def test_labels_of_numbers_reach_from_zero():
     assert label_options(rows, "tags")["num_labels"] == 3
 
 
-@pytest.mark.parametrize(("labels", "kinds"), [([0.5, 1.0], "float"), ([None, None], "nothing")])
+@pytest.mark.parametrize(("labels", "kinds"), [([0.5, 1.0], "float"), ([None, None], "nothing"), ([-1, 0], "int")])
 def test_labels_that_are_no_classes_are_an_error(labels, kinds):
     with pytest.raises(ValueError, match=f"column 'label' holds {kinds}"):
         label_options(Dataset.from_dict({"label": labels}), "label")

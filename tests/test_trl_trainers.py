@@ -26,11 +26,16 @@ def options(**kwargs) -> dict:
     return defaults | kwargs
 
 
-def test_sft_trains_submodels_and_loads_with_plain_peft(tmp_path, tokenizer):
+ANCHORS = dict.fromkeys(("fusion", "adapter_fusion", "transfer"), "anchor")
+
+
+@pytest.mark.parametrize(("init", "rules"), [(True, {}), ("pissa", ANCHORS)])
+def test_sft_trains_submodels_and_loads_with_plain_peft(tmp_path, tokenizer, init, rules):
     rows = task_dataset(60, seed=0)
     trainer = DevFTSFTTrainer(
-        tiny_llama(), DevFTSFTConfig(str(tmp_path), **options(max_length=64)), peft_config=lora(),
-        train_dataset=rows, eval_dataset=rows.select(range(8)), processing_class=tokenizer,
+        tiny_llama(), DevFTSFTConfig(str(tmp_path), **options(max_length=64, **rules)),
+        peft_config=lora(init_lora_weights=init), train_dataset=rows, eval_dataset=rows.select(range(8)),
+        processing_class=tokenizer,
     )  # fmt: skip
     trainer.train()
     first, last = trainer.stages
@@ -147,11 +152,14 @@ def test_dpo_raises_the_reward_margin_at_each_stage(tmp_path, tokenizer):
     ({"client_placement": "data_parallel"}, "one process"),
     ({"auto_find_batch_size": True}, "one process"),
     ({"grouping": "calibrated"}, "another rule"),
+    ({"init_lora_weights": "olora"}, "no reference"),
 ])  # fmt: skip
 def test_what_dpo_cannot_do_is_said_first(tmp_path, tokenizer, change, message):
+    adapter = lora(init_lora_weights=change.get("init_lora_weights", True))
+    change = {name: value for name, value in change.items() if name != "init_lora_weights"}
     with pytest.raises(ValueError, match=message):
         DevFTDPOTrainer(
-            tiny_llama(), DevFTDPOConfig(str(tmp_path), **options(**change)), peft_config=lora(),
+            tiny_llama(), DevFTDPOConfig(str(tmp_path), **options(**change)), peft_config=adapter,
             train_dataset=preference_pairs(task_dataset(8)), processing_class=tokenizer,
         )  # fmt: skip
 

@@ -150,7 +150,7 @@ def label_options(dataset: Dataset, column: str) -> dict[str, Any]:
         values = dataset[column][:]
         known = set(chain.from_iterable(values) if by_word else values) - {None, IGNORED}
         kinds = {type(value) for value in known}
-        if not (kinds == {str} or (kinds and kinds <= {int, bool})):
+        if not (kinds == {str} or (kinds and kinds <= {int, bool} and min(known) >= 0)):
             given = " and ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
             raise ValueError(
                 f"column {column!r} holds {given}: labels are classes, named by texts or numbered from 0 on."
