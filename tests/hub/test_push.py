@@ -132,6 +132,20 @@ def test_the_end_strategy_pushes_every_stage_at_the_end(hub, make_trainer, monke
     assert set(hub.repos["me/end"].tags) == {"stage-1", "stage-2"}
 
 
+def test_the_owner_is_asked_for_by_several_threads_at_once(hub, monkeypatch):
+    asked = HubPusher("run", HfApi(endpoint=hub.url, token=TOKEN))
+    whoami, calls = asked.api.whoami, []
+
+    def answer_late():
+        if not calls:  # another thread asks, and is answered before
+            calls.append(1)
+            asked.full_name()
+        return whoami()
+
+    monkeypatch.setattr(asked.api, "whoami", answer_late)
+    assert asked.full_name() == asked.full_name() == "me/run"
+
+
 def test_checkpoints_are_pushed_as_the_strategy_says(hub, make_trainer, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     make_trainer(

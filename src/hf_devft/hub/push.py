@@ -123,9 +123,9 @@ class HubPusher:
 
     def full_name(self) -> str:
         """The repository with its owner, who is asked for where `repo_id` names none; as given where that fails."""
-        if "/" not in self.repo_id:
+        if "/" not in (given := self.repo_id):  # which another thread may complete while the Hub is asked
             try:
-                self.repo_id = f"{self.api.whoami()['name']}/{self.repo_id}"
+                self.repo_id = f"{self.api.whoami()['name']}/{given}"
             except Exception as error:  # as in `_drain`
                 logger.debug(f"the Hub does not say whose repository it is: {error}")
         return self.repo_id
