@@ -54,16 +54,10 @@ def initialise(model: PeftModel, initialisation: str) -> OpenWeights:
 
 def move_weights(model: PeftModel, config: LoraConfig, initial: State) -> None:
     """Give the modules under an adapter W', in copies of their weights."""
-    scaling = lora_scaling(config)
-    OpenWeights(model).set(
-        {
-            key.removesuffix(".lora_A.weight") + RESIDUAL: -scaling
-            * initial[key.replace(".lora_A.", ".lora_B.")]
-            @ matrix
-            for key, matrix in initial.items()
-            if key.endswith(".lora_A.weight")
-        }
-    )
+    opened, end = OpenWeights(model), ".lora_A.weight"
+    for module in [key.removesuffix(end) for key in initial if key.endswith(end)]:
+        product = initial[f"{module}.lora_B.weight"] @ initial[f"{module}{end}"]
+        opened.set({module + RESIDUAL: -lora_scaling(config) * product})  # one at a time: they are dense
 
 
 def on_whole_weights(config: LoraConfig, state: State, initial: State) -> tuple[LoraConfig, State]:
