@@ -67,7 +67,7 @@ def test_a_plan_is_printed_whole(tmp_path, capsys):
     print_plan(plan_run(args, empty_base(str(tmp_path)), lora(r=32)))
     printed = capsys.readouterr().out
     assert "…" not in printed
-    assert "not read" in printed
+    assert "not measured" in printed
 
 
 def test_the_recipe_plans_without_weights(tmp_path, tokenizer):

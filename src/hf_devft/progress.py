@@ -145,4 +145,4 @@ def print_plan(plan: RunPlan) -> None:
         f"{plan.without_stages.flops / plan.total.flops:.2f}x the FLOPs."
     )
     if not plan.measured:
-        Console().print("The data was not read: FLOPs and memory are as if every row had `max_length` tokens.")
+        Console().print("Rows were not measured: FLOPs and memory are as if each had `max_length` tokens.")
