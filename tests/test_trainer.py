@@ -692,6 +692,7 @@ def test_evaluate_and_save_after_training(make_trainer, eval_tasks, tmp_path):
     ({"peft_config": lora(bias="all")}, "bias"),
     ({"train_dataset": {}, "num_clients": None}, "no client"),
     ({"train_dataset": [1, 2]}, "datasets.Dataset"),
+    ({"eval_dataset": Dataset.from_dict({"text": ["a"] * 9}).to_iterable_dataset()}, "streaming dataset"),
     ({"train_dataset": Dataset.from_dict({"body": ["a"] * 9})}, "needs one of"),
 ])  # fmt: skip
 def test_bad_input_is_refused_at_construction(make_trainer, options, message):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_devft.metrics import IGNORED
@@ -237,11 +237,17 @@ def _chat_tokens(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def each(datasets: Any, function: Callable[[Dataset], Any]) -> Any:
-    """`function` of a dataset, of each in a dict of datasets, or of nothing."""
+    """`function` of a dataset, of each in a dict of datasets, or of nothing.
+
+    Raises:
+        ValueError: a streaming dataset.
+    """
     if datasets is None:
         return None
     if isinstance(datasets, dict):
-        return {name: function(dataset) for name, dataset in datasets.items()}
+        return {name: each(dataset, function) for name, dataset in datasets.items()}
+    if isinstance(datasets, IterableDataset):
+        raise ValueError("a streaming dataset has no length and no rows to choose: pass a `datasets.Dataset`.")
     return function(datasets)
 
 
