@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 import hf_devft
 from hf_devft import DevFTConfig, DevFTMixin, DevFTTrainer
-from hf_devft.arguments import RecipeArguments, parse_arguments
+from hf_devft.arguments import TRAINERS, RecipeArguments, parse_arguments
 from hf_devft.data import load_datasets, load_files, tokenize
 from hf_devft.embedded import resolve_model_name, task_dataset
 from hf_devft.embedded.families import preference_pairs
@@ -89,9 +89,8 @@ def make_trainer(recipe: RecipeArguments, args: DevFTConfig) -> DevFTMixin:
                 f"--trainer {recipe.trainer} starts with a new adapter: merge {recipe.adapter_name_or_path} into the "
                 "base (examples/merge_and_save.py), and give that as `model_name_or_path`."
             )
-        trainer = {"sft": "DevFTSFTTrainer", "dpo": "DevFTDPOTrainer"}[recipe.trainer]
-        config = recipe.lora_config(args.task)
-        return getattr(hf_devft, trainer)(recipe.model_name_or_path, args, peft_config=config, **data)
+        trainer = getattr(hf_devft, f"{TRAINERS[recipe.trainer]}Trainer")
+        return trainer(recipe.model_name_or_path, args, peft_config=recipe.lora_config(args.task), **data)
     task = TASKS[args.task or "text-generation"]
     return DevFTTrainer(
         recipe.model_name_or_path,

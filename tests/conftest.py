@@ -55,6 +55,10 @@ def tiny_llama(layers: int = 4, seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+# Rules by which a layer's adapter is no other layer's.
+ANCHORS = dict.fromkeys(("fusion", "adapter_fusion", "transfer"), "anchor")
+
+
 def lora(**kwargs) -> LoraConfig:
     return LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | kwargs)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import lora, tiny_llama
+from conftest import ANCHORS, lora, tiny_llama
 from peft import IA3Config, LoHaConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -85,9 +85,6 @@ def test_dora_members_keep_norms_of_their_own(make_trainer):
     for change in changes[1:]:
         torch.testing.assert_close(change, changes[0])
     assert not torch.equal(trainer._full_adapter[key.format(1)], trainer._full_adapter[key.format(0)])
-
-
-ANCHORS = dict.fromkeys(("fusion", "adapter_fusion", "transfer"), "anchor")
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 import torch
-from conftest import lora, tiny_llama
+from conftest import ANCHORS, lora, tiny_llama
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 import hf_devft
@@ -24,9 +24,6 @@ def options(**kwargs) -> dict:
         "per_device_train_batch_size": 4, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
     }  # fmt: skip
     return defaults | kwargs
-
-
-ANCHORS = dict.fromkeys(("fusion", "adapter_fusion", "transfer"), "anchor")
 
 
 @pytest.mark.parametrize(("init", "rules"), [(True, {}), ("pissa", ANCHORS)])
@@ -145,6 +142,14 @@ def test_dpo_raises_the_reward_margin_at_each_stage(tmp_path, tokenizer):
     margins = [0.0, *(stage.metrics["eval_full_rewards/margins"] for stage in trainer.stages)]
     assert margins[0] < margins[1] < margins[2]
     assert trainer.stages[0].metrics["eval_rewards/margins"] > 0.02, "of the submodel, against itself untrained"
+
+
+def test_an_adapter_on_weights_that_peft_has_changed_is_refused(tmp_path, tokenizer):
+    model = get_peft_model(tiny_llama(), lora(init_lora_weights="pissa"))
+    rows = task_dataset(8)
+    with pytest.raises(ValueError, match="pass the plain base"):
+        DevFTSFTTrainer(model, DevFTSFTConfig(str(tmp_path), **options(**ANCHORS)), train_dataset=rows,
+                        processing_class=tokenizer)  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -17,7 +17,8 @@ from hf_devft.configuration import DevFTConfig
 from hf_devft.tasks import TASKS
 
 
-TRAINERS = ("devft", "sft", "dpo")
+# Trainer -> what the names of its class and its config begin with.
+TRAINERS = {"devft": "DevFT", "sft": "DevFTSFT", "dpo": "DevFTDPO"}
 
 
 @dataclass
@@ -31,7 +32,8 @@ class RecipeArguments:
         default=None, metadata={"help": "Adapter to start from, a folder or a Hub name, instead of a new one."}
     )
     trainer: str = field(
-        default="devft", metadata={"help": f"{TRAINERS}; the others are TRL's, and so are their options and data."}
+        default="devft",
+        metadata={"help": f"{tuple(TRAINERS)}; the others are TRL's, and so are their options and data."},
     )
     train_file: list[str] | None = field(
         default=None,
@@ -101,7 +103,7 @@ def _config_class(trainer: str) -> type[DevFTConfig]:
     """
     if trainer not in TRAINERS:
         raise ValueError(f"trainer={trainer!r} is unknown: choose one of {', '.join(TRAINERS)}.")
-    return getattr(hf_devft, {"devft": "DevFTConfig", "sft": "DevFTSFTConfig", "dpo": "DevFTDPOConfig"}[trainer])
+    return getattr(hf_devft, f"{TRAINERS[trainer]}Config")
 
 
 def parse_arguments(argv: Sequence[str], default_config: Path) -> tuple[RecipeArguments, DevFTConfig]:
@@ -124,9 +126,11 @@ def parse_arguments(argv: Sequence[str], default_config: Path) -> tuple[RecipeAr
         del argv[position : position + 2]
     values = _read_yaml(config)
     kinds = (RecipeArguments, _config_class(_value_of("trainer", argv) or values.get("trainer", "devft")))
-    values = {key: _as_written(kinds, key, value) for key, value in values.items()}
+    options = {item.name: str(item.type) for kind in kinds for item in fields(kind) if item.init}
+    lists = {key for key, kind in options.items() if "list[" in kind} - {"report_to", "debug"}
+    values = {key: _as_written(lists, key, value) for key, value in values.items()}
     parser = HfArgumentParser(kinds, allow_abbrev=False)
-    known = {item.name for kind in kinds for item in fields(kind) if item.init}
+    known = set(options)
     _refuse_unknown(values, known, str(config))
     parser.set_defaults(**values)
     namespace, rest = parser.parse_known_args(argv)
@@ -154,13 +158,11 @@ def _read_yaml(path: Path) -> dict:
     return values
 
 
-def _as_written(kinds: Sequence[type], key: str, value: Any) -> Any:
+def _as_written(lists: set[str], key: str, value: Any) -> Any:
     """What the user meant: YAML reads the word `no` as false, and one value may stand for a list of one."""
     if value is False and str(key).endswith("_strategy"):
         return "no"
-    types = {item.name: str(item.type) for kind in kinds for item in fields(kind)}
-    many = "list[" in types.get(key, "") and key not in ("report_to", "debug")
-    if many and value is not None and not isinstance(value, list):
+    if key in lists and value is not None and not isinstance(value, list):
         return [value]
     return value
 

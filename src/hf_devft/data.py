@@ -88,10 +88,10 @@ def load_files(files: Sequence[str], to_columns: Callable[[Dataset], Dataset] = 
             raise ValueError(f"{path} ends in {path.suffix!r}: known are {', '.join(_BUILDERS)}.")
         builder, options = _BUILDERS[path.suffix]
         try:
-            datasets[path] = load_dataset(builder, data_files=str(path), split="train", **options)
+            datasets[str(path)] = load_dataset(builder, data_files=str(path), split="train", **options)
         except Exception as error:
             raise ValueError(f"{path} could not be read as {builder.upper()}: {error.__cause__ or error}") from error
-    return _joined({str(path): dataset for path, dataset in datasets.items()}, to_columns)
+    return _joined(datasets, to_columns)
 
 
 def load_datasets(

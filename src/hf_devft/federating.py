@@ -24,6 +24,7 @@ from hf_devft.federation.wire import Wire
 from hf_devft.layout import AdapterLayout, lora_scaling
 from hf_devft.metrics import IGNORED
 from hf_devft.stages.principal import moves_weights
+from hf_devft.stages.supported import uneven_options
 
 
 class FederationMixin:
@@ -144,10 +145,9 @@ class FederationMixin:
 
     def _check_factors(self, federation: Federation, layout: AdapterLayout, name: str) -> None:
         method, config = federation.method, self.peft_config
-        patterns = ("rank_pattern", "alpha_pattern", "use_dora", "target_parameters")
         if (method.factors or method.products) and not layout.pairs:
             raise ValueError(f"{name} is about LoRA's factors, which {config.peft_type.value} lacks: use LoRA.")
-        if method.products and (given := [option for option in patterns if getattr(config, option)]):
+        if method.products and (given := uneven_options(config)):
             raise ValueError(
                 f"{name} works with products of LoRA's factors, of one rank and scale everywhere: leave out "
                 f"{', '.join(given)}."

@@ -41,7 +41,7 @@ from hf_devft.schedule import RoundSchedule
 from hf_devft.stages.adapter import adapter_state, with_head
 from hf_devft.stages.grouping import GroupingTask, group_layers, layer_similarity
 from hf_devft.stages.layer_stack import find_layer_stack
-from hf_devft.stages.principal import initialise
+from hf_devft.stages.principal import as_initialised, initialise, moves_weights
 from hf_devft.stages.residual import OpenWeights, without_residual
 from hf_devft.stages.supported import check_adapter, check_rules
 from hf_devft.stages.transfer import check_alike
@@ -157,16 +157,17 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
         keep_readable(self.model)
         self.peft_config: PeftConfig = copy.deepcopy(self.model.peft_config[self.model.active_adapter])
         self.peft_config.inference_mode = False
-        check_adapter(self.peft_config, new=True)
-        self._opened: OpenWeights | None = None  # of the model as it is now
+        check_adapter(self.peft_config)
         if self._initialisation is not None:
             self.peft_config.init_lora_weights = self._initialisation
+        check_rules(self.peft_config, args)
+        self._opened: OpenWeights | None = None  # of the model as it is now
+        if self._initialisation is not None:
             self._opened = initialise(self.model, self._initialisation)
         self._full_adapter: State = adapter_state(self.model)
         self._initial: State = self._full_adapter if self._opened else {}
         stack = self._layer_stack(self.model.get_base_model())
         check_alike(self._full_adapter, stack.names, stack.kinds)
-        check_rules(self.peft_config, args)
         if getattr(self.peft_config, "layers_to_transform", None) is not None and len(stack.names.lists) > 1:
             raise ValueError("layers_to_transform means layers of an encoder and of a decoder: choose one by `stack`.")
         self._check_federation()
@@ -197,6 +198,15 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
             self.remove_callback(callback)
         if not args.disable_tqdm:
             self.add_callback(RoundProgressCallback(self.stages))
+
+    def _to_make(self, adapter: PeftConfig, args: DevFTConfig) -> PeftConfig:
+        """The config by which PEFT is to make a new adapter, once the model is loaded; refused before that, where it
+        cannot be trained. What takes a part of the base's weights is left to `initialise`."""
+        check_adapter(adapter, new=True)
+        check_rules(adapter, args)
+        if moves_weights(adapter):
+            self._initialisation = adapter.init_lora_weights
+        return as_initialised(adapter)
 
     def _as_prepared(self, clients: ClientData) -> ClientData:
         """The clients' rows in what the trainer has made of their dataset."""
@@ -286,9 +296,8 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
             if self.control.should_training_stop:
                 break
         self._make_whole()
-        if (
-            args.should_save and args.save_strategy != "no"
-        ):  # a run that was killed may have left one more than it keeps
+        if args.should_save and args.save_strategy != "no":
+            # A run that was killed between its last save and the rotation has left one more than it keeps.
             self._rotate_checkpoints(Path(self._get_output_dir(trial=trial)))
         num_samples = max_steps * args.clients_per_round * args.local_steps * args.train_batch_size
         return self._finalize_training(trial, num_samples * args.gradient_accumulation_steps, start_time)

@@ -164,21 +164,26 @@ def label_options(dataset: Dataset, column: str) -> dict[str, Any]:
     }
 
 
-def _class_of(label: int | str, config: PretrainedConfig) -> int:
+def _class_finder(config: PretrainedConfig) -> Callable[[int | str], int]:
+    """A label's name or number -> the number of its class."""
     numbers = {name: number for number, name in config.id2label.items()}
-    number = numbers.get(label) if isinstance(label, str) else label
-    if not isinstance(number, Integral) or not (number == IGNORED or 0 <= number < config.num_labels):
-        raise ValueError(
-            f"label {label!r} is none of the model's {config.num_labels} ({', '.join(numbers)}): load the "
-            "model with `num_labels`, or by name."
-        )
-    return int(number)
+
+    def class_of(label: int | str) -> int:
+        number = numbers.get(label) if isinstance(label, str) else label
+        if not isinstance(number, Integral) or not (number == IGNORED or 0 <= number < config.num_labels):
+            raise ValueError(
+                f"label {label!r} is none of the model's {config.num_labels} ({', '.join(numbers)}): load the "
+                "model with `num_labels`, or by name."
+            )
+        return int(number)
+
+    return class_of
 
 
 def _encode_text_and_label(rows: dict[str, list], encoding: Encoding) -> dict[str, list]:
     texts = (rows["text"], rows["text_pair"]) if "text_pair" in rows else (rows["text"],)
     encoded = encoding.processor(*texts, truncation=True, max_length=encoding.max_length)
-    return {**encoded, "labels": [_class_of(label, encoding.config) for label in rows["label"]]}
+    return {**encoded, "labels": list(map(_class_finder(encoding.config), rows["label"]))}
 
 
 def _encode_tags(rows: dict[str, list], encoding: Encoding) -> dict[str, list]:
@@ -186,15 +191,12 @@ def _encode_tags(rows: dict[str, list], encoding: Encoding) -> dict[str, list]:
     encoded = encoding.processor(
         rows["tokens"], is_split_into_words=True, truncation=True, max_length=encoding.max_length
     )
-    labels = []
+    labels, class_of = [], _class_finder(encoding.config)
     for row, tags in enumerate(rows["tags"]):
         words = encoded.word_ids(row)
         first = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
         labels.append(
-            [
-                _class_of(tags[word], encoding.config) if is_first else IGNORED
-                for word, is_first in zip(words, first, strict=True)
-            ]
+            [class_of(tags[word]) if is_first else IGNORED for word, is_first in zip(words, first, strict=True)]
         )
     return {**encoded, "labels": labels}
 
@@ -208,7 +210,7 @@ def _encode_text_to_text(rows: dict[str, list], encoding: Encoding) -> dict[str,
 def _encode_image(rows: dict[str, list], encoding: Encoding) -> dict[str, list]:
     images = [image.convert("RGB") for image in rows["image"]]
     pixels = encoding.processor(images, return_tensors="np").pixel_values
-    return {"pixel_values": pixels, "labels": [_class_of(label, encoding.config) for label in rows["label"]]}
+    return {"pixel_values": pixels, "labels": list(map(_class_finder(encoding.config), rows["label"]))}
 
 
 def _extractor(processor: Any) -> Any:
@@ -221,7 +223,7 @@ def _encode_sound(row: dict[str, Any], encoding: Encoding) -> dict[str, Any]:
     name = extractor.model_input_names[0]
     encoded = {name: features[name][0]}
     if "label" in row:
-        return encoded | {"labels": _class_of(row["label"], encoding.config)}
+        return encoded | {"labels": _class_finder(encoding.config)(row["label"])}
     text = encoding.processor.tokenizer(row["text"], truncation=True, max_length=encoding.max_length)
     return encoded | {"labels": text.input_ids}
 

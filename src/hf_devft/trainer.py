@@ -19,7 +19,6 @@ from hf_devft.metrics import IGNORED
 from hf_devft.mixin import DevFTMixin, clients_of
 from hf_devft.stages.adapter import attach_adapter, new_adapter
 from hf_devft.stages.base_difference import base_difference
-from hf_devft.stages.principal import as_initialised, moves_weights
 from hf_devft.stages.streaming import load_base, where_from
 from hf_devft.stages.supported import check_adapter, check_rules
 from hf_devft.tasks import TASKS, Encoding, Task, label_options, task_of
@@ -69,15 +68,12 @@ class DevFTTrainer(DevFTMixin, Trainer):
         if isinstance(peft_config, str):
             start = load_adapter(fetch_adapter(peft_config, token=args.hub_token))
             adapter = start[0]
+            check_rules(adapter, args)
         elif isinstance(model, PeftModel):
             adapter = model.peft_config[model.active_adapter]
+            check_adapter(adapter)
         else:
-            adapter = peft_config
-        if adapter is not None:
-            check_adapter(adapter, new=not isinstance(model, PeftModel))
-            check_rules(adapter, args)
-            if moves_weights(adapter):
-                self._initialisation = adapter.init_lora_weights
+            adapter = peft_config = peft_config and self._to_make(peft_config, args)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         args.task = task_of(None if isinstance(model, str) else base, getattr(adapter, "task_type", None), args.task)
         task = TASKS[args.task]
@@ -93,7 +89,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
             if task.classes is not None:
                 options = labels_of(task, clients.dataset, model, options) | options
             # Both look at the weights of every layer.
-            whole = getattr(adapter, "use_dora", False) or (adapter is not None and moves_weights(adapter))
+            whole = getattr(adapter, "use_dora", False) or self._initialisation is not None
             model, processing_class = _load(task, model, options, args.stack, whole, processing_class)
             base = model
         if isinstance(model, PeftModel) == (peft_config is not None):
@@ -105,7 +101,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
                 _compare_with_the_adapters_base(start[0], model, args, task)
             model = attach_adapter(model, *start)
         elif peft_config is not None:
-            model = new_adapter(model, as_initialised(_with_what_is_new(peft_config, model)))
+            model = new_adapter(model, _with_what_is_new(peft_config, model))
         if getattr(processing_class, "pad_token", "") is None:
             processing_class.pad_token = processing_class.eos_token
         if base.config.is_encoder_decoder is False and getattr(base.config, "pad_token_id", 0) is None:
@@ -116,11 +112,14 @@ class DevFTTrainer(DevFTMixin, Trainer):
             with args.main_process_first(desc="encoding of the rows"):  # the others read what it has cached
                 return each(datasets, lambda rows: rows if _is_encoded(rows) else _encode(task, rows, encoding))
 
+        eval_dataset = prepare(first_rows(eval_dataset, args.max_eval_samples))
+        if args.predict_with_generate:
+            each(eval_dataset, _check_prompts)
         super().__init__(
             model,
             args,
             train_dataset=ClientData(prepare(clients.dataset), clients.rows),
-            eval_dataset=_with_prompts(prepare(first_rows(eval_dataset, args.max_eval_samples)), args),
+            eval_dataset=eval_dataset,
             calibration_dataset=prepare(first_rows(calibration_dataset, args.calibration_samples)),
             processing_class=processing_class,
             data_collator=data_collator or task.collator(processing_class, base.config),
@@ -204,16 +203,13 @@ def labels_of(task: Task, dataset: Dataset, name: str, options: dict[str, Any]) 
     return found
 
 
-def _with_prompts(datasets: Any, args: DevFTConfig) -> Any:
+def _check_prompts(rows: Dataset) -> None:
     """Refuse rows that nothing can be generated for."""
-    if args.predict_with_generate:
-        for rows in datasets.values() if isinstance(datasets, dict) else [datasets or []]:
-            if any(IGNORED not in row["labels"] for row in rows):
-                raise ValueError(
-                    "predict_with_generate answers prompts, but some evaluation rows have none (a whole `text`, say): "
-                    "turn it off."
-                )
-    return datasets
+    if any(IGNORED not in labels for labels in rows["labels"]):
+        raise ValueError(
+            "predict_with_generate answers prompts, but some evaluation rows have none (a whole `text`, say): turn it "
+            "off."
+        )
 
 
 def _as_rows(task: Task, dataset: Any) -> Any:

@@ -16,8 +16,7 @@ from hf_devft.configuration import DevFTConfig
 from hf_devft.embedded import resolve_model_name
 from hf_devft.federation.partition import ClientData
 from hf_devft.mixin import DevFTMixin
-from hf_devft.stages.principal import as_initialised, moves_weights
-from hf_devft.stages.supported import check_adapter, check_rules
+from hf_devft.stages.principal import moves_weights
 
 
 try:
@@ -52,14 +51,8 @@ class _TRLMixin(DevFTMixin):
     fused_outputs: tuple[str, ...]
 
     def __init__(self, model: Any, args: DevFTConfig, **kwargs):
-        if (adapter := kwargs.get("peft_config")) is not None:
-            check_adapter(adapter, new=True)
-            check_rules(adapter, args)
-            if moves_weights(adapter):
-                self._initialisation = adapter.init_lora_weights
-            kwargs["peft_config"] = as_initialised(adapter)
-        elif isinstance(model, PeftModel):
-            check_adapter(model.peft_config[model.active_adapter])
+        if kwargs.get("peft_config") is not None:
+            kwargs["peft_config"] = self._to_make(kwargs["peft_config"], args)
         self._check_placement(args)
         if args.temporary_head:
             raise ValueError("TRL's losses read the weights of the head, not its adapter: leave temporary_head out.")

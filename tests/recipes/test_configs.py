@@ -76,9 +76,7 @@ def test_the_plan_counts_the_labels_of_a_file(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(MODELS.iterdir()), ids=lambda path: path.name)
 def test_saved_model_configs_are_of_the_configs_models(path):
-    recipe, args = parse_arguments(
-        ["--output_dir", "x", "--use_cpu", "true"], RECIPES / "configs" / f"{path.name}.yaml"
-    )
+    recipe, args = parse_arguments(NO_GPU, RECIPES / "configs" / f"{path.name}.yaml")
     config = AutoConfig.from_pretrained(path)
     depth = config.num_hidden_layers + (config.decoder_layers if config.is_encoder_decoder else 0)
     assert args.stage_layers[-1] == depth
@@ -90,9 +88,7 @@ def test_the_papers_set_up():
     for name, layers in {
         "llama2-7b": [4, 8, 16, 32], "llama3.1-8b": [4, 8, 16, 32], "llama2-13b": [5, 10, 20, 40],
     }.items():  # fmt: skip
-        recipe, args = parse_arguments(
-            ["--output_dir", "x", "--use_cpu", "true"], RECIPES / "configs" / f"{name}.yaml"
-        )
+        recipe, args = parse_arguments(NO_GPU, RECIPES / "configs" / f"{name}.yaml")
         assert args.stage_layers == layers
         assert (recipe.lora_r, recipe.lora_alpha) == (32, 64)
         assert (args.num_clients, args.clients_per_round, args.local_steps, args.max_length) == (20, 2, 10, 512)

@@ -53,6 +53,12 @@ def check_adapter(config: PeftConfig, new: bool = False) -> None:
         )
 
 
+def uneven_options(config: LoraConfig) -> list[str]:
+    """Those that are set of the options by which an adapter is not LoRA of one rank and scale everywhere."""
+    options = ("rank_pattern", "alpha_pattern", "use_dora", "target_parameters")
+    return [option for option in options if getattr(config, option)]
+
+
 def check_rules(config: PeftConfig, args: DevFTConfig) -> None:
     """Refuse adapters that do not go with the stages' rules; before one is made, as that may be much work.
 
@@ -75,8 +81,7 @@ def check_rules(config: PeftConfig, args: DevFTConfig) -> None:
         )
     if args.grouping == "calibrated" or args.temporary_head:
         raise ValueError(f'{init} needs its adapter on every module: leave out "calibrated" and temporary_head.')
-    patterns = ("rank_pattern", "alpha_pattern", "use_dora", "target_parameters")
-    if given := [name for name in patterns if getattr(config, name)]:
+    if given := uneven_options(config):
         raise ValueError(f"{init} is saved as plain LoRA of one rank: leave out {', '.join(given)}.")
     if (args.model_init_kwargs or {}).get("quantization_config"):
         raise ValueError(f"{init} changes the base's weights: use a base that is not quantised.")

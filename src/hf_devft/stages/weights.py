@@ -37,11 +37,11 @@ class Stored:
         return values.to(getattr(torch, where["dtype"]))
 
 
-# The types of safetensors' format that a model's weights have before they are quantised.
 _REPACKED = (
     "the base has been used on this CPU, for which bitsandbytes has repacked its 4-bit weights, and cannot undo it "
     "exactly: load it again."
 )
+# The types of safetensors' format that a model's weights have before they are quantised.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -170,7 +170,11 @@ def piece_size(parameter: torch.Tensor) -> int:
 
 def keep_readable(model: nn.Module) -> None:
     """Keep an evaluation on a CPU from repacking 4-bit weights for bitsandbytes' inference kernels: they could neither
-    be read nor passed a gradient through, and it cannot be undone exactly."""
+    be read nor passed a gradient through, and it cannot be undone exactly.
+
+    Raises:
+        ValueError: one was before.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
