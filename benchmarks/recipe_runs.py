@@ -49,6 +49,7 @@ def run_recipe(config: str, overrides: list[str], environment: Mapping[str, str]
         points = {"curve": read_curve(Path(folder) / f"stage-{len(stages)}", stages)} if curve else {}
     names = ("bytes", "flops", "seconds")
     totals = {name: sum(stage["totals"][name] for stage in stages) for name in names}
+    totals["flops"] += sum(stage["totals"]["setup_flops"] for stage in stages)  # of the server
     by_stage = [{"layers": s["num_layers"], "metrics": s["metrics"], "totals": s["totals"]} for s in stages]
     wall = time.perf_counter() - started
     return {"metrics": stages[-1]["metrics"], "totals": totals, "wall_seconds": wall, "stages": by_stage} | points
@@ -56,7 +57,7 @@ def run_recipe(config: str, overrides: list[str], environment: Mapping[str, str]
 
 def read_curve(folder: Path, stages: list[dict]) -> list[dict]:
     """Every evaluation at full depth in a run whose last stage is in `folder`: the loss, and the rounds, bytes, FLOPs
-    and seconds (in rounds and in setting stages up) that the run has taken until then."""
+    and seconds that the run has taken until then, in rounds and in setting stages up."""
     rounds = json.loads((folder / "ledger.json").read_text())
     losses = {}
     for row in json.loads((folder / "trainer_state.json").read_text())["log_history"]:
@@ -68,11 +69,11 @@ def read_curve(folder: Path, stages: list[dict]) -> list[dict]:
     points = []
     for done, loss in sorted(losses.items()):
         begun = max((each["stage"] for each in rounds[:done]), default=0)
-        setup = sum(stage["totals"]["setup_seconds"] for stage in stages[:begun])
+        setup = {of: sum(stage["totals"][f"setup_{of}"] for stage in stages[:begun]) for of in ("seconds", "flops")}
         until = {
             "bytes": sum(each["bytes_down"] + each["bytes_up"] for each in rounds[:done]),
-            "flops": sum(each["flops"] for each in rounds[:done]),
-            "seconds": setup + sum(each["seconds"] for each in rounds[:done]),
+            "flops": setup["flops"] + sum(each["flops"] for each in rounds[:done]),
+            "seconds": setup["seconds"] + sum(each["seconds"] for each in rounds[:done]),
         }
         points.append({"rounds": done, "loss": loss} | until)
     return points

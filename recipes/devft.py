@@ -49,7 +49,7 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
             names = (recipe.dataset_name, recipe.dataset_config)
             train = load_datasets(*names, recipe.dataset_train_split, to_columns)
             evaluation = recipe.dataset_eval_split and load_datasets(*names, recipe.dataset_eval_split, to_columns)
-        if args.grouping != "calibrated":
+        if args.grouping != "calibrated" and not args.distillation_steps:
             return train, evaluation, None
         parts = train.train_test_split(test_size=args.calibration_samples, seed=args.seed)
         return parts["train"], evaluation, parts["test"]

@@ -22,6 +22,7 @@ def main(output_dir: str, runs: dict[str, dict], **options) -> None:
             args,
             peft_config=lora(r=4),
             train_dataset=task_dataset(120, seed=0),
+            calibration_dataset=task_dataset(8, seed=1),
             processing_class=AutoTokenizer.from_pretrained(BASE_PATH),
         )
         trainer.train()

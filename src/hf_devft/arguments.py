@@ -62,6 +62,9 @@ class RecipeArguments:
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Modules to adapt: names, 'all-linear', or one regular expression."},
     )
+    lora_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers to adapt, from 0: PEFT's `layers_to_transform`. Default: all."}
+    )
     lora_modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Modules to train whole. Default: the task's head, unless PEFT knows it."},
@@ -85,6 +88,7 @@ class RecipeArguments:
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=one if one == "all-linear" or re.search(r"[^\w.]", one) else modules,
+            layers_to_transform=self.lora_layers,
             modules_to_save=head,
             # PEFT leaves the heads of generation and of text classification out of "all-linear", not the others.
             exclude_modules=["classifier", *(head or [])] if one == "all-linear" and task.classes else None,

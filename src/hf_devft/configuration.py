@@ -99,7 +99,8 @@ class DevFTConfig(TrainingArguments):
             Which layers share a group: `"deconfliction"` (paper), `"even"`, `"random"`, `"calibrated"`, or
             `"prefix"`, the first layers, as ProgFed grows (with `fusion` and `transfer` `"anchor"`).
         calibration_samples (`int`, *optional*, defaults to `32`):
-            Texts that `"calibrated"` grouping measures the loss on, from `calibration_dataset`, else `eval_dataset`.
+            Texts of the server's, from `calibration_dataset`, that `"calibrated"` grouping measures the loss on (else
+            from `eval_dataset`), and that `distillation_steps` asks.
         fusion (`str`, *optional*, defaults to `"anchor"`):
             A group's representative: `"differential"` (paper), `"mean"`, `"sum"`, or `"anchor"`, its first layer as it
             is (our choice: it wins in benchmarks/results/quickstart.md and ablations.md).
@@ -112,6 +113,11 @@ class DevFTConfig(TrainingArguments):
             Who in a group receives its adapter: `"broadcast"` (paper), `"anchor"`, `"split"`.
         adapter_fusion (`str`, *optional*, defaults to `fusion`):
             How a stage's adapter starts from those of a group's members; the names of `fusion`.
+        distillation_steps (`int`, *optional*, defaults to `0`):
+            Steps in which the server teaches each larger submodel, before its first round, to answer as the smaller
+            one does (ours: where layers come back, much of what was learned is lost). Of the texts in
+            `calibration_dataset` only the prompts count, answers are the smaller submodel's. A batch is
+            `per_device_train_batch_size`, the rate falls from `learning_rate` to 0.
         temporary_head (`bool`, *optional*, defaults to `False`):
             Whether all stages but the last also train an adapter on the output embeddings, which is dropped at the
             stage's end, as ProgFed's temporary heads are.
@@ -231,7 +237,9 @@ class DevFTConfig(TrainingArguments):
         default=None, metadata={"help": "Learning rate of each stage: one value, or one per stage."}
     )
     grouping: str = field(default="deconfliction", metadata={"help": f"Which layers share a group: {GROUPINGS}."})
-    calibration_samples: int = field(default=32, metadata={"help": "Texts for calibrated grouping."})
+    calibration_samples: int = field(
+        default=32, metadata={"help": "The server's texts, for calibrated grouping and distillation."}
+    )
     fusion: str = field(default="anchor", metadata={"help": f"A group's representative: {FUSIONS}."})
     fusion_beta: float = field(default=0.1, metadata={"help": "Beta of differential fusion."})
     stack: str | None = field(
@@ -240,6 +248,9 @@ class DevFTConfig(TrainingArguments):
     transfer: str = field(default="broadcast", metadata={"help": f"Who receives a group's adapter: {TRANSFERS}."})
     adapter_fusion: str | None = field(
         default=None, metadata={"help": "How a stage's adapter starts; the names of fusion. Default: fusion."}
+    )
+    distillation_steps: int = field(
+        default=0, metadata={"help": "Steps on the server that teach a larger submodel what the smaller one answers."}
     )
     temporary_head: bool = field(
         default=False, metadata={"help": "Adapt the output embeddings, too, until the last stage."}
@@ -334,6 +345,7 @@ class DevFTConfig(TrainingArguments):
                 'grouping="prefix" leaves the layers above out: set fusion="anchor" and transfer="anchor", so that '
                 "they neither give nor receive."
             )
+        self._check_distillation()
         for name, (neutral, instead) in _UNSUPPORTED.items():
             if (value := getattr(self, name)) and value != neutral:
                 raise ValueError(f"{name}={value!r} cannot be used with federated stages: {instead}.")
@@ -378,6 +390,7 @@ class DevFTConfig(TrainingArguments):
             "initial_layers": 1, "calibration_samples": 1, "num_clients": 1, "clients_per_round": 1,
             "local_steps": 1, "clients_per_batch": 1, "max_length": 2, "max_eval_samples": 1,
             "generation_max_new_tokens": 1, "dataset_num_proc": 1, "round_quorum": 1, "round_retries": 0,
+            "distillation_steps": 0,
         }  # fmt: skip
         for name, minimum in minima.items():
             if (value := getattr(self, name)) is not None and value < minimum:
@@ -405,6 +418,23 @@ class DevFTConfig(TrainingArguments):
                 f"clients_per_round={self.clients_per_round} is more than num_clients={self.num_clients}: lower "
                 "the one or raise the other."
             )
+
+    def _check_distillation(self) -> None:
+        if not self.distillation_steps:
+            return
+        obstacles = {
+            'transfer="split" gives no layer back what it learned from: set "broadcast" or "anchor"': (
+                self.transfer == "split"
+            ),
+            "temporary_head is dropped before its stage could be asked: leave it out": self.temporary_head,
+            "fp16 loses small gradients, which nothing scales there: use bf16": self.fp16,
+            "under ZeRO-3 no process has a whole submodel: use ZeRO-2": (
+                self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
+            ),
+        }
+        for obstacle, stands in obstacles.items():
+            if stands:
+                raise ValueError(f"distillation_steps={self.distillation_steps} is not possible: {obstacle}.")
 
     def _check_partition(self) -> None:
         if self.partition in ("dirichlet", "natural") and self.partition_column is None:
@@ -474,7 +504,8 @@ class StageConfig(PushToHubMixin):
         metrics: evaluation of the round that the stage handed on: of the submodel (`eval_*`), where there was one
             then, and at full depth (`eval_full_*`).
         totals: the ledger's totals of this stage (bytes, tokens, FLOPs, seconds, peak memory), and beside them
-            `setup_seconds` (grouping, calibration, fusion) and `base_bytes` (the submodel's base weights).
+            `setup_seconds` (grouping, calibration, fusion, distillation), `setup_flops` (distillation, on the server)
+            and `base_bytes` (the submodel's base weights).
     """
 
     stage: int

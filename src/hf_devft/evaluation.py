@@ -1,16 +1,15 @@
 """Between rounds the stage's submodel is measured, at a stage's end the full model, also by greedy generation."""
 
 import numpy as np
-import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_devft.configuration import StageConfig
-from hf_devft.metrics import IGNORED, ExactMatch
+from hf_devft.generation import continuations, prompt_of
+from hf_devft.metrics import ExactMatch
 
 
-@torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -26,28 +25,12 @@ def generate_answers(
             turn), the prompt what stands before.
         process: this process's index and how many there are; they share the rows, and each gets all answers.
     """
-    prompts, references = [], []
-    for row in dataset:
-        start = len(row["labels"]) - list(row["labels"])[::-1].index(IGNORED)
-        prompts.append(list(row["input_ids"][:start]))
-        references.append(tokenizer.decode(row["labels"][start:], skip_special_tokens=True))
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding
-    answers: dict[int, str] = {}
-    model.eval()
-    for start in range(process[0] * batch_size, len(order), process[1] * batch_size):
-        chosen = order[start : start + batch_size]
-        inputs = tokenizer.pad(
-            {"input_ids": [prompts[index] for index in chosen]}, padding_side="left", return_tensors="pt"
-        ).to(model.device)
-        tokens = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers |= zip(chosen, texts, strict=True)
+    prompts, references = list(map(prompt_of, dataset)), []
+    for row, prompt in zip(dataset, prompts, strict=True):
+        references.append(tokenizer.decode(row["labels"][len(prompt) :], skip_special_tokens=True))
+    tokens = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, process)
+    texts = tokenizer.batch_decode(list(tokens.values()), skip_special_tokens=True)
+    answers = dict(zip(tokens, texts, strict=True))
     parts = gather_object([answers]) if process[1] > 1 else [answers]
     return [text for _, text in sorted(item for part in parts for item in part.items())], references
 

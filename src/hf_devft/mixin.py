@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from hf_devft.checkpoint import SCHEDULE, Checkpoint, RunState, load_federation, save_federation
 from hf_devft.configuration import DevFTConfig
 from hf_devft.data import first_rows
+from hf_devft.distilling import DistillationMixin
 from hf_devft.engines import Engine
 from hf_devft.evaluation import EvaluationMixin
 from hf_devft.federating import FederationMixin
@@ -63,7 +64,7 @@ def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -
     )
 
 
-class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixin, PushMixin):
+class DevFTMixin(StageMixin, DistillationMixin, FederationMixin, LocalTrainingMixin, EvaluationMixin, PushMixin):
     """Federated rounds in developmental stages, for a `Trainer` subclass that ends its `__init__` with a LoRA model.
 
         class DevFTSFTTrainer(DevFTMixin, SFTTrainer): ...
@@ -77,7 +78,8 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
     Args:
         train_dataset: one dataset to partition as `args` says, or {client: dataset}.
         partitioner: any object with flwr-datasets' `Partitioner` interface, instead of `args.partition`.
-        calibration_dataset: rows for `grouping="calibrated"`, in the form of `eval_dataset` (the default).
+        calibration_dataset: the server's own rows, in the form of `eval_dataset`, for `args.distillation_steps` and
+            for `grouping="calibrated"` (whose default is `eval_dataset`).
 
     Raises:
         ValueError: data, adapter or options that cannot be trained this way; before any work is spent.
@@ -190,6 +192,7 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
                 group_layers(GroupingTask(stack.kinds, stage.num_layers))  # raises, and says why
         if args.grouping == "calibrated" and self._calibration_rows() is None:
             raise ValueError('grouping="calibrated" needs calibration texts: pass `calibration_dataset`.')
+        self._check_distillation(method)
         if args.predict_with_generate and (self.eval_dataset is None or self.processing_class is None):
             raise ValueError("predict_with_generate needs `eval_dataset` and `processing_class`.")
         self._losses: dict[tuple[int, ...], float] = {}  # calibration loss of the base with only some layers
@@ -518,6 +521,7 @@ class DevFTMixin(StageMixin, FederationMixin, LocalTrainingMixin, EvaluationMixi
             "client_resources",
             "beyond_capacity",
             "temporary_head",
+            "distillation_steps",
             "clients_per_round",
             "local_steps",
             "seed",

@@ -117,6 +117,8 @@ class StageMixin:
         config, head = with_head(config, submodel) if growing else (config, None)
         model = attach_adapter(submodel, config, adapter, grows=growing)
         self._move_weights(model, stack, stage.groups)
+        grows = stage.stage > 1 and not (checkpoint and checkpoint.sub is not None)
+        flops = self._distil(stage, base, stack, model) if grows and self.args.distillation_steps else 0.0
         adapter = adapter_state(model)
         weights = OpenWeights(model) if self._federation.method.needs_room else None
         stacked = self._stack(model)  # before an engine wraps the model
@@ -135,6 +137,7 @@ class StageMixin:
             setup={
                 "setup_seconds": time.perf_counter() - started,
                 "setup_peak_memory": self._peak_memory.read(),
+                "setup_flops": flops,
                 "base_bytes": base_bytes,
             },
         )
@@ -165,13 +168,20 @@ class StageMixin:
         smaller = {}
         for number in held:
             earlier = self.stages[number - 1]
-            submodel = build_submodel(base, stack, earlier.groups, earlier.fusion, earlier.fusion_beta)
-            adapter = fuse_adapter(self._full_adapter, stack.names, earlier.groups, earlier.adapter_fusion)
-            model = attach_adapter(submodel, of_groups(self.peft_config, earlier.groups), adapter)
-            self._move_weights(model, stack, earlier.groups)
-            layers = _layers(submodel, stack, earlier.groups)
+            model = self._submodel_of(earlier, base, stack, earlier.adapter_fusion)
+            layers = _layers(model.get_base_model(), stack, earlier.groups)
             smaller[number] = Smaller(earlier, model, self._engine_beside(model), layers)
         return smaller
+
+    def _submodel_of(
+        self, earlier: StageConfig, base: PreTrainedModel, stack: LayerStack, adapter_fusion: str
+    ) -> PeftModel:
+        """An earlier stage's submodel, with an adapter fused from the full-depth one as it is now."""
+        submodel = build_submodel(base, stack, earlier.groups, earlier.fusion, earlier.fusion_beta)
+        adapter = fuse_adapter(self._full_adapter, stack.names, earlier.groups, adapter_fusion)
+        model = attach_adapter(submodel, of_groups(self.peft_config, earlier.groups), adapter)
+        self._move_weights(model, stack, earlier.groups)
+        return model
 
     def _initial_of(self, stack: LayerStack, groups: Groups) -> State:
         return fuse_adapter(self._initial, stack.names, groups, "anchor")

@@ -40,7 +40,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
         train_dataset: one dataset to partition, or {client: dataset}; encoded (`input_ids` and `labels`, say), or as
             docs/data.md shows for the task: prompt/completion, `messages`, `text` and `label`, ...
         eval_dataset: of the same form, held by the server.
-        calibration_dataset: of the same form, for `grouping="calibrated"`; default: `eval_dataset`.
+        calibration_dataset: the server's own rows, of the same form; see `DevFTMixin`.
         processing_class: tokenizer, image processor, feature extractor or processor; loaded with the model where that
             is a name. A tokenizer without a padding token pads with its end of sequence.
         data_collator: default: the task's; text is padded to a multiple of 8.

@@ -1,0 +1,63 @@
+"""Greedy generation: what a model answers to the rows' prompts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_devft.metrics import IGNORED
+
+
+def prompt_of(row: dict[str, Any]) -> list[int]:
+    """What stands before the answer, which is what is labelled at the end (of a chat, the last turn); nothing, where
+    the whole text is labelled."""
+    labels = list(row["labels"])
+    end = len(labels) - labels[::-1].index(IGNORED) if IGNORED in labels else 0
+    return list(row["input_ids"][:end])
+
+
+@torch.no_grad()
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    process: tuple[int, int] = (0, 1),
+) -> dict[int, list[int]]:
+    """{a prompt's number: the tokens that follow it, up to the end of the sequence}.
+
+    Args:
+        process: this process's index and how many there are; they share the prompts, and each returns its own.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding
+    found: dict[int, list[int]] = {}
+    model.eval()
+    for start in range(process[0] * batch_size, len(order), process[1] * batch_size):
+        chosen = order[start : start + batch_size]
+        inputs = tokenizer.pad(
+            {"input_ids": [prompts[index] for index in chosen]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+        ends = _ends(model)
+        found |= {index: _until(row, ends) for index, row in zip(chosen, new, strict=True)}
+    return found
+
+
+def _ends(model: PreTrainedModel) -> set[int]:
+    """The tokens that end a sequence."""
+    end = model.generation_config.eos_token_id
+    return set() if end is None else {end} if isinstance(end, int) else set(end)
+
+
+def _until(tokens: list[int], ends: set[int]) -> list[int]:
+    length = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:length]
