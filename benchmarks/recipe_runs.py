@@ -72,7 +72,8 @@ def read_curve(folder: Path, stages: list[dict]) -> list[dict]:
         setup = {of: sum(stage["totals"][f"setup_{of}"] for stage in stages[:begun]) for of in ("seconds", "flops")}
         until = {
             "bytes": sum(each["bytes_down"] + each["bytes_up"] for each in rounds[:done]),
-            "flops": setup["flops"] + sum(each["flops"] for each in rounds[:done]),
+            "client_flops": (flops := sum(each["flops"] for each in rounds[:done])),
+            "flops": flops + setup["flops"],
             "seconds": setup["seconds"] + sum(each["seconds"] for each in rounds[:done]),
         }
         points.append({"rounds": done, "loss": loss} | until)

@@ -16,16 +16,23 @@ from matplotlib.figure import Figure
 from recipe_runs import arguments, publish_runs, run_all
 
 
+LLAMA_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 LINEAR = ["--lr_scheduler_type", "linear"]
 OFTEN = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start", "false", "--save_strategy", "no"]
 INT4 = ["--wire_dtype", "int4"]
 FEW = ["--task_rows", "400"]
+# Prompts without answers on the server, as many steps as it takes to go through them twice or more.
+DISTILLED = ["--learning_rate", "4e-3", "--distillation_steps", "60", "--calibration_samples"]
 ANCHORS = ["--fusion", "anchor", "--adapter_fusion", "anchor", "--transfer", "anchor"]
+FOUR_LAYERS = ["--lora_layers", *"0 4 8 12".split(), "--lora_target_modules", *LLAMA_LINEAR]
+ENDING = "--early_stopping_patience 2 --load_best_model_at_end true --save_strategy steps --save_steps 1".split()
 PISSA = ["--init_lora_weights", "pissa", *ANCHORS]
 # Regime -> losses to reach.
 TARGETS = {"many rows": (0.5, 0.3, 0.25), "few rows": (0.8, 0.6, 0.5)}
-COSTS = {"rounds": "rounds", "seconds": "time", "bytes": "bytes", "flops": "FLOPs"}
-BASELINE = "FedIT"
+COSTS = {
+    "rounds": "rounds", "seconds": "time", "bytes": "bytes", "client_flops": "clients' FLOPs", "flops": "all FLOPs",
+}  # fmt: skip
+BASELINE = "FedIT,"  # with the adapter that the others have
 
 
 def fedit(rounds: int, rate: str, *more: str) -> tuple[str, list[str]]:
@@ -49,6 +56,9 @@ VARIANTS = {
         "DevFT 4-8-16, 12 + 4 + 6 rounds, 6e-3, 8e-3, 1e-2 linear": devft(
             "4 8 16", "12 4 6", "6e-3 8e-3 1e-2", *LINEAR
         ),
+        "FedIT of rank 4, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, "--lora_r", "4"),
+        "FedIT of rank 2, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, "--lora_r", "2", "--lora_alpha", "8"),
+        "FedIT on 4 of the layers, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, *FOUR_LAYERS),
         "FedIT, PiSSA, 3e-3 linear, 12 rounds": fedit(12, "3e-3", *LINEAR, *PISSA),
         "DevFT 4-8-16, 4 + 4 + 6 rounds, 6e-3 linear, to anchors": devft(
             "4 8 16", "4 4 6", "6e-3 6e-3 6e-3", *LINEAR, *ANCHORS
@@ -60,6 +70,21 @@ VARIANTS = {
             "4 8 16", "4 4 6", "3e-3 3e-3 3e-3", *LINEAR, *PISSA, *INT4
         ),
         "DevFT 4-16, 16 + 8 rounds, 6e-3, 9e-3 linear, int4": devft("4 16", "16 8", "6e-3 9e-3", *LINEAR, *INT4),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled": devft(
+            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512"
+        ),
+        "DevFT 4-16, 16 + 4 rounds, 6e-3 linear, distilled": devft(
+            "4 16", "16 4", "6e-3 6e-3", *LINEAR, *DISTILLED, "512"
+        ),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, rank 4": devft(
+            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", "--lora_r", "4"
+        ),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, int4": devft(
+            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *INT4
+        ),
+        "DevFT 4-16, up to 20 + 8 rounds, 4e-3, stages end themselves, distilled": devft(
+            "4 16", "20 8", "4e-3 2e-3", *DISTILLED, "512", *ENDING
+        ),
     },
     "few rows": {
         "FedIT, 2e-3, 30 rounds": fedit(30, "2e-3", *FEW),
@@ -68,6 +93,9 @@ VARIANTS = {
         "DevFT 4-16, 20 + 12 rounds, 6e-3, 9e-3 linear": devft("4 16", "20 12", "6e-3 9e-3", *LINEAR, *FEW),
         "DevFT 4-8-16, 14 + 6 + 10 rounds, 6e-3, 8e-3, 1e-2 linear": devft(
             "4 8 16", "14 6 10", "6e-3 8e-3 1e-2", *LINEAR, *FEW
+        ),
+        "DevFT 4-16, 16 + 6 rounds, 6e-3, 4e-3 linear, distilled": devft(
+            "4 16", "16 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "128"
         ),
     },
 }
@@ -124,7 +152,7 @@ def plot(results: dict[str, dict[str, dict]]) -> Figure:
             for index, name in enumerate(VARIANTS[regime]):
                 for run in list(results[f"{regime}: {name}"].values())[:1]:
                     x, y = zip(*((point[measure] / unit, point["loss"]) for point in run["curve"]), strict=True)
-                    style = "--" if name.startswith(BASELINE) else "o-"
+                    style = "--" if name.startswith("FedIT") else "o-"
                     axes.plot(x, y, style, color=f"C{index}", markersize=3, label=name)
             axes.set(xlabel=label, ylabel="loss at full depth", yscale="log", title=regime)
             axes.set_xscale("log" if measure == "bytes" else "linear")

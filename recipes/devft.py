@@ -16,7 +16,7 @@ from pathlib import Path
 
 import datasets
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, EarlyStoppingCallback
 from transformers.utils import logging
 
 import hf_devft
@@ -83,6 +83,13 @@ def make_trainer(recipe: RecipeArguments, args: DevFTConfig) -> DevFTMixin:
         args.card_datasets = recipe.dataset_name
     train, evaluation, calibration = load_data(recipe, args)
     data = {"train_dataset": train, "eval_dataset": evaluation, "calibration_dataset": calibration}
+    if recipe.early_stopping_patience:
+        if not args.load_best_model_at_end:
+            raise ValueError(
+                f"early_stopping_patience={recipe.early_stopping_patience} ends a stage after its best round: set "
+                "`load_best_model_at_end`, and `save_strategy` as `eval_strategy`."
+            )
+        data["callbacks"] = [EarlyStoppingCallback(recipe.early_stopping_patience)]
     if recipe.trainer != "devft":
         if recipe.adapter_name_or_path:
             raise ValueError(

@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import ANCHORS, lora
 from datasets import Dataset
-from peft import LoraConfig
 from test_methods_in_runs import weights
 from test_trainer import assert_equal, final_adapter
 

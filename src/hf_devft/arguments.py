@@ -74,6 +74,11 @@ class RecipeArguments:
         default=None, metadata={"help": "As PEFT's: 'gaussian', 'orthogonal', 'pissa', 'olora'; default: B is zero."}
     )
     use_dora: bool = field(default=False, metadata={"help": "DoRA: also train the norms of the weights."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "End a stage after so many evaluations without a lower `metric_for_best_model`; set "
+                          "`load_best_model_at_end`, too."},
+    )  # fmt: skip
 
     plan: bool = field(default=False, metadata={"help": "Only say what the run would cost."})
     plan_json: bool = field(default=False, metadata={"help": "The same as JSON."})

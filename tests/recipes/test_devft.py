@@ -1,10 +1,14 @@
 """The recipe as a user calls it: in processes of its own."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_configs import recipe_script
+
+from hf_devft.arguments import parse_arguments
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "devft.py"
@@ -84,3 +88,41 @@ def test_a_mistake_is_one_line(argv, message, tmp_path):
     assert result.returncode == 1
     assert message in result.stderr.strip().splitlines()[-1]
     assert "Traceback" not in result.stderr
+
+
+def in_process(folder, *flags):
+    """The trainer that the recipe makes."""
+    return recipe_script.make_trainer(
+        *parse_arguments([*SHORT, *flags, "--output_dir", str(folder)], recipe_script.QUICKSTART)
+    )
+
+
+def test_stages_that_end_themselves(tmp_path):
+    flags = [
+        "--early_stopping_patience",
+        "1",
+        "--stage_rounds",
+        "4",
+        "--learning_rate",
+        "1e-12",
+        "--eval_on_start",
+        "no",
+    ]
+    with pytest.raises(ValueError, match="load_best_model_at_end"):
+        in_process(tmp_path, *flags)
+    best = ["--load_best_model_at_end", "true", "--save_strategy", "steps", "--save_steps", "1"]
+    trainer = in_process(tmp_path, *flags, *best, "--stage_layers", "2", "16", "--predict_with_generate", "false")
+    trainer.train()
+    assert [stage.rounds_done < 4 for stage in trainer.stages] == [True, True]
+
+
+def test_what_the_server_asks_is_held_out_of_training(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}:", "completion": f" {n}"}) + "\n" for n in range(40)))
+    trainer = in_process(
+        tmp_path, "--train_file", str(rows), "--distillation_steps", "2", "--partition", "iid", "--num_clients", "2",
+        "--eval_strategy", "no", "--eval_on_start", "false", "--predict_with_generate", "false",
+    )  # fmt: skip
+    asked, trained = trainer.calibration_dataset["input_ids"][:], trainer.train_dataset["input_ids"][:]
+    assert (len(asked), len(trained)) == (4, 36)
+    assert not {*map(tuple, asked)} & {*map(tuple, trained)}
