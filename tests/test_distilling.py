@@ -1,5 +1,7 @@
 """Where the layers grow, the larger submodel is taught what the smaller one answers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ANCHORS, lora
@@ -39,6 +41,9 @@ def test_a_larger_submodel_starts_from_what_the_smaller_one_answers(make_trainer
     first, second = (stage.totals for stage in trainer.stages)
     assert first["setup_flops"] == 0 < second["setup_flops"]
     assert trainer.ledger.flops == first["flops"] + second["flops"], "the clients' alone"
+    card = Path(trainer.args.output_dir, "README.md").read_text()
+    assert "30 steps of distillation" in card
+    assert "| server TFLOPs |" in card
 
 
 def test_of_prompts_no_answer_is_read(make_trainer):

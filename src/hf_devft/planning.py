@@ -92,7 +92,8 @@ def plan_run(
 
     Bytes are those that the ledger will count where every message of a method is as long as the first round's: not
     with `flora`, `fedex_lora`, `c2a` and methods with `client_ranks`, of which this counts a whole adapter each way.
-    FLOPs are the ledger's formula. As if all clients held every stage.
+    FLOPs are the ledger's formula, of clients; what the server computes (calibration, distillation, evaluation) is
+    not counted. As if all clients held every stage.
 
     Args:
         base: without adapter; may be on the meta device, see `empty_base`.
