@@ -81,15 +81,16 @@ def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
 def make_trainer(recipe: RecipeArguments, args: DevFTConfig) -> DevFTMixin:
     if recipe.dataset_name and args.card_datasets is None:
         args.card_datasets = recipe.dataset_name
+    patience = recipe.early_stopping_patience
+    if patience is not None and (patience < 1 or not args.load_best_model_at_end):
+        raise ValueError(
+            f"early_stopping_patience={patience} ends a stage after its best round: give 1 or more, and set "
+            "`load_best_model_at_end`, and `save_strategy` as `eval_strategy`."
+        )
     train, evaluation, calibration = load_data(recipe, args)
     data = {"train_dataset": train, "eval_dataset": evaluation, "calibration_dataset": calibration}
-    if recipe.early_stopping_patience:
-        if not args.load_best_model_at_end:
-            raise ValueError(
-                f"early_stopping_patience={recipe.early_stopping_patience} ends a stage after its best round: set "
-                "`load_best_model_at_end`, and `save_strategy` as `eval_strategy`."
-            )
-        data["callbacks"] = [EarlyStoppingCallback(recipe.early_stopping_patience)]
+    if patience is not None:
+        data["callbacks"] = [EarlyStoppingCallback(patience)]
     if recipe.trainer != "devft":
         if recipe.adapter_name_or_path:
             raise ValueError(

@@ -31,6 +31,7 @@ def main(options: dict) -> DevFTTrainer:
         peft_config=lora(),
         train_dataset=task_dataset(120, seed=0),
         eval_dataset=task_dataset(16, split="test", seed=0) if args.eval_strategy != "no" else None,
+        calibration_dataset=task_dataset(8, seed=1),
         processing_class=AutoTokenizer.from_pretrained(BASE_PATH),
         callbacks=[Fail(*fail)] if fail else None,
     )

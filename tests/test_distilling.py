@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ANCHORS, lora
+from conftest import ANCHORS, config, lora
 from datasets import Dataset
+from peft import LoraConfig
 from test_methods_in_runs import weights
+from test_models import ENCODER
 from test_trainer import assert_equal, final_adapter
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_devft import DevFTTrainer
 from hf_devft.embedded import task_dataset
@@ -18,7 +21,7 @@ class Watched(DevFTTrainer):
     """Notes how far larger submodels are from the smaller ones before them, untaught and taught."""
 
     def _distil(self, stage, base, stack, student):
-        teacher = self._submodel_of(self.stages[stage.stage - 2], base, stack, "anchor").eval()
+        teacher = self._submodel_of(self.stages[stage.stage - 2], base, stack).eval()
         ids = torch.tensor([[5, 6, 7, 8, 9]])
         self.distances = []
 
@@ -69,7 +72,7 @@ def test_texts_without_prompts_are_read_as_they_are(make_trainer):
 def test_it_is_done_again_where_a_run_goes_on_after_a_stage(make_trainer, tmp_path, stage, transfer):
     options = {
         "stage_layers": [2, 3, 4], "stage_rounds": [1], "transfer": transfer, "distillation_steps": 2,
-        "generation_max_new_tokens": 4,
+        "generation_max_new_tokens": 4, "peft_config": lora(lora_dropout=0.3),
     }  # fmt: skip
     whole = make_trainer(output_dir=tmp_path / "whole", **options)
     whole.train()
@@ -78,8 +81,68 @@ def test_it_is_done_again_where_a_run_goes_on_after_a_stage(make_trainer, tmp_pa
     assert_equal(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))
 
 
+def test_a_run_that_goes_on_within_a_stage_knows_what_was_spent(make_trainer, tmp_path):
+    options = {"distillation_steps": 2, "generation_max_new_tokens": 4, "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(**options)
+    whole.train()
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.stages[1].totals["setup_flops"] == whole.stages[1].totals["setup_flops"] > 0
+    with pytest.raises(ValueError, match=r"distillation \[2, 32, 4\] \(now \[2, 32, 5\]\)"):
+        make_trainer(**options | {"generation_max_new_tokens": 5}).train(resume_from_checkpoint=True)
+
+
+def test_questions_and_answers_fit_into_the_longest_text(make_trainer):
+    trainer = make_trainer(cls=Watched, distillation_steps=2, generation_max_new_tokens=8, max_length=20)
+    lengths = []
+    trainer._without_labels = lambda batch: (
+        lengths.append(batch["input_ids"].shape[1]) or {name: batch[name] for name in ("input_ids", "attention_mask")}
+    )
+    trainer.train()
+    assert len(lengths) == 2
+    assert max(lengths) <= 24, "padded to a multiple of 8"
+
+
+def test_rows_need_no_answer(make_trainer, tmp_path, tasks, tokenizer):
+    make_trainer(distillation_steps=1, calibration_dataset=tasks.select(range(4)).select_columns("prompt"))
+    rows = Dataset.from_dict({"text": ["a", "b", "c", "d"] * 4, "label": [0, 1] * 8})
+    trainer = DevFTTrainer(
+        BertForSequenceClassification(BertConfig(**ENCODER | {"vocab_size": len(tokenizer)})),
+        config(tmp_path, distillation_steps=2, stage_rounds=[1]),
+        peft_config=LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"),
+        train_dataset=rows,
+        calibration_dataset=rows.remove_columns("label"),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert trainer.stages[1].totals["setup_flops"] > 0
+
+
+def test_bfloat16_is_that_of_training(make_trainer, monkeypatch):
+    seen = set()
+    original = torch.nn.Linear.forward
+
+    def forward(self, inputs):
+        output = original(self, inputs)
+        seen.add(output.dtype)
+        return output
+
+    class Noting(DevFTTrainer):
+        def _distil(self, *args):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.nn.Linear, "forward", forward)
+                return super()._distil(*args)
+
+    make_trainer(cls=Noting, distillation_steps=2, generation_max_new_tokens=2, bf16=True).train()
+    assert seen == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"calibration_dataset": None}, "pass `calibration_dataset`"),
+    ({"calibration_dataset": {"one": task_dataset(4)}}, "one dataset"),
+    ({"calibration_dataset": Dataset.from_dict({"input_ids": [[5, 6]]})}, "where a prompt ends"),
+    ({"stage_layers": [4]}, "but one stage"),
+    ({"generation_max_new_tokens": 64, "max_length": 64}, "lower it"),
     ({"transfer": "split"}, 'set "broadcast" or "anchor"'),
     ({"temporary_head": True}, "leave it out"),
     ({"distillation_steps": -1}, "give 0 or more"),

@@ -100,9 +100,13 @@ def test_the_run_is_the_same_on_several_processes(alone, tmp_path, name, process
         assert metrics[1]["eval_full_exact_match"] == metrics[0]["eval_full_exact_match"]
 
 
-def test_half_precision_under_zero2(tmp_path):
+@pytest.mark.parametrize("more", [
+    {"eval_strategy": "epoch", "predict_with_generate": True},
+    {"distillation_steps": 2},  # of layers that no engine has seen yet
+], ids=["evaluated", "distilled"])  # fmt: skip
+def test_half_precision_under_zero2(tmp_path, more):
     options = {"bf16": True, "gradient_accumulation_steps": 2, "activation_checkpointing": True}
-    options |= {"eval_strategy": "epoch", "predict_with_generate": True, "generation_max_new_tokens": 2}
+    options |= {"generation_max_new_tokens": 2} | more
     losses = []
     for name, command in (("one", None), ("zero2", "zero2")):
         given = options | {"output_dir": str(tmp_path / name)}

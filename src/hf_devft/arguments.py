@@ -63,7 +63,8 @@ class RecipeArguments:
         metadata={"help": "Modules to adapt: names, 'all-linear', or one regular expression."},
     )
     lora_layers: list[int] | None = field(
-        default=None, metadata={"help": "Layers to adapt, from 0: PEFT's `layers_to_transform`. Default: all."}
+        default=None,
+        metadata={"help": "Layers to adapt, from 0 (PEFT's `layers_to_transform`); name `lora_target_modules`, too."},
     )
     lora_modules_to_save: list[str] | None = field(
         default=None,
@@ -76,7 +77,7 @@ class RecipeArguments:
     use_dora: bool = field(default=False, metadata={"help": "DoRA: also train the norms of the weights."})
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "End a stage after so many evaluations without a lower `metric_for_best_model`; set "
+        metadata={"help": "End a stage after so many evaluations without a better `metric_for_best_model`; set "
                           "`load_best_model_at_end`, too."},
     )  # fmt: skip
 
@@ -88,11 +89,17 @@ class RecipeArguments:
         modules, task = self.lora_target_modules, TASKS[task or "text-generation"]
         one = modules[0] if len(modules) == 1 else ""
         head = self.lora_modules_to_save or task.head
+        chooses = one == "all-linear" or re.search(r"[^\w.]", one)
+        if self.lora_layers is not None and chooses:
+            raise ValueError(
+                f"lora_layers={self.lora_layers} needs modules by their names, as in `--lora_target_modules q_proj "
+                f"v_proj`, not {one!r}."
+            )
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=one if one == "all-linear" or re.search(r"[^\w.]", one) else modules,
+            target_modules=one if chooses else modules,
             layers_to_transform=self.lora_layers,
             modules_to_save=head,
             # PEFT leaves the heads of generation and of text classification out of "all-linear", not the others.

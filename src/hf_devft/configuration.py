@@ -116,8 +116,9 @@ class DevFTConfig(TrainingArguments):
         distillation_steps (`int`, *optional*, defaults to `0`):
             Steps in which the server teaches each larger submodel, before its first round, to answer as the smaller
             one does (ours: where layers come back, much of what was learned is lost). Of the texts in
-            `calibration_dataset` only the prompts count, answers are the smaller submodel's. A batch is
-            `per_device_train_batch_size`, the rate falls from `learning_rate` to 0.
+            `calibration_dataset` no label is used: the answers to prompts are the smaller submodel's. A batch is
+            `per_device_train_batch_size`, the rate falls from `learning_rate` to 0. The main process does it: where it
+            takes longer than `ddp_timeout`, raise that.
         temporary_head (`bool`, *optional*, defaults to `False`):
             Whether all stages but the last also train an adapter on the output embeddings, which is dropped at the
             stage's end, as ProgFed's temporary heads are.
@@ -427,7 +428,9 @@ class DevFTConfig(TrainingArguments):
                 self.transfer == "split"
             ),
             "temporary_head is dropped before its stage could be asked: leave it out": self.temporary_head,
-            "fp16 loses small gradients, which nothing scales there: use bf16": self.fp16,
+            "generation_max_new_tokens leaves no room for prompts in max_length: lower it": (
+                self.generation_max_new_tokens >= self.max_length
+            ),
             "under ZeRO-3 no process has a whole submodel: use ZeRO-2": (
                 self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
             ),

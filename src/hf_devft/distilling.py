@@ -1,5 +1,7 @@
 """`DistillationMixin`: where the layers grow, the server teaches the larger submodel what the smaller one answers."""
 
+from typing import Any
+
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -10,11 +12,15 @@ from transformers import PreTrainedModel
 from hf_devft.configuration import StageConfig
 from hf_devft.federation.ledger import flops_per_token
 from hf_devft.federation.methods import FederatedMethod
-from hf_devft.generation import continuations, prompt_of
+from hf_devft.generation import continuations, prompt_and_answer
 from hf_devft.metrics import IGNORED
 from hf_devft.stages.adapter import adapter_state, load_adapter_state
 from hf_devft.stages.distillation import distil
 from hf_devft.stages.layer_stack import LayerStack
+
+
+# Tasks whose rows are prompts and answers; None is that of a trainer that says nothing.
+_ANSWERING = (None, "text-generation")
 
 
 class DistillationMixin:
@@ -27,65 +33,78 @@ class DistillationMixin:
         Raises:
             ValueError: no texts; a model or method in which a submodel is more than its logits and its adapter.
         """
-        asked = f"distillation_steps={self.args.distillation_steps}"
-        if not self.args.distillation_steps:
+        args, rows, config = self.args, self.calibration_dataset, self.model.config
+        if not args.distillation_steps:
             return
-        if self.calibration_dataset is None:
-            raise ValueError(f"{asked} needs texts of the server's own: pass `calibration_dataset`.")
-        if self.model.config.is_encoder_decoder:
-            raise ValueError(
-                f"{asked} compares answers to what a model reads, and a decoder reads answers: leave it out."
-            )
-        if method.factors or method.needs_room or not method.optimizable:
-            raise ValueError(
-                f"{asked} changes the global adapter, which federated_method={self.args.federated_method!r} does not "
-                "let a server do: leave one out."
-            )
+        answers = args.task in _ANSWERING and isinstance(rows, Dataset)
+        odd_loss = getattr(config, "problem_type", None) in ("regression", "multi_label_classification")
+        obstacles = {
+            "there is but one stage: leave it out": len(self.stages) == 1,
+            "it asks texts of the server's own: pass `calibration_dataset`, one dataset that is not empty": (
+                not isinstance(rows, Dataset) or not len(rows)
+            ),
+            "encoded rows of `calibration_dataset` must say where a prompt ends: give `labels`, -100 in it": (
+                answers and "labels" not in rows.column_names
+            ),
+            "it generates answers: pass `processing_class`": answers and self.processing_class is None,
+            "a decoder reads answers, which are not known: leave it out": config.is_encoder_decoder,
+            "it compares what a model says of classes of which one is right: leave it out": odd_loss,
+            "fp16 loses small gradients, which nothing scales there: use bf16": (
+                self.accelerator.mixed_precision == "fp16"
+            ),
+            f"the server may not change the adapter of federated_method={args.federated_method!r}: leave one out": (
+                method.factors or method.needs_room or not method.optimizable
+            ),
+        }
+        for obstacle, stands in obstacles.items():
+            if stands:
+                raise ValueError(f"distillation_steps={args.distillation_steps} is not possible: {obstacle}.")
 
     def _distil(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack, student: PeftModel) -> float:
         """Teach `student`, the submodel of `stage`, what that of the stage before answers. Returns the FLOPs."""
+        self._seed_round()  # collators and dropout may draw
         flops, taught = 0.0, None
         if self.is_world_process_zero():
-            before = self.stages[stage.stage - 2]
-            teacher = self._submodel_of(before, base, stack, adapter_fusion="anchor").to(self.args.device)
+            teacher = self._submodel_of(self.stages[stage.stage - 2], base, stack).to(self.args.device)
             teacher.requires_grad_(False)
-            rows, flops = self._questions(teacher, seed=self.args.seed + stage.stage)
-            batches = (
-                {name: value for name, value in self._prepare_inputs(batch).items() if name != "labels"}
-                for batch in rows
-            )
+            batches, flops = self._questions(teacher, seed=self.args.seed + stage.stage)
             positions = distil(
                 teacher,
                 student.to(self.args.device),
-                batches,
+                map(self._without_labels, batches),
                 self.args.distillation_steps,
                 self.args.learning_rate,
-                self.compute_loss_context_manager,
+                self._autocast,
             )
             flops += positions * (_forward_flops(teacher) + sum(flops_per_token(student)))
-            taught = {key: tensor.cpu() for key, tensor in adapter_state(student).items()}
+            taught = adapter_state(student)
         # Machines may differ in their last bits: the main process's adapter is everyone's.
         taught, flops = broadcast_object_list([taught, flops])
         load_adapter_state(student, taught)
+        self._seed_round()
         return flops
+
+    def _without_labels(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in self._prepare_inputs(batch).items() if name != "labels"}
 
     def _questions(self, teacher: PeftModel, seed: int) -> tuple[DataLoader, float]:
         """(as many batches as there are steps, FLOPs); answers to prompts are the teacher's own."""
         args, rows, flops = self.args, self._calibration_rows(), 0.0
-        if args.task in (None, "text-generation"):
-            prompts = [prompt_of(row) for row in rows]
-            asked = [index for index, prompt in enumerate(prompts) if prompt]
-            answers = continuations(
-                teacher,
-                self.processing_class,
-                [prompts[index] for index in asked],
-                args.generation_max_new_tokens,
-                args.eval_batch_size,
-            )
-            texts = [list(row["input_ids"]) for row in rows]
-            for place, index in enumerate(asked):
-                texts[index] = prompts[index] + answers[place]
-            flops = sum(len(texts[index]) for index in asked) * _forward_flops(teacher)
+        if args.task in _ANSWERING:
+            prompts, texts = zip(*map(prompt_and_answer, rows), strict=True)
+            room = args.max_length - args.generation_max_new_tokens
+            asked = {index: prompt[-room:] for index, prompt in enumerate(prompts) if prompt}
+            with self._autocast():
+                answers = continuations(
+                    teacher,
+                    self.processing_class,
+                    list(asked.values()),
+                    args.generation_max_new_tokens,
+                    args.eval_batch_size,
+                )
+            told = {index: prompt + answers[place] for place, (index, prompt) in enumerate(asked.items())}
+            flops = sum(map(len, told.values())) * _forward_flops(teacher)
+            texts = [told.get(index, text) for index, text in enumerate(texts)]
             rows = Dataset.from_dict({"input_ids": texts, "labels": [[IGNORED] * len(text) for text in texts]})
         sampler = RandomSampler(
             rows,
@@ -93,9 +112,8 @@ class DistillationMixin:
             generator=torch.Generator().manual_seed(seed),
         )
         rows = self._remove_unused_columns(rows, description="Distillation")
-        return DataLoader(
-            rows, batch_size=args.train_batch_size, sampler=sampler, collate_fn=self.data_collator
-        ), flops
+        loader = DataLoader(rows, batch_size=args.train_batch_size, sampler=sampler, collate_fn=self.data_collator)
+        return loader, flops
 
 
 def _forward_flops(model: PeftModel) -> float:

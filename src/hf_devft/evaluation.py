@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_devft.configuration import StageConfig
-from hf_devft.generation import continuations, prompt_of
+from hf_devft.generation import continuations, prompt_and_answer
 from hf_devft.metrics import ExactMatch
 
 
@@ -24,15 +24,19 @@ def generate_answers(
         dataset: columns `input_ids` and `labels`; the answer is what is labelled at the end (of a chat, the last
             turn), the prompt what stands before.
         process: this process's index and how many there are; they share the rows, and each gets all answers.
+
+    Raises:
+        ValueError: a row has no prompt.
     """
-    prompts, references = list(map(prompt_of, dataset)), []
-    for row, prompt in zip(dataset, prompts, strict=True):
-        references.append(tokenizer.decode(row["labels"][len(prompt) :], skip_special_tokens=True))
+    prompts, references = zip(*map(prompt_and_answer, dataset), strict=True)
+    if not all(prompts):
+        raise ValueError("some rows have no prompt that could be answered: all of their text is labelled.")
     tokens = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, process)
     texts = tokenizer.batch_decode(list(tokens.values()), skip_special_tokens=True)
     answers = dict(zip(tokens, texts, strict=True))
     parts = gather_object([answers]) if process[1] > 1 else [answers]
-    return [text for _, text in sorted(item for part in parts for item in part.items())], references
+    texts = [text for _, text in sorted(item for part in parts for item in part.items())]
+    return texts, tokenizer.batch_decode(list(references), skip_special_tokens=True)
 
 
 class EvaluationMixin:

@@ -9,12 +9,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_devft.metrics import IGNORED
 
 
-def prompt_of(row: dict[str, Any]) -> list[int]:
-    """What stands before the answer, which is what is labelled at the end (of a chat, the last turn); nothing, where
-    the whole text is labelled."""
-    labels = list(row["labels"])
+def prompt_and_answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """The tokens of a row, without padding: the answer is what is labelled at the end (of a chat, the last turn), the
+    prompt what stands before; there is none where the whole text is labelled."""
+    real = row.get("attention_mask") or [1] * len(row["input_ids"])
+    tokens, labels = ([value for value, is_real in zip(row[column], real, strict=True) if is_real]
+                      for column in ("input_ids", "labels"))  # fmt: skip
     end = len(labels) - labels[::-1].index(IGNORED) if IGNORED in labels else 0
-    return list(row["input_ids"][:end])
+    return tokens[:end], tokens[end:]
 
 
 @torch.no_grad()

@@ -521,7 +521,6 @@ class DevFTMixin(StageMixin, DistillationMixin, FederationMixin, LocalTrainingMi
             "client_resources",
             "beyond_capacity",
             "temporary_head",
-            "distillation_steps",
             "clients_per_round",
             "local_steps",
             "seed",
@@ -531,6 +530,9 @@ class DevFTMixin(StageMixin, DistillationMixin, FederationMixin, LocalTrainingMi
             "stage_layers": [stage.num_layers for stage in self.stages],
             "lora_alpha": getattr(self.peft_config, "lora_alpha", None),
             "init_lora_weights": self._initialisation,
+            "distillation": [args.distillation_steps, args.calibration_samples, args.generation_max_new_tokens]
+            if args.distillation_steps
+            else None,
             "num_clients": len(self.clients.rows),
             "rows of the clients (checksum)": zlib.crc32(np.concatenate([*self.clients.rows.values()]).tobytes()),
         }

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -112,13 +112,13 @@ class StageMixin:
         self._stage_was_over = bool(checkpoint and checkpoint.run.stage_over)
         submodel = build_submodel(base, stack, stage.groups, stage.fusion, stage.fusion_beta)
         base_bytes = sum(map(stored_bytes, submodel.parameters()))
-        growing = self.args.temporary_head and stage.num_layers < stage.full_layers
+        has_head = self.args.temporary_head and stage.num_layers < stage.full_layers
         config = of_groups(self.peft_config, stage.groups)
-        config, head = with_head(config, submodel) if growing else (config, None)
-        model = attach_adapter(submodel, config, adapter, grows=growing)
+        config, head = with_head(config, submodel) if has_head else (config, None)
+        model = attach_adapter(submodel, config, adapter, grows=has_head)
         self._move_weights(model, stack, stage.groups)
-        grows = stage.stage > 1 and not (checkpoint and checkpoint.sub is not None)
-        flops = self._distil(stage, base, stack, model) if grows and self.args.distillation_steps else 0.0
+        if stage.stage > 1 and self.args.distillation_steps and not (checkpoint and checkpoint.sub is not None):
+            stage.totals["setup_flops"] = self._distil(stage, base, stack, model)
         adapter = adapter_state(model)
         weights = OpenWeights(model) if self._federation.method.needs_room else None
         stacked = self._stack(model)  # before an engine wraps the model
@@ -137,7 +137,7 @@ class StageMixin:
             setup={
                 "setup_seconds": time.perf_counter() - started,
                 "setup_peak_memory": self._peak_memory.read(),
-                "setup_flops": flops,
+                "setup_flops": stage.totals.get("setup_flops", 0.0),  # of before, in a run that goes on
                 "base_bytes": base_bytes,
             },
         )
@@ -168,17 +168,15 @@ class StageMixin:
         smaller = {}
         for number in held:
             earlier = self.stages[number - 1]
-            model = self._submodel_of(earlier, base, stack, earlier.adapter_fusion)
+            model = self._submodel_of(earlier, base, stack)
             layers = _layers(model.get_base_model(), stack, earlier.groups)
             smaller[number] = Smaller(earlier, model, self._engine_beside(model), layers)
         return smaller
 
-    def _submodel_of(
-        self, earlier: StageConfig, base: PreTrainedModel, stack: LayerStack, adapter_fusion: str
-    ) -> PeftModel:
-        """An earlier stage's submodel, with an adapter fused from the full-depth one as it is now."""
+    def _submodel_of(self, earlier: StageConfig, base: PreTrainedModel, stack: LayerStack) -> PeftModel:
+        """An earlier stage's submodel, with the anchors' adapters as they are now."""
         submodel = build_submodel(base, stack, earlier.groups, earlier.fusion, earlier.fusion_beta)
-        adapter = fuse_adapter(self._full_adapter, stack.names, earlier.groups, adapter_fusion)
+        adapter = fuse_adapter(self._full_adapter, stack.names, earlier.groups, "anchor")
         model = attach_adapter(submodel, of_groups(self.peft_config, earlier.groups), adapter)
         self._move_weights(model, stack, earlier.groups)
         return model
@@ -292,10 +290,16 @@ class StageMixin:
         losses = {}
         for index, batch in enumerate(self._calibration_batches()):
             if index % self.args.world_size == self.args.process_index:
-                with self.compute_loss_context_manager():
+                with self._autocast():
                     losses[index] = self.compute_loss(model, self._prepare_inputs(batch)).item()
         losses = gather_object([losses]) if self.args.world_size > 1 else [losses]
         return float(np.mean([loss for _, loss in sorted(item for part in losses for item in part.items())]))
+
+    def _autocast(self) -> AbstractContextManager:
+        """The precision of training, for a model that no engine has prepared."""
+        return torch.autocast(
+            self.args.device.type, torch.bfloat16, enabled=self.accelerator.mixed_precision == "bf16"
+        )
 
     def _calibration_batches(self) -> DataLoader:
         """All calibration rows on every process, so that the batches do not depend on the number of processes."""

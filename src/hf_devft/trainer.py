@@ -120,7 +120,9 @@ class DevFTTrainer(DevFTMixin, Trainer):
             args,
             train_dataset=ClientData(prepare(clients.dataset), clients.rows),
             eval_dataset=eval_dataset,
-            calibration_dataset=prepare(first_rows(calibration_dataset, args.calibration_samples)),
+            calibration_dataset=prepare(
+                _as_asked(task, first_rows(calibration_dataset, args.calibration_samples), args.distillation_steps)
+            ),
             processing_class=processing_class,
             data_collator=data_collator or task.collator(processing_class, base.config),
             **kwargs,
@@ -210,6 +212,18 @@ def _check_prompts(rows: Dataset) -> None:
             "predict_with_generate answers prompts, but some evaluation rows have none (a whole `text`, say): turn it "
             "off."
         )
+
+
+def _as_asked(task: Task, rows: Any, distils: int) -> Any:
+    """Rows that are only to be answered need no answer: one that counts for nothing, where there is none."""
+    if not (distils and isinstance(rows, Dataset)) or _is_encoded(rows):
+        return rows
+    names, count = set(rows.column_names), len(rows)
+    if task.classes == "label" and names.isdisjoint(("label", "labels")):
+        return rows.add_column("label", [IGNORED] * count)
+    if task is TASKS["text-generation"] and names & {"prompt", "completion"} == {"prompt"} and "chosen" not in names:
+        return rows.add_column("completion", [""] * count)
+    return rows
 
 
 def _as_rows(task: Task, dataset: Any) -> Any:

@@ -6,21 +6,37 @@ from contextlib import AbstractContextManager
 import torch
 from peft import PeftModel
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hf_devft.stages.layer_stack import watch_lengths
+
+
+# Positions whose probabilities are in memory at a time.
+_CHUNK = 1024
 
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over positions of KL(teacher || student) in nats (Hinton et al. 2015, arXiv 1503.02531, §2, temperature 1).
 
+    Beside the logits, only a part's probabilities are held at a time; the backward pass computes them again.
+
     Args:
         teacher, student: logits, of any shape; classes in the last dimension.
         mask: the positions that count, where it has their shape; else all count.
     """
-    if mask is not None and mask.shape == teacher.shape[:-1]:
-        teacher, student = teacher[mask.bool()], student[mask.bool()]
-    logs = [logits.float().log_softmax(-1).flatten(0, -2) for logits in (student, teacher)]
-    return F.kl_div(*logs, reduction="batchmean", log_target=True)
+    if mask is None or mask.shape != teacher.shape[:-1]:
+        mask = torch.ones(teacher.shape[:-1], device=teacher.device)
+    parts = (logits.flatten(0, -2).split(_CHUNK) for logits in (teacher, student))
+    sums = [
+        checkpoint(_weighted_divergence, *part, use_reentrant=False)
+        for part in zip(*parts, mask.flatten().split(_CHUNK), strict=True)
+    ]
+    return torch.stack(sums).sum() / mask.sum()
+
+
+def _weighted_divergence(teacher: torch.Tensor, student: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    logs = (logits.float().log_softmax(-1) for logits in (student, teacher))
+    return F.kl_div(*logs, reduction="none", log_target=True).sum(-1) @ weights.float()
 
 
 def distil(
@@ -33,13 +49,13 @@ def distil(
 ) -> int:
     """Train `student`'s adapter to answer as `teacher` does, without any labels.
 
-    AdamW without weight decay, the gradient's norm clipped to 1, the rate falling to 0 in a line, no dropout (our
-    choice: it ends where the answers are the teacher's, not on the way).
+    AdamW without weight decay, the gradient's norm clipped to 1, the rate falling to 0 in a line (our choice: there is
+    one way to end at, not many clients' to find a mean of).
 
     Args:
         teacher, student: models whose outputs have `logits`; only what is trainable of `student` changes.
         batches: what they read, `steps` of them.
-        autocast: () -> the context of a forward pass.
+        autocast: () -> the context of a forward pass; a step takes the memory of a client's, and the teacher's logits.
 
     Returns:
         The positions that went through each of the two.
@@ -47,7 +63,7 @@ def distil(
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
-    teacher.eval(), student.eval()
+    teacher.eval(), student.train()
     lengths, watching = watch_lengths(student.get_base_model())
     positions = 0
     for inputs in batches:
