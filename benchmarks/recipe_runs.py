@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
+RECIPE = RECIPES / "devft.py"
 
 # Column -> (value of a run, format).
 COLUMNS = {
@@ -30,13 +31,15 @@ COLUMNS = {
 }
 
 
-def run_recipe(config: str, overrides: list[str], environment: Mapping[str, str], curve: bool = False) -> dict:
+def run_recipe(
+    script: list[str], config: str, overrides: list[str], environment: Mapping[str, str], curve: bool = False
+) -> dict:
     """One run of the recipe: the full-depth metrics of its last stage, the ledger's totals over all stages, the
     process's wall time, with start-up, grouping, calibration and all evaluations, and, with `curve`, what every
     evaluation at full depth found."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(RECIPES / "devft.py"), "--config", str(RECIPES / "configs" / config)]
+        command = [sys.executable, *script, "--config", str(RECIPES / "configs" / config)]
         done = subprocess.run(
             [*command, *overrides, "--output_dir", folder, "--disable_tqdm", "true"],
             capture_output=True,
@@ -87,7 +90,10 @@ def revision() -> str:
 
 
 def run_all(
-    variants: Mapping[str, tuple[str, list[str]]], options: argparse.Namespace, curve: bool = False
+    variants: Mapping[str, tuple[str, list[str]]],
+    options: argparse.Namespace,
+    curve: bool = False,
+    script: Callable[[str], list[str]] = lambda name: [str(RECIPE)],
 ) -> dict[str, dict[str, dict]]:
     """Every variant with every seed, {name: {seed: run}}; what is in the JSON already is not run again.
 
@@ -95,6 +101,7 @@ def run_all(
         variants: name -> (config, overrides).
         options: see `arguments`; the JSON is written after every run.
         curve: see `run_recipe`.
+        script: name -> what runs it, and its first arguments; default: the recipe.
     """
     path, workers = options.results, options.workers
     content = json.loads(path.read_text()) if path.exists() else {"runs": {}}
@@ -104,7 +111,9 @@ def run_all(
     def run(task: tuple[int, str]) -> None:
         seed, name = task
         config, overrides = variants[name]
-        result = run_recipe(config, [*overrides, "--seed", str(seed)], threads, curve) | {"revision": commit}
+        result = run_recipe(script(name), config, [*overrides, "--seed", str(seed)], threads, curve) | {
+            "revision": commit
+        }
         with lock:
             content["runs"].setdefault(name, {})[str(seed)] = result
             content["machine"] = machine()
