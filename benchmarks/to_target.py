@@ -100,6 +100,9 @@ VARIANTS = {
         "DevFT 4-16, 20 + 6 rounds, 6e-3, 4e-3 linear, distilled": devft(
             "4 16", "20 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "128"
         ),
+        "DevFT 4-16, 16 + 12 rounds, 6e-3 linear, distilled": devft(
+            "4 16", "16 12", "6e-3 6e-3", *LINEAR, *FEW, *DISTILLED, "128"
+        ),
     },
 }
 
