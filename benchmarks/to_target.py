@@ -21,6 +21,7 @@ LINEAR = ["--lr_scheduler_type", "linear"]
 OFTEN = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start", "false", "--save_strategy", "no"]
 INT4 = ["--wire_dtype", "int4"]
 FEW = ["--task_rows", "400"]
+TWENTY = ["--local_steps", "20"]
 # Prompts without answers on the server, as many steps as it takes to go through them twice or more.
 DISTILLED = ["--learning_rate", "4e-3", "--distillation_steps", "60", "--calibration_samples"]
 ANCHORS = ["--fusion", "anchor", "--adapter_fusion", "anchor", "--transfer", "anchor"]
@@ -59,6 +60,7 @@ VARIANTS = {
         "FedIT of rank 4, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, "--lora_r", "4"),
         "FedIT of rank 2, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, "--lora_r", "2", "--lora_alpha", "8"),
         "FedIT on 4 of the layers, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, *FOUR_LAYERS),
+        "FedIT of 20 local steps, 6e-3 linear, 8 rounds": fedit(8, "6e-3", *LINEAR, *TWENTY),
         "FedIT, PiSSA, 3e-3 linear, 12 rounds": fedit(12, "3e-3", *LINEAR, *PISSA),
         "DevFT 4-8-16, 4 + 4 + 6 rounds, 6e-3 linear, to anchors": devft(
             "4 8 16", "4 4 6", "6e-3 6e-3 6e-3", *LINEAR, *ANCHORS
@@ -81,6 +83,9 @@ VARIANTS = {
         ),
         "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, int4": devft(
             "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *INT4
+        ),
+        "DevFT 4-16, 8 + 2 rounds of 20 local steps, 6e-3, 4e-3 linear, distilled": devft(
+            "4 16", "8 2", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *TWENTY
         ),
         "DevFT 4-16, up to 20 + 8 rounds, 4e-3, stages end themselves, distilled": devft(
             "4 16", "20 8", "4e-3 2e-3", *DISTILLED, "512", *ENDING
