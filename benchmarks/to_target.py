@@ -111,6 +111,22 @@ VARIANTS = {
     },
 }
 
+# What the picture shows of them.
+DRAWN = (
+    "FedIT, 2e-3, 16 rounds",
+    "FedIT, 6e-3 linear, 16 rounds",
+    "FedIT, 6e-3 linear, 16 rounds, int4",
+    "FedIT of rank 2, 6e-3 linear, 16 rounds",
+    "DevFT, the paper's rules, 4-8-16",
+    "DevFT 4-8-16, 12 + 4 + 6 rounds, 6e-3, 8e-3, 1e-2 linear",
+    "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled",
+    "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, int4",
+    "FedIT, 2e-3, 30 rounds",
+    "FedIT, 6e-3 linear, 30 rounds",
+    "DevFT 4-16, 20 + 12 rounds, 6e-3, 9e-3 linear",
+    "DevFT 4-16, 16 + 6 rounds, 6e-3, 4e-3 linear, distilled",
+)
+
 
 def cost(run: dict, target: float, measure: str) -> float | None:
     """What a run took until it first reached `target`, or None."""
@@ -155,12 +171,14 @@ def table(results: dict[str, dict[str, dict]], regime: str) -> str:
 
 
 def plot(results: dict[str, dict[str, dict]]) -> Figure:
-    """Loss at full depth against bytes and against FLOPs, a line for each run of the first seed."""
+    """Loss at full depth against bytes and against the clients' FLOPs, a line for each drawn run of the first seed."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     for row, regime in enumerate(VARIANTS):
-        for column, (measure, label, unit) in enumerate((("bytes", "MB sent", 1e6), ("flops", "TFLOPs", 1e12))):
+        for column, (measure, label, unit) in enumerate(
+            (("bytes", "MB sent", 1e6), ("client_flops", "clients' TFLOPs", 1e12))
+        ):
             axes = figure.add_subplot(2, 2, 2 * row + column + 1)
-            for index, name in enumerate(VARIANTS[regime]):
+            for index, name in enumerate(name for name in DRAWN if name in VARIANTS[regime]):
                 for run in list(results[f"{regime}: {name}"].values())[:1]:
                     x, y = zip(*((point[measure] / unit, point["loss"]) for point in run["curve"]), strict=True)
                     style = "--" if name.startswith("FedIT") else "o-"
