@@ -118,6 +118,20 @@ def test_rows_need_no_answer(make_trainer, tmp_path, tasks, tokenizer):
     assert trainer.stages[1].totals["setup_flops"] > 0
 
 
+@pytest.mark.parametrize("odd", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}])
+def test_heads_that_choose_no_class_are_refused(tmp_path, odd):
+    rows = Dataset.from_dict({"input_ids": [[5, 6]] * 8, "labels": [0.5] * 8})
+    model = BertForSequenceClassification(BertConfig(**ENCODER, **odd))
+    with pytest.raises(ValueError, match="classes of which one is right"):
+        DevFTTrainer(
+            model,
+            config(tmp_path, distillation_steps=2),
+            peft_config=LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"),
+            train_dataset=rows,
+            calibration_dataset=rows,
+        )
+
+
 def test_bfloat16_is_that_of_training(make_trainer, monkeypatch):
     seen = set()
     original = torch.nn.Linear.forward

@@ -37,7 +37,8 @@ class DistillationMixin:
         if not args.distillation_steps:
             return
         answers = args.task in _ANSWERING and isinstance(rows, Dataset)
-        odd_loss = getattr(config, "problem_type", None) in ("regression", "multi_label_classification")
+        several = getattr(config, "problem_type", None) == "multi_label_classification"
+        regression = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", 2) == 1
         obstacles = {
             "there is but one stage: leave it out": len(self.stages) == 1,
             "it asks texts of the server's own: pass `calibration_dataset`, one dataset that is not empty": (
@@ -48,7 +49,7 @@ class DistillationMixin:
             ),
             "it generates answers: pass `processing_class`": answers and self.processing_class is None,
             "a decoder reads answers, which are not known: leave it out": config.is_encoder_decoder,
-            "it compares what a model says of classes of which one is right: leave it out": odd_loss,
+            "it compares what a model says of classes of which one is right: leave it out": several or regression,
             "fp16 loses small gradients, which nothing scales there: use bf16": (
                 self.accelerator.mixed_precision == "fp16"
             ),

@@ -121,7 +121,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
             train_dataset=ClientData(prepare(clients.dataset), clients.rows),
             eval_dataset=eval_dataset,
             calibration_dataset=prepare(
-                _as_asked(task, first_rows(calibration_dataset, args.calibration_samples), args.distillation_steps)
+                _as_asked(task, first_rows(calibration_dataset, args.calibration_samples), args)
             ),
             processing_class=processing_class,
             data_collator=data_collator or task.collator(processing_class, base.config),
@@ -214,9 +214,10 @@ def _check_prompts(rows: Dataset) -> None:
         )
 
 
-def _as_asked(task: Task, rows: Any, distils: int) -> Any:
+def _as_asked(task: Task, rows: Any, args: DevFTConfig) -> Any:
     """Rows that are only to be answered need no answer: one that counts for nothing, where there is none."""
-    if not (distils and isinstance(rows, Dataset)) or _is_encoded(rows):
+    only = args.distillation_steps and args.grouping != "calibrated"  # which measures the loss of answers
+    if not (only and isinstance(rows, Dataset)) or _is_encoded(rows):
         return rows
     names, count = set(rows.column_names), len(rows)
     if task.classes == "label" and names.isdisjoint(("label", "labels")):

@@ -50,12 +50,13 @@ def distil(
     """Train `student`'s adapter to answer as `teacher` does, without any labels.
 
     AdamW without weight decay, the gradient's norm clipped to 1, the rate falling to 0 in a line (our choice: there is
-    one way to end at, not many clients' to find a mean of).
+    one way to end at, not many clients' to find a mean of). A step takes the memory of a client's, and the teacher's
+    logits.
 
     Args:
         teacher, student: models whose outputs have `logits`; only what is trainable of `student` changes.
         batches: what they read, `steps` of them.
-        autocast: () -> the context of a forward pass; a step takes the memory of a client's, and the teacher's logits.
+        autocast: () -> the context of a forward pass.
 
     Returns:
         The positions that went through each of the two.
