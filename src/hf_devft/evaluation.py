@@ -32,8 +32,7 @@ def generate_answers(
     if not all(prompts):
         raise ValueError("some rows have no prompt that could be answered: all of their text is labelled.")
     tokens = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, process)
-    texts = tokenizer.batch_decode(list(tokens.values()), skip_special_tokens=True)
-    answers = dict(zip(tokens, texts, strict=True))
+    answers = {index: tokenizer.decode(answer, skip_special_tokens=True) for index, answer in tokens.items()}
     parts = gather_object([answers]) if process[1] > 1 else [answers]
     texts = [text for _, text in sorted(item for part in parts for item in part.items())]
     return texts, tokenizer.batch_decode(list(references), skip_special_tokens=True)
