@@ -23,9 +23,10 @@ def machine() -> str:
     return f"{date.today()}, {os.cpu_count()} CPU cores, {platform.machine()}"
 
 
-def publish(path: Path, lines: Sequence[str], command: str, *remarks: str) -> None:
+def publish(path: Path, lines: Sequence[str], command: str, *remarks: str, show: bool = True) -> None:
     """Write a table, with the command that made it, and show it."""
     text = "\n".join([*lines, "", ", ".join([f"`python benchmarks/{command}`", machine(), *remarks]) + "."])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
-    print(text)
+    if show:
+        print(text)

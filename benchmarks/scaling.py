@@ -89,7 +89,8 @@ def main() -> None:
             f"| {name} | {found['startup']:.2f} | {found['setup']:.2f} | {found['round']:.3f} | {each:.0f} | "
             f"{found['memory']:.0f} |"
         )
-        publish(options.results, lines, f"scaling.py --rounds {options.rounds}", "so far")
+        print(lines[-1], flush=True)
+        publish(options.results, lines, f"scaling.py --rounds {options.rounds}", "so far", show=False)
     usual = ", ".join(f"{key} {value}" for key, value in USUAL.items())
     lines += ["", f"Where a line says nothing else: {usual}."]
     publish(options.results, lines, f"scaling.py --rounds {options.rounds}")
