@@ -186,7 +186,7 @@ def plot(results: dict[str, dict[str, dict]]) -> Figure:
             axes.set(xlabel=label, ylabel="loss at full depth", yscale="log", title=regime)
             axes.set_xscale("log" if measure == "bytes" else "linear")
             axes.grid(alpha=0.3, which="both")
-            if column == 1:
+            if column == 1 and axes.get_lines():
                 axes.legend(fontsize="x-small", loc="upper right")
     return figure
 
