@@ -80,7 +80,7 @@ _COLUMNS = {
     "base\nMB": lambda stage: _number(stage.totals.get("base_bytes", 0) / 1e6, ".1f"),
     "peak\nMB": lambda stage: _number(stage.totals["peak_memory"] / 1e6, ".0f"),
 }
-_CARD_ONLY = ("set-up\ns", "base\nMB")  # so that a terminal of 80 columns holds the rest
+_CARD_ONLY = ("server\nTFLOPs", "set-up\ns", "base\nMB")  # so that a terminal of 80 columns holds the rest
 
 
 def _number(value: float | None, style: str) -> str | None:
