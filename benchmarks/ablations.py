@@ -9,7 +9,7 @@ the paper's rules. Each run has 12 rounds in all stages together, Dirichlet(0.5)
 
 from itertools import product
 
-from recipe_runs import COLUMNS, arguments, publish_runs, run_all, spread
+from recipe_runs import arguments, publish_runs, run_all, table
 
 
 GROUPINGS = ("deconfliction", "even", "random", "calibrated")
@@ -53,13 +53,7 @@ def main() -> None:
         {name: ("paper.yaml", overrides) for name, overrides in VARIANTS.items()},
         options,
     )
-    lines = [f"| grouping, fusion, transfer | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
-    for name, runs in results.items():
-        if not runs:
-            continue
-        lines.append(f"| {name} | {' | '.join(spread(runs, *column) for column in COLUMNS.values())} |")
-    text = "\n".join(lines) + "\n"
-    publish_runs(options, text)
+    publish_runs(options, table(results, title="grouping, fusion, transfer"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable
 
 import torch
-from recipe_runs import COLUMNS, RECIPE, arguments, publish_runs, run_all, spread
+from recipe_runs import COLUMNS, RECIPE, arguments, publish_runs, run_all, table
+from to_target import DISTILLED, LINEAR
 
 import hf_devft
 from hf_devft.stages.grouping import GROUPINGS, GroupingTask, Groups
@@ -20,7 +21,7 @@ from hf_devft.stages.submodel import build_whole
 from hf_devft.stages.weights import dense
 
 
-RATES = ["--lr_scheduler_type", "linear", "--stage_learning_rates", "6e-3", "9e-3"]
+RATES = [*LINEAR, "--stage_learning_rates", "6e-3", "9e-3"]
 STAGES = ["--stage_layers", "4", "16", "--stage_rounds", "12", "4"]
 EVALUATED = ["--eval_strategy", "epoch", "--eval_on_start", "false", "--save_strategy", "no"]
 
@@ -102,10 +103,8 @@ IDEAS: dict[str, tuple[Callable[[], None] | None, list[str]]] = {
     "groups by what layers add to the residual stream": (group_by_function, []),
     "rank 2": (None, ["--lora_r", "2", "--lora_alpha", "8"]),
     "20 local steps, half the rounds": (None, ["--local_steps", "20", "--stage_rounds", "6", "2"]),
-    "distilled, 60 steps on 512 prompts": (
-        None, ["--learning_rate", "4e-3", "--distillation_steps", "60", "--calibration_samples", "512"],
-    ),
-}  # fmt: skip
+    "distilled, 60 steps on 512 prompts": (None, [*DISTILLED, "512"]),
+}
 
 
 def try_out(name: str, flags: list[str]) -> None:
@@ -125,12 +124,7 @@ def main() -> None:
         "after stage 1, submodel": (lambda run: run["stages"][0]["metrics"]["eval_loss"], "{:.3f}"),
         "at full depth": (lambda run: run["stages"][0]["metrics"]["eval_full_loss"], "{:.3f}"),
     }
-    columns = early | COLUMNS
-    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
-    for name, found in results.items():
-        if found:
-            lines.append(f"| {name} | {' | '.join(spread(found, *column) for column in columns.values())} |")
-    publish_runs(options, "\n".join(lines) + "\n")
+    publish_runs(options, table(results, early | COLUMNS))
 
 
 if __name__ == "__main__":

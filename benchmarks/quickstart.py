@@ -6,7 +6,7 @@ Runs every variant with every seed through the recipe, one after another, and wr
 `results/quickstart.md` beside this file. A run that is already in the JSON is not repeated.
 """
 
-from recipe_runs import COLUMNS, arguments, publish_runs, run_all, spread
+from recipe_runs import COLUMNS, arguments, publish_runs, run_all, table
 
 
 PAPER = ["--grouping", "deconfliction", "--fusion", "differential", "--transfer", "broadcast"]
@@ -26,18 +26,9 @@ SHOWN = COLUMNS | {
 }
 
 
-def table(results: dict[str, dict[str, dict]]) -> str:
-    """Mean ± standard deviation over the seeds, a row per variant."""
-    lines = [f"| | {' | '.join(SHOWN)} |", f"|---|{'---:|' * len(SHOWN)}"]
-    for name, runs in results.items():
-        lines.append(f"| {name} | {' | '.join(spread(runs, *column) for column in SHOWN.values())} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     options = arguments("quickstart", __doc__)
-    text = table(run_all(VARIANTS, options))
-    publish_runs(options, text)
+    publish_runs(options, table(run_all(VARIANTS, options), SHOWN))
 
 
 if __name__ == "__main__":

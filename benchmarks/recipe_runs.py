@@ -132,6 +132,25 @@ def run_all(
     return {name: content["runs"].get(name, {}) for name in variants}
 
 
+def table(
+    results: Mapping[str, dict[str, dict]],
+    columns: Mapping[str, tuple[Callable[[dict], float], str]] = COLUMNS,
+    title: str = "",
+) -> str:
+    """Mean ± standard deviation over the seeds, a row for each variant that has run.
+
+    Args:
+        columns: title -> (value of a run, format).
+        title: of the variants' names.
+    """
+    first = f"| {title}".rstrip()
+    lines = [f"{first} | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    for name, runs in results.items():
+        if runs:
+            lines.append(f"| {name} | {' | '.join(spread(runs, *column) for column in columns.values())} |")
+    return "\n".join(lines) + "\n"
+
+
 def note(path: Path) -> str:
     """When and where the results in `path` were measured."""
     content = json.loads(path.read_text())

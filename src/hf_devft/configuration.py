@@ -59,6 +59,21 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}.")
 
 
+def refuse(option: str, obstacles: dict[str, bool]) -> None:
+    """Raise for what stands against an option.
+
+    Args:
+        option: as it was given.
+        obstacles: what stands against it and what to change -> whether it does.
+
+    Raises:
+        ValueError: the first of them that does.
+    """
+    for obstacle, stands in obstacles.items():
+        if stands:
+            raise ValueError(f"{option} is not possible: {obstacle}.")
+
+
 def _one_or_many(name: str, value: Any, count: int) -> list:
     """`value` as a list of one entry per stage."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -435,9 +450,7 @@ class DevFTConfig(TrainingArguments):
                 self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
             ),
         }
-        for obstacle, stands in obstacles.items():
-            if stands:
-                raise ValueError(f"distillation_steps={self.distillation_steps} is not possible: {obstacle}.")
+        refuse(f"distillation_steps={self.distillation_steps}", obstacles)
 
     def _check_partition(self) -> None:
         if self.partition in ("dirichlet", "natural") and self.partition_column is None:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel
 
-from hf_devft.configuration import StageConfig
+from hf_devft.configuration import StageConfig, refuse
 from hf_devft.federation.ledger import flops_per_token
 from hf_devft.federation.methods import FederatedMethod
 from hf_devft.generation import continuations, prompt_and_answer
@@ -37,8 +37,8 @@ class DistillationMixin:
         if not args.distillation_steps:
             return
         answers = args.task in _ANSWERING and isinstance(rows, Dataset)
-        several = getattr(config, "problem_type", None) == "multi_label_classification"
-        regression = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", 2) == 1
+        kind = getattr(config, "problem_type", None)
+        no_class = kind in ("regression", "multi_label_classification") or getattr(config, "num_labels", 2) == 1
         obstacles = {
             "there is but one stage: leave it out": len(self.stages) == 1,
             "it asks texts of the server's own: pass `calibration_dataset`, one dataset that is not empty": (
@@ -49,7 +49,7 @@ class DistillationMixin:
             ),
             "it generates answers: pass `processing_class`": answers and self.processing_class is None,
             "a decoder reads answers, which are not known: leave it out": config.is_encoder_decoder,
-            "it compares what a model says of classes of which one is right: leave it out": several or regression,
+            "it compares what a model says of classes of which one is right: leave it out": no_class,
             "fp16 loses small gradients, which nothing scales there: use bf16": (
                 self.accelerator.mixed_precision == "fp16"
             ),
@@ -57,9 +57,7 @@ class DistillationMixin:
                 method.factors or method.needs_room or not method.optimizable
             ),
         }
-        for obstacle, stands in obstacles.items():
-            if stands:
-                raise ValueError(f"distillation_steps={args.distillation_steps} is not possible: {obstacle}.")
+        refuse(f"distillation_steps={args.distillation_steps}", obstacles)
 
     def _distil(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack, student: PeftModel) -> float:
         """Teach `student`, the submodel of `stage`, what that of the stage before answers. Returns the FLOPs."""
@@ -92,9 +90,9 @@ class DistillationMixin:
         """(as many batches as there are steps, FLOPs); answers to prompts are the teacher's own."""
         args, rows, flops = self.args, self._calibration_rows(), 0.0
         if args.task in _ANSWERING:
-            prompts, texts = zip(*map(prompt_and_answer, rows), strict=True)
+            pairs = list(map(prompt_and_answer, rows))
             room = args.max_length - args.generation_max_new_tokens
-            asked = {index: prompt[-room:] for index, prompt in enumerate(prompts) if prompt}
+            asked = {index: prompt[-room:] for index, (prompt, _) in enumerate(pairs) if prompt}
             with self._autocast():
                 answers = continuations(
                     teacher,
@@ -105,7 +103,7 @@ class DistillationMixin:
                 )
             told = {index: prompt + answers[place] for place, (index, prompt) in enumerate(asked.items())}
             flops = sum(map(len, told.values())) * _forward_flops(teacher)
-            texts = [told.get(index, text) for index, text in enumerate(texts)]
+            texts = [told.get(index, whole) for index, (_, whole) in enumerate(pairs)]
             rows = Dataset.from_dict({"input_ids": texts, "labels": [[IGNORED] * len(text) for text in texts]})
         sampler = RandomSampler(
             rows,

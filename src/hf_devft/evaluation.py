@@ -28,14 +28,15 @@ def generate_answers(
     Raises:
         ValueError: a row has no prompt.
     """
-    prompts, references = zip(*map(prompt_and_answer, dataset), strict=True)
+    pairs = list(map(prompt_and_answer, dataset))
+    prompts = [prompt for prompt, _ in pairs]
     if not all(prompts):
         raise ValueError("some rows have no prompt that could be answered: all of their text is labelled.")
     tokens = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, process)
     answers = {index: tokenizer.decode(answer, skip_special_tokens=True) for index, answer in tokens.items()}
     parts = gather_object([answers]) if process[1] > 1 else [answers]
     texts = [text for _, text in sorted(item for part in parts for item in part.items())]
-    return texts, tokenizer.batch_decode(list(references), skip_special_tokens=True)
+    return texts, [tokenizer.decode(reference, skip_special_tokens=True) for _, reference in pairs]
 
 
 class EvaluationMixin:

@@ -75,7 +75,9 @@ _COLUMNS = {
     "MB\nsent": lambda stage: _number(stage.totals["bytes"] / 1e6, ".2f"),
     "TFLOPs": lambda stage: _number(stage.totals["flops"] / 1e12, ".2f"),
     "seconds": lambda stage: _number(stage.totals["seconds"], ".1f"),
-    "server\nTFLOPs": lambda stage: _number((stage.totals.get("setup_flops") or 0) / 1e12 or None, ".2f"),
+    "server\nTFLOPs": lambda stage: (
+        _number(flops / 1e12, ".2f") if (flops := stage.totals.get("setup_flops")) else None
+    ),
     "set-up\ns": lambda stage: _number(stage.totals.get("setup_seconds"), ".1f"),
     "base\nMB": lambda stage: _number(stage.totals.get("base_bytes", 0) / 1e6, ".1f"),
     "peak\nMB": lambda stage: _number(stage.totals["peak_memory"] / 1e6, ".0f"),

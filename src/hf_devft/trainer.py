@@ -68,12 +68,13 @@ class DevFTTrainer(DevFTMixin, Trainer):
         if isinstance(peft_config, str):
             start = load_adapter(fetch_adapter(peft_config, token=args.hub_token))
             adapter = start[0]
-            check_rules(adapter, args)
         elif isinstance(model, PeftModel):
             adapter = model.peft_config[model.active_adapter]
-            check_adapter(adapter)
         else:
             adapter = peft_config = peft_config and self._to_make(peft_config, args)
+        if adapter is not peft_config:  # it is there
+            check_adapter(adapter)
+            check_rules(adapter, args)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         args.task = task_of(None if isinstance(model, str) else base, getattr(adapter, "task_type", None), args.task)
         task = TASKS[args.task]
@@ -222,7 +223,7 @@ def _as_asked(task: Task, rows: Any, args: DevFTConfig) -> Any:
     names, count = set(rows.column_names), len(rows)
     if task.classes == "label" and names.isdisjoint(("label", "labels")):
         return rows.add_column("label", [IGNORED] * count)
-    if task is TASKS["text-generation"] and names & {"prompt", "completion"} == {"prompt"} and "chosen" not in names:
+    if task is TASKS["text-generation"] and "prompt" in names and "completion" not in names:
         return rows.add_column("completion", [""] * count)
     return rows
 

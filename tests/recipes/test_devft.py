@@ -98,16 +98,7 @@ def in_process(folder, *flags):
 
 
 def test_stages_that_end_themselves(tmp_path):
-    flags = [
-        "--early_stopping_patience",
-        "1",
-        "--stage_rounds",
-        "4",
-        "--learning_rate",
-        "1e-12",
-        "--eval_on_start",
-        "no",
-    ]
+    flags = "--early_stopping_patience 1 --stage_rounds 4 --learning_rate 1e-12 --eval_on_start no".split()
     with pytest.raises(ValueError, match="load_best_model_at_end"):
         in_process(tmp_path, *flags)
     best = ["--load_best_model_at_end", "true", "--save_strategy", "steps", "--save_steps", "1"]
