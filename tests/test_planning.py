@@ -50,6 +50,17 @@ def test_the_ledger_counts_what_was_planned(make_trainer, tmp_path, name):
     assert plan.total.bytes == trainer.ledger.bytes
 
 
+def test_what_distillation_takes_of_the_server_is_planned(make_trainer):
+    trainer = make_trainer(distillation_steps=4, calibration_samples=8, generation_max_new_tokens=12)
+    base = empty_like(trainer.model.get_base_model())
+    plan = plan_run(trainer.args, base, trainer.peft_config, ClientData(trainer.train_dataset, trainer.clients.rows))
+    trainer.train()
+    first, second = trainer.stages
+    assert plan.stages[0].setup_flops == first.totals["setup_flops"] == 0
+    assert plan.total.setup_flops == pytest.approx(second.totals["setup_flops"], rel=0.3)
+    assert plan.without_stages.setup_flops == 0
+
+
 def test_memory_is_what_a_run_takes():
     script = Path(__file__).parent / "planned_memory.py"
     # So that glibc gives freed memory back: its heap may otherwise hold twice what the tensors need.
@@ -63,11 +74,15 @@ def test_a_plan_is_printed_whole(tmp_path, capsys):
     LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=64, num_hidden_layers=4).save_pretrained(
         tmp_path
     )
-    args = config(tmp_path, stage_layers=[2, 4], stage_rounds=[75], num_clients=20, per_device_train_batch_size=16)
+    args = config(
+        tmp_path, stage_layers=[2, 4], stage_rounds=[75], num_clients=20, per_device_train_batch_size=16,
+        distillation_steps=10,
+    )  # fmt: skip
     print_plan(plan_run(args, empty_base(str(tmp_path)), lora(r=32)))
     printed = capsys.readouterr().out
     assert "…" not in printed
     assert "not measured" in printed
+    assert "Distillation on the server" in printed
 
 
 def test_the_recipe_plans_without_weights(tmp_path, tokenizer):

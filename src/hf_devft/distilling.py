@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel
 
 from hf_devft.configuration import StageConfig, refuse
-from hf_devft.federation.ledger import flops_per_token
+from hf_devft.federation.ledger import flops_per_token, forward_flops
 from hf_devft.federation.methods import FederatedMethod
 from hf_devft.generation import continuations, prompt_and_answer
 from hf_devft.metrics import IGNORED
@@ -75,7 +75,7 @@ class DistillationMixin:
                 self.args.learning_rate,
                 self._autocast,
             )
-            flops += positions * (_forward_flops(teacher) + sum(flops_per_token(student)))
+            flops += positions * (forward_flops(teacher) + sum(flops_per_token(student)))
             taught = adapter_state(student)
         # Machines may differ in their last bits: the main process's adapter is everyone's.
         taught, flops = broadcast_object_list([taught, flops])
@@ -102,7 +102,7 @@ class DistillationMixin:
                     args.eval_batch_size,
                 )
             told = {index: prompt + answers[place] for place, (index, prompt) in enumerate(asked.items())}
-            flops = sum(map(len, told.values())) * _forward_flops(teacher)
+            flops = sum(map(len, told.values())) * forward_flops(teacher)
             texts = [told.get(index, whole) for index, (_, whole) in enumerate(pairs)]
             rows = Dataset.from_dict({"input_ids": texts, "labels": [[IGNORED] * len(text) for text in texts]})
         sampler = RandomSampler(
@@ -113,8 +113,3 @@ class DistillationMixin:
         rows = self._remove_unused_columns(rows, description="Distillation")
         loader = DataLoader(rows, batch_size=args.train_batch_size, sampler=sampler, collate_fn=self.data_collator)
         return loader, flops
-
-
-def _forward_flops(model: PeftModel) -> float:
-    """Of one position, without gradients: half of what frozen weights take in training."""
-    return sum(flops_per_token(model)) / 2

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.federation.batches import FederatedBatchSampler
-from hf_devft.federation.ledger import flops_per_token
+from hf_devft.federation.ledger import flops_per_token, forward_flops
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients, make_methods
 from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
@@ -48,6 +48,8 @@ class StagePlan:
         base_bytes: of the submodel's base weights.
         bytes_down, bytes_up: to and from one client in one round, on average.
         bytes: both ways, of all clients in all rounds; flops, tokens (padding included): likewise.
+        setup_flops: of the server's distillation before the first round, in as long texts as the clients', answers of
+            the smaller submodel included.
         client_memory: peak in bytes of base, adapter, optimiser and activations of one micro-batch.
         server_memory: peak in bytes of the submodel that it makes, and of aggregation; evaluation is not counted.
     """
@@ -62,6 +64,7 @@ class StagePlan:
     bytes: float
     tokens: float
     flops: float
+    setup_flops: float
     client_memory: int
     server_memory: int
 
@@ -92,8 +95,8 @@ def plan_run(
 
     Bytes are those that the ledger will count where every message of a method is as long as the first round's: not
     with `flora`, `fedex_lora`, `c2a` and methods with `client_ranks`, of which this counts a whole adapter each way.
-    FLOPs are the ledger's formula, of clients; what the server computes (calibration, distillation, evaluation) is
-    not counted. As if all clients held every stage.
+    FLOPs are the ledger's formula; of what the server computes, calibration and evaluation are not counted. As if
+    all clients held every stage.
 
     Args:
         base: without adapter; may be on the meta device, see `empty_base`.
@@ -109,8 +112,8 @@ def plan_run(
     batches = functools.partial(planned_batches, args, clients)
     submodels = _Submodels(args, base, peft_config)
     plans = [
-        _plan_stage(args, submodels, stage, batches(range(*span)))
-        for stage, span in zip(stages, itertools.pairwise(ends), strict=True)
+        _plan_stage(args, submodels, stage, batches(range(*span)), smaller)
+        for stage, span, smaller in zip(stages, itertools.pairwise(ends), [None, *stages[:-1]], strict=True)
     ]
     alone = _plan_stage(args, submodels, replace(stages[-1], rounds=ends[-1]), batches(range(ends[-1])))
     return RunPlan(plans, _total(plans), replace(alone, stage="none"), clients is not None)
@@ -167,7 +170,14 @@ class _Submodels:
         return min(everything, inputs + everything // layers), lengths
 
 
-def _plan_stage(args: DevFTConfig, submodels: _Submodels, stage: StageConfig, batches: list) -> StagePlan:
+def _plan_stage(
+    args: DevFTConfig,
+    submodels: _Submodels,
+    stage: StageConfig,
+    batches: list[tuple[int, int]],
+    smaller: StageConfig | None = None,
+) -> StagePlan:
+    """The plan of a stage, after `smaller`."""
     model, base_bytes = submodels.model(stage.num_layers)
     layout = AdapterLayout.of(model)
     down, up, trained = _messages(args, layout)
@@ -190,9 +200,21 @@ def _plan_stage(args: DevFTConfig, submodels: _Submodels, stage: StageConfig, ba
         bytes=turns * (down + returning * up),
         tokens=sum(positions),
         flops=sum(map(operator.mul, positions, flops_per_token(model, encoders=encoders))),
+        setup_flops=0.0 if smaller is None else _distillation_flops(args, submodels, smaller, model, batches),
         client_memory=base_bytes + _TRAINED_BYTES * trained + kept,
         server_memory=base_bytes + _SERVER_BYTES * sum(layout.sizes),
     )
+
+
+def _distillation_flops(
+    args: DevFTConfig, submodels: _Submodels, smaller: StageConfig, student: PeftModel, batches: list[tuple[int, int]]
+) -> float:
+    if not args.distillation_steps:
+        return 0.0
+    length = sum(map(math.prod, batches)) / sum(rows for rows, _ in batches)
+    answering = forward_flops(submodels.model(smaller.num_layers)[0])
+    read = args.distillation_steps * args.train_batch_size
+    return length * (args.calibration_samples * answering + read * (answering + sum(flops_per_token(student))))
 
 
 def _base_bytes(model: PreTrainedModel, layers: list[nn.Module], quantization: dict[str, Any] | None) -> int:
@@ -242,6 +264,7 @@ def _total(plans: Sequence[StagePlan]) -> StagePlan:
         bytes=sum(plan.bytes for plan in plans),
         tokens=sum(plan.tokens for plan in plans),
         flops=sum(plan.flops for plan in plans),
+        setup_flops=sum(plan.setup_flops for plan in plans),
         client_memory=max(plan.client_memory for plan in plans),
         server_memory=max(plan.server_memory for plan in plans),
     )

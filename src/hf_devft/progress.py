@@ -142,10 +142,12 @@ def print_plan(plan: RunPlan) -> None:
     rows: list[StagePlan] = [*plan.stages, plan.total, plan.without_stages]
     Console().print(_table("plan", list(_PLANNED), [[value(row) for value in _PLANNED.values()] for row in rows]))
     Console().print(
-        "values: that a client trains; down, up: to and from it in a round; sent, FLOPs: by all\n"
-        "in all rounds; client, server: peak memory, estimated.\n"
+        "values: that a client trains; down, up: to and from it in a round;\n"
+        "sent, FLOPs: by all in all rounds; client, server: peak memory, estimated.\n"
         f"none: as many rounds without stages: {plan.without_stages.bytes / plan.total.bytes:.2f}x the bytes, "
         f"{plan.without_stages.flops / plan.total.flops:.2f}x the FLOPs."
     )
+    if plan.total.setup_flops:
+        Console().print(f"Distillation on the server takes about {_si(plan.total.setup_flops)} FLOPs more.")
     if not plan.measured:
         Console().print("Rows were not measured: FLOPs and memory are as if each had `max_length` tokens.")

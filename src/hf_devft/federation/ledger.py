@@ -128,6 +128,11 @@ def flops_per_token(
     return tuple(flops)
 
 
+def forward_flops(model: torch.nn.Module) -> float:
+    """FLOPs of one position without gradients: half of what frozen weights take in training."""
+    return sum(flops_per_token(model)) / 2
+
+
 def _embeddings(model: torch.nn.Module) -> torch.nn.Parameter | None:
     """The weight of its table of tokens, where it has one."""
     try:
