@@ -6,6 +6,7 @@ The quickstart's task and clients, 4 layers for 12 rounds and 16 for 4, the rate
 `results/ideas.json` and `.md`; a run that is already in the JSON is not repeated.
 """
 
+import copy
 import runpy
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from recipe_runs import COLUMNS, RECIPE, arguments, publish_runs, run_all, table
 from to_target import DISTILLED, LINEAR
 
 import hf_devft
+from hf_devft.federation.methods.lora import truncated_product
+from hf_devft.layout import lora_scaling
 from hf_devft.stages.grouping import GROUPINGS, GroupingTask, Groups
 from hf_devft.stages.layer_stack import find_layer_stack
 from hf_devft.stages.submodel import build_whole
@@ -23,6 +26,7 @@ from hf_devft.stages.weights import dense
 
 RATES = [*LINEAR, "--stage_learning_rates", "6e-3", "9e-3"]
 STAGES = ["--stage_layers", "4", "16", "--stage_rounds", "12", "4"]
+TAUGHT = [*DISTILLED, "512"]
 EVALUATED = ["--eval_strategy", "epoch", "--eval_on_start", "false", "--save_strategy", "no"]
 
 
@@ -93,6 +97,40 @@ def group_by_function() -> None:
     hf_devft.DevFTTrainer = Functional
 
 
+def narrow(rank: int) -> None:
+    """From the second stage on, the best approximation of the adapter's product by one of a lower rank; the smaller
+    submodel teaches with what it has."""
+
+    class Narrowing(hf_devft.DevFTTrainer):
+        def _enter_stage(self, stage, checkpoint):
+            self._wide = self.peft_config, self._full_adapter
+            if stage.stage > 1:
+                self.peft_config = copy.deepcopy(self.peft_config)
+                self.peft_config.r = rank
+                ratio = lora_scaling(self._wide[0]) / lora_scaling(self.peft_config)
+                self._full_adapter = self._narrowed(ratio)
+            super()._enter_stage(stage, checkpoint)
+
+        def _narrowed(self, ratio: float) -> dict[str, torch.Tensor]:
+            state, narrowed = self._full_adapter, {}
+            for key in (key for key in state if "lora_A" in key):
+                other = key.replace("lora_A", "lora_B")
+                u, s, v = truncated_product(state[other].double(), state[key].double(), rank)
+                root = (ratio * s).sqrt()
+                narrowed |= {key: (root[:, None] * v).float(), other: (u * root).float()}
+            return narrowed
+
+        def _submodel_of(self, earlier, base, stack):
+            narrow = self.peft_config, self._full_adapter
+            self.peft_config, self._full_adapter = self._wide
+            try:
+                return super()._submodel_of(earlier, base, stack)
+            finally:
+                self.peft_config, self._full_adapter = narrow
+
+    hf_devft.DevFTTrainer = Narrowing
+
+
 # Name -> (what it changes of the package, further flags).
 IDEAS: dict[str, tuple[Callable[[], None] | None, list[str]]] = {
     "as it is": (None, []),
@@ -103,7 +141,9 @@ IDEAS: dict[str, tuple[Callable[[], None] | None, list[str]]] = {
     "groups by what layers add to the residual stream": (group_by_function, []),
     "rank 2": (None, ["--lora_r", "2", "--lora_alpha", "8"]),
     "20 local steps, half the rounds": (None, ["--local_steps", "20", "--stage_rounds", "6", "2"]),
-    "distilled, 60 steps on 512 prompts": (None, [*DISTILLED, "512"]),
+    "distilled, 60 steps on 512 prompts": (None, TAUGHT),
+    "distilled, rank 8, then 2": (lambda: narrow(2), TAUGHT),
+    "distilled, rank 8, then 1": (lambda: narrow(1), TAUGHT),
 }
 
 

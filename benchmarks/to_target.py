@@ -22,6 +22,7 @@ OFTEN = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start", "fa
 INT4 = ["--wire_dtype", "int4"]
 FEW = ["--task_rows", "400"]
 TWENTY = ["--local_steps", "20"]
+ALPHA_32 = ["--lora_alpha", "32"]
 # Prompts without answers on the server, as many steps as it takes to go through them twice or more.
 DISTILLED = ["--learning_rate", "4e-3", "--distillation_steps", "60", "--calibration_samples"]
 ANCHORS = ["--fusion", "anchor", "--adapter_fusion", "anchor", "--transfer", "anchor"]
@@ -33,7 +34,7 @@ TARGETS = {"many rows": (0.5, 0.3, 0.25), "few rows": (0.8, 0.6, 0.5)}
 COSTS = {
     "rounds": "rounds", "seconds": "time", "bytes": "bytes", "client_flops": "clients' FLOPs", "flops": "all FLOPs",
 }  # fmt: skip
-BASELINE = "FedIT,"  # with the adapter that the others have
+BASELINE = "FedIT,"  # with as large an adapter as the others have
 
 
 def fedit(rounds: int, rate: str, *more: str) -> tuple[str, list[str]]:
@@ -50,6 +51,7 @@ VARIANTS = {
         "FedIT, 2e-3, 16 rounds": fedit(16, "2e-3"),
         "FedIT, 6e-3 linear, 8 rounds": fedit(8, "6e-3", *LINEAR),
         "FedIT, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR),
+        "FedIT, 6e-3 linear, 16 rounds, alpha 32": fedit(16, "6e-3", *LINEAR, *ALPHA_32),
         "FedIT, 6e-3 linear, 16 rounds, int4": fedit(16, "6e-3", *LINEAR, *INT4),
         "DevFT, the paper's rules, 4-8-16": ("paper.yaml", OFTEN),
         "DevFT 4-16, 16 + 8 rounds, 6e-3, 9e-3 linear": devft("4 16", "16 8", "6e-3 9e-3", *LINEAR),
@@ -59,6 +61,8 @@ VARIANTS = {
         ),
         "FedIT of rank 4, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, "--lora_r", "4"),
         "FedIT of rank 2, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, "--lora_r", "2", "--lora_alpha", "8"),
+        "FedIT of rank 2, alpha 16, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, "--lora_r", "2"),
+        "FedIT of rank 1, alpha 16, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, "--lora_r", "1"),
         "FedIT on 4 of the layers, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, *FOUR_LAYERS),
         "FedIT of 20 local steps, 6e-3 linear, 8 rounds": fedit(8, "6e-3", *LINEAR, *TWENTY),
         "FedIT, PiSSA, 3e-3 linear, 12 rounds": fedit(12, "3e-3", *LINEAR, *PISSA),
@@ -78,6 +82,18 @@ VARIANTS = {
         "DevFT 4-16, 16 + 4 rounds, 6e-3 linear, distilled": devft(
             "4 16", "16 4", "6e-3 6e-3", *LINEAR, *DISTILLED, "512"
         ),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, alpha 32": devft(
+            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *ALPHA_32
+        ),
+        "DevFT 4-16, 16 + 4 rounds, 6e-3 linear, distilled, alpha 32": devft(
+            "4 16", "16 4", "6e-3 6e-3", *LINEAR, *DISTILLED, "512", *ALPHA_32
+        ),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, rank 2": devft(
+            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", "--lora_r", "2"
+        ),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, rank 1": devft(
+            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", "--lora_r", "1"
+        ),
         "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, rank 4": devft(
             "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", "--lora_r", "4"
         ),
@@ -95,6 +111,7 @@ VARIANTS = {
         "FedIT, 2e-3, 30 rounds": fedit(30, "2e-3", *FEW),
         "FedIT, 6e-3 linear, 12 rounds": fedit(12, "6e-3", *LINEAR, *FEW),
         "FedIT, 6e-3 linear, 30 rounds": fedit(30, "6e-3", *LINEAR, *FEW),
+        "FedIT, 6e-3 linear, 30 rounds, alpha 32": fedit(30, "6e-3", *LINEAR, *FEW, *ALPHA_32),
         "DevFT 4-16, 20 + 12 rounds, 6e-3, 9e-3 linear": devft("4 16", "20 12", "6e-3 9e-3", *LINEAR, *FEW),
         "DevFT 4-8-16, 14 + 6 + 10 rounds, 6e-3, 8e-3, 1e-2 linear": devft(
             "4 8 16", "14 6 10", "6e-3 8e-3 1e-2", *LINEAR, *FEW
@@ -107,6 +124,9 @@ VARIANTS = {
         ),
         "DevFT 4-16, 16 + 12 rounds, 6e-3 linear, distilled": devft(
             "4 16", "16 12", "6e-3 6e-3", *LINEAR, *FEW, *DISTILLED, "128"
+        ),
+        "DevFT 4-16, 16 + 6 rounds, 6e-3, 4e-3 linear, distilled, alpha 32": devft(
+            "4 16", "16 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "128", *ALPHA_32
         ),
     },
 }
