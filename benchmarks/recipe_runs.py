@@ -106,14 +106,14 @@ def run_all(
     path, workers = options.results, options.workers
     content = json.loads(path.read_text()) if path.exists() else {"runs": {}}
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    base = ["--model_name_or_path", options.base] if options.base else []
     lock, commit = Lock(), revision()
 
     def run(task: tuple[int, str]) -> None:
         seed, name = task
         config, overrides = variants[name]
-        result = run_recipe(script(name), config, [*overrides, "--seed", str(seed)], threads, curve) | {
-            "revision": commit
-        }
+        flags = [*overrides, *base, "--seed", str(seed)]
+        result = run_recipe(script(name), config, flags, threads, curve) | {"revision": commit}
         with lock:
             content["runs"].setdefault(name, {})[str(seed)] = result
             content["machine"] = machine()
@@ -151,18 +151,19 @@ def table(
     return "\n".join(lines) + "\n"
 
 
-def note(path: Path) -> str:
-    """When and where the results in `path` were measured."""
-    content = json.loads(path.read_text())
+def note(options: argparse.Namespace) -> str:
+    """When and where the results were measured."""
+    content = json.loads(options.results.read_text())
     counts = [len(runs) for runs in content["runs"].values()]
     seeds = f"{min(counts)} to {max(counts)} seeds" if min(counts) < max(counts) else f"{max(counts)} seeds"
     measured = "one seed" if max(counts) == 1 else f"mean ± s.d. of {seeds}"
-    return f"`python benchmarks/{path.stem}.py`, {content['machine']}; {measured}.\n"
+    base = f" --base {options.base}" if options.base else ""
+    return f"`python benchmarks/{options.name}.py{base}`, {content['machine']}; {measured}.\n"
 
 
 def publish_runs(options: argparse.Namespace, text: str, figure: Figure | None = None) -> None:
     """Write what the runs in the JSON came to beside it, and show it."""
-    options.results.with_suffix(".md").write_text(f"{text}\n{note(options.results)}")
+    options.results.with_suffix(".md").write_text(f"{text}\n{note(options)}")
     if figure is not None:
         figure.savefig(options.image, dpi=110)
     print(text)
@@ -174,8 +175,10 @@ def arguments(name: str, doc: str) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.json")
+    parser.add_argument("--base", help="that all runs train; default: the embedded one")
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose name has one of these in it")
     options = parser.parse_args()
+    options.name = name
     options.results.parent.mkdir(parents=True, exist_ok=True)
     published = options.results == RESULTS / f"{name}.json"
     options.image = (

@@ -1,0 +1,43 @@
+"""Some of `to_target.py`'s runs on another base, such as one that was not grown, whose layers are no copies:
+
+    python recipes/pretrain_base.py --output_dir build/flat \\
+        --phase_layers 16 --phase_steps 2500 --phase_rates 2e-3
+    python recipes/pretrain_base.py --output_dir build/flat --layer_drop 0 \\
+        --phase_layers 16 16 --phase_steps 2500 3000 --phase_rates 2e-3 2e-3
+    python benchmarks/other_base.py --base build/flat/final --workers 2
+
+(The second command goes on from where the first has stopped.) Writes `results/other_base.json` and `.md`; a run that
+is already in the JSON is not repeated.
+"""
+
+from recipe_runs import arguments, publish_runs, run_all
+from recipe_runs import table as plain_table
+from to_target import VARIANTS, table
+
+
+CHOSEN = (
+    "FedIT, 2e-3, 16 rounds",
+    "FedIT, 6e-3 linear, 16 rounds",
+    "FedIT, 6e-3 linear, 16 rounds, alpha 32",
+    "DevFT, the paper's rules, 4-8-16",
+    "DevFT 4-16, 12 + 4 rounds, 6e-3, 9e-3 linear",
+    "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled",
+    "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, alpha 32",
+)
+TARGETS = (1.0, 0.7, 0.5)
+FIRST_STAGE = {
+    "after stage 1, submodel": (lambda run: run["stages"][0]["metrics"].get("eval_loss", float("nan")), "{:.3f}"),
+    "at full depth": (lambda run: run["stages"][0]["metrics"]["eval_full_loss"], "{:.3f}"),
+}
+
+
+def main() -> None:
+    options = arguments("other_base", __doc__)
+    results = run_all({name: VARIANTS["many rows"][name] for name in CHOSEN}, options, curve=True)
+    staged = {name: runs for name, runs in results.items() if name.startswith("DevFT")}
+    text = f"{table('many rows', results, TARGETS)}\n{plain_table(staged, FIRST_STAGE)}"
+    publish_runs(options, text)
+
+
+if __name__ == "__main__":
+    main()
