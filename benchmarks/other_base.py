@@ -3,7 +3,7 @@
     python recipes/pretrain_base.py --output_dir build/flat \\
         --phase_layers 16 --phase_steps 2500 --phase_rates 2e-3
     python recipes/pretrain_base.py --output_dir build/flat --layer_drop 0 \\
-        --phase_layers 16 16 --phase_steps 2500 3000 --phase_rates 2e-3 2e-3
+        --phase_layers 16 16 --phase_steps 2500 2500 --phase_rates 2e-3 2e-3
     python benchmarks/other_base.py --base build/flat/final --workers 2
 
 (The second command goes on from where the first has stopped.) Writes `results/other_base.json` and `.md`; a run that

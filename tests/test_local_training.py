@@ -184,3 +184,21 @@ def test_the_hooks_are_those_of_the_trainer():
     from hf_devft.federation.client_axis import HOOKS
 
     assert all(hasattr(Trainer, name) for name in HOOKS)
+
+
+class LeavesTraining(DevFTTrainer):
+    """Notes the mode of every module in each step, and leaves the model in that of evaluation."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.modes += [module.training for module in model.modules()]
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        model.eval()
+        return loss
+
+
+def test_every_step_is_in_training_mode(make_trainer):
+    trainer = make_trainer(cls=LeavesTraining)
+    trainer.modes = []
+    trainer.train()
+    assert trainer.modes
+    assert all(trainer.modes)

@@ -1,6 +1,7 @@
 """A client's local training, through the Trainer's own hooks."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,10 @@ class LocalTraining:
     def __call__(self, model: nn.Module, batches: Iterator[Any], tap: GradientTap | None = None) -> LocalResult:
         """Train `model` with `trainer.optimizer`, which must be fresh; `tap` is entered, where gradients are
         tapped."""
+        with _in_training(model):
+            return self._take_steps(model, batches, tap)
+
+    def _take_steps(self, model: nn.Module, batches: Iterator[Any], tap: GradientTap | None) -> LocalResult:
         args = self.trainer.args
         total = torch.zeros((), device=args.device)
         positions, seen, grad_norm = (), 0, None
@@ -116,6 +121,27 @@ class LocalTraining:
             if not self._is_empty(inputs):
                 positions += len(next(iter(inputs.values()))) * np.array(trainer.engine.lengths)
         return torch.stack(losses).sum(), tuple(positions.tolist())
+
+
+@contextmanager
+def _in_training(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in training mode. `training_step` asks for that in every step, which goes
+    through all modules, a fortieth of a step of a small model; here only where the mode is another."""
+    set_mode, current = model.train, True
+    set_mode()
+
+    def train(mode: bool = True) -> nn.Module:
+        nonlocal current
+        if mode != current:
+            set_mode(mode)
+            current = mode
+        return model
+
+    model.train = train
+    try:
+        yield
+    finally:
+        del model.train
 
 
 def _cut(inputs: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Tensor]]:
