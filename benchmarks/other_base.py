@@ -12,7 +12,7 @@ is already in the JSON is not repeated.
 
 from recipe_runs import arguments, publish_runs, run_all
 from recipe_runs import table as plain_table
-from to_target import VARIANTS, table
+from to_target import DISTILLED, LINEAR, VARIANTS, devft, table
 
 
 CHOSEN = (
@@ -24,6 +24,15 @@ CHOSEN = (
     "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled",
     "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, alpha 32",
 )
+# Where fewer layers cannot stand for the others: half of them, and chosen by what the base loses without the rest.
+HALF = devft("8 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512")
+MORE = {
+    "DevFT 8-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled": HALF,
+    "DevFT 8-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, calibrated groups": (
+        HALF[0],
+        [*HALF[1], "--grouping", "calibrated", "--transfer", "anchor"],
+    ),
+}
 TARGETS = (1.0, 0.7, 0.5)
 FIRST_STAGE = {
     "after stage 1, submodel": (lambda run: run["stages"][0]["metrics"].get("eval_loss", float("nan")), "{:.3f}"),
@@ -33,7 +42,7 @@ FIRST_STAGE = {
 
 def main() -> None:
     options = arguments("other_base", __doc__)
-    results = run_all({name: VARIANTS["many rows"][name] for name in CHOSEN}, options, curve=True)
+    results = run_all({name: VARIANTS["many rows"][name] for name in CHOSEN} | MORE, options, curve=True)
     staged = {name: runs for name, runs in results.items() if name.startswith("DevFT")}
     text = f"{table('many rows', results, TARGETS)}\n{plain_table(staged, FIRST_STAGE)}"
     publish_runs(options, text)
