@@ -38,10 +38,12 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
 def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Dataset | None, Dataset | None]:
-    """(train, evaluation, calibration) rows; evaluation may be missing. Calibration rows are held out of training."""
+    """(train, evaluation, calibration) rows; evaluation may be missing. Calibration rows without a file
+    are held out of training."""
+    task = TASKS[args.task or "text-generation"]
+    to_columns = task.to_columns if recipe.trainer == "devft" else lambda rows: rows  # TRL converts for itself
+    calibration = load_files(recipe.calibration_file, to_columns) if recipe.calibration_file else None
     if recipe.train_file or recipe.dataset_name:
-        task = TASKS[args.task or "text-generation"]
-        to_columns = task.to_columns if recipe.trainer == "devft" else lambda rows: rows  # TRL converts for itself
         if recipe.train_file:
             train = load_files(recipe.train_file, to_columns)
             evaluation = load_files(recipe.eval_file, to_columns) if recipe.eval_file else None
@@ -49,14 +51,17 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
             names = (recipe.dataset_name, recipe.dataset_config)
             train = load_datasets(*names, recipe.dataset_train_split, to_columns)
             evaluation = recipe.dataset_eval_split and load_datasets(*names, recipe.dataset_eval_split, to_columns)
-        if args.grouping != "calibrated" and not args.distillation_steps:
-            return train, evaluation, None
+        asked = args.grouping == "calibrated" or args.healing_steps or args.distillation_steps
+        if calibration is not None or not asked:
+            return train, evaluation, calibration
         parts = train.train_test_split(test_size=args.calibration_samples, seed=args.seed)
         return parts["train"], evaluation, parts["test"]
     made_up = (
         task_dataset(recipe.task_rows, recipe.task_families, seed=args.seed),
         task_dataset(recipe.task_eval_rows, recipe.task_families, split="test"),
-        task_dataset(args.calibration_samples, recipe.task_families, seed=args.seed + 1),
+        task_dataset(args.calibration_samples, recipe.task_families, seed=args.seed + 1)
+        if calibration is None
+        else calibration,
     )
     return tuple(map(preference_pairs, made_up)) if recipe.trainer == "dpo" else made_up
 

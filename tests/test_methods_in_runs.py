@@ -32,6 +32,7 @@ RUNS = {name: {"federated_method": name} for name in METHODS} | {
     },
     # On the server it is AdamW that steps.
     "distilled": {"distillation_steps": 3, "generation_max_new_tokens": 3, "learning_rate": 1e-2},
+    "healed": {"healing_steps": 3, "distillation_steps": 2, "generation_max_new_tokens": 3, "learning_rate": 1e-2},
     "keep-last": {"client_max_layers": [2, 4], "beyond_capacity": "keep_last"},
     "top-k": {"federated_method": "scaffold", "wire_dtype": "bf16", "wire_top_k": 0.2},
 }

@@ -61,6 +61,19 @@ def test_what_distillation_takes_of_the_server_is_planned(make_trainer):
     assert plan.without_stages.setup_flops == 0
 
 
+def test_what_healing_takes_of_the_server_is_planned(make_trainer):
+    trainer = make_trainer(healing_steps=4, calibration_samples=8, generation_max_new_tokens=12)
+    base = empty_like(trainer.model.get_base_model())
+    clients = ClientData(trainer.train_dataset, trainer.clients.rows)
+    plan, plain = (plan_run(args, base, trainer.peft_config, clients) for args in (trainer.args, make_trainer().args))
+    trainer.train()
+    first, second = trainer.stages
+    assert plan.stages[0].setup_flops == pytest.approx(first.totals["setup_flops"], rel=0.3)
+    assert plan.stages[1].setup_flops == second.totals["setup_flops"] == 0
+    assert plan.stages[0].server_memory > plain.stages[0].server_memory
+    assert plan.stages[1] == plain.stages[1]
+
+
 def test_memory_is_what_a_run_takes():
     script = Path(__file__).parent / "planned_memory.py"
     # So that glibc gives freed memory back: its heap may otherwise hold twice what the tensors need.
@@ -82,7 +95,7 @@ def test_a_plan_is_printed_whole(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "…" not in printed
     assert "not measured" in printed
-    assert "Distillation on the server" in printed
+    assert "on the server take" in printed
 
 
 def test_the_recipe_plans_without_weights(tmp_path, tokenizer):

@@ -41,6 +41,11 @@ class RecipeArguments:
                           "made-up tasks."},
     )  # fmt: skip
     eval_file: list[str] | None = field(default=None, metadata={"help": "Such files to evaluate on."})
+    calibration_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Such files of the server's own, for `calibration_samples`. Default: rows held out of "
+                          "training."},
+    )  # fmt: skip
     dataset_name: list[str] | None = field(
         default=None,
         metadata={"help": "Datasets on the Hub, or local folders, instead of files; of several, column `source` says "

@@ -115,7 +115,7 @@ class DevFTConfig(TrainingArguments):
             `"prefix"`, the first layers, as ProgFed grows (with `fusion` and `transfer` `"anchor"`).
         calibration_samples (`int`, *optional*, defaults to `32`):
             Texts of the server's, from `calibration_dataset`, that `"calibrated"` grouping measures the loss on (else
-            from `eval_dataset`), and that `distillation_steps` asks.
+            from `eval_dataset`), and that `healing_steps` and `distillation_steps` ask.
         fusion (`str`, *optional*, defaults to `"anchor"`):
             A group's representative: `"differential"` (paper), `"mean"`, `"sum"`, or `"anchor"`, its first layer as it
             is (our choice: it wins in benchmarks/results/quickstart.md and ablations.md).
@@ -128,6 +128,13 @@ class DevFTConfig(TrainingArguments):
             Who in a group receives its adapter: `"broadcast"` (paper), `"anchor"`, `"split"`.
         adapter_fusion (`str`, *optional*, defaults to `fusion`):
             How a stage's adapter starts from those of a group's members; the names of `fusion`.
+        healing_steps (`int`, *optional*, defaults to `0`):
+            Steps in which the server teaches the layers of each submodel, all their weights, to say of the texts in
+            `calibration_dataset` what the whole base says (ours: layers that are cut out of a base that was not grown
+            cannot stand for it). No label is used: the answers to prompts are the base's. A batch is
+            `per_device_train_batch_size`. The healed layers are part of the stage, in its `submodel/`.
+        healing_learning_rate (`float`, *optional*, defaults to `1e-4`):
+            The rate of that, falling to 0 (our choice: one for whole weights; small models take more).
         distillation_steps (`int`, *optional*, defaults to `0`):
             Steps in which the server teaches each larger submodel, before its first round, to answer as the smaller
             one does (ours: where layers come back, much of what was learned is lost). Of the texts in
@@ -254,7 +261,7 @@ class DevFTConfig(TrainingArguments):
     )
     grouping: str = field(default="deconfliction", metadata={"help": f"Which layers share a group: {GROUPINGS}."})
     calibration_samples: int = field(
-        default=32, metadata={"help": "The server's texts, for calibrated grouping and distillation."}
+        default=32, metadata={"help": "The server's texts, for calibrated grouping, healing and distillation."}
     )
     fusion: str = field(default="anchor", metadata={"help": f"A group's representative: {FUSIONS}."})
     fusion_beta: float = field(default=0.1, metadata={"help": "Beta of differential fusion."})
@@ -265,6 +272,11 @@ class DevFTConfig(TrainingArguments):
     adapter_fusion: str | None = field(
         default=None, metadata={"help": "How a stage's adapter starts; the names of fusion. Default: fusion."}
     )
+    healing_steps: int = field(
+        default=0,
+        metadata={"help": "Steps on the server that teach a submodel's layers to stand for all."},
+    )
+    healing_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of healing_steps."})
     distillation_steps: int = field(
         default=0, metadata={"help": "Steps on the server that teach a larger submodel what the smaller one answers."}
     )
@@ -361,7 +373,7 @@ class DevFTConfig(TrainingArguments):
                 'grouping="prefix" leaves the layers above out: set fusion="anchor" and transfer="anchor", so that '
                 "they neither give nor receive."
             )
-        self._check_distillation()
+        self._check_teaching()
         for name, (neutral, instead) in _UNSUPPORTED.items():
             if (value := getattr(self, name)) and value != neutral:
                 raise ValueError(f"{name}={value!r} cannot be used with federated stages: {instead}.")
@@ -406,7 +418,7 @@ class DevFTConfig(TrainingArguments):
             "initial_layers": 1, "calibration_samples": 1, "num_clients": 1, "clients_per_round": 1,
             "local_steps": 1, "clients_per_batch": 1, "max_length": 2, "max_eval_samples": 1,
             "generation_max_new_tokens": 1, "dataset_num_proc": 1, "round_quorum": 1, "round_retries": 0,
-            "distillation_steps": 0,
+            "distillation_steps": 0, "healing_steps": 0,
         }  # fmt: skip
         for name, minimum in minima.items():
             if (value := getattr(self, name)) is not None and value < minimum:
@@ -425,8 +437,9 @@ class DevFTConfig(TrainingArguments):
             raise ValueError(f"wire_top_k={self.wire_top_k}: give a part above 0, up to 1.")
         if self.growth_factor <= 1:
             raise ValueError(f"growth_factor={self.growth_factor} does not grow: give a factor above 1.")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate}: give a rate above 0.")
+        for name in ("learning_rate", "healing_learning_rate"):
+            if (rate := getattr(self, name)) <= 0:
+                raise ValueError(f"{name}={rate}: give a rate above 0.")
         if self.dirichlet_alpha <= 0:
             raise ValueError(f"dirichlet_alpha={self.dirichlet_alpha}: give a concentration above 0.")
         if self.num_clients is not None and self.clients_per_round > self.num_clients:
@@ -435,14 +448,8 @@ class DevFTConfig(TrainingArguments):
                 "the one or raise the other."
             )
 
-    def _check_distillation(self) -> None:
-        if not self.distillation_steps:
-            return
+    def _check_teaching(self) -> None:
         obstacles = {
-            'transfer="split" gives no layer back what it learned from: set "broadcast" or "anchor"': (
-                self.transfer == "split"
-            ),
-            "temporary_head is dropped before its stage could be asked: leave it out": self.temporary_head,
             "generation_max_new_tokens leaves no room for prompts in max_length: lower it": (
                 self.generation_max_new_tokens >= self.max_length
             ),
@@ -450,7 +457,15 @@ class DevFTConfig(TrainingArguments):
                 self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
             ),
         }
-        refuse(f"distillation_steps={self.distillation_steps}", obstacles)
+        if self.healing_steps:
+            refuse(f"healing_steps={self.healing_steps}", obstacles)
+        if self.distillation_steps:
+            refuse(f"distillation_steps={self.distillation_steps}", obstacles | {
+                'transfer="split" gives no layer back what it learned from: set "broadcast" or "anchor"': (
+                    self.transfer == "split"
+                ),
+                "temporary_head is dropped before its stage could be asked: leave it out": self.temporary_head,
+            })  # fmt: skip
 
     def _check_partition(self) -> None:
         if self.partition in ("dirichlet", "natural") and self.partition_column is None:
@@ -491,6 +506,7 @@ class DevFTConfig(TrainingArguments):
                 stack=self.stack,
                 task=self.task or "text-generation",
                 federated_method=self.federated_method,
+                healing_steps=self.healing_steps if layers[index] < num_layers else 0,
             )
             for index in range(len(layers))
         ]
@@ -514,14 +530,16 @@ class StageConfig(PushToHubMixin):
         grouping, fusion, fusion_beta, transfer, adapter_fusion, stack: the rules; see `DevFTConfig`.
         task: what the model is for; see `DevFTConfig`. labels: of its classes, in order.
         federated_method: how updates were combined.
+        healing_steps: those that the submodel's layers were healed in; where there are some, their weights are in
+            `submodel/healed.safetensors`.
         groups: the layers of the base in each group, as they were found.
         base_model_name_or_path, base_model_revision: the base.
         rounds_done: rounds that ran; fewer than `rounds` where the stage ended early.
         metrics: evaluation of the round that the stage handed on: of the submodel (`eval_*`), where there was one
             then, and at full depth (`eval_full_*`).
         totals: the ledger's totals of this stage (bytes, tokens, FLOPs, seconds, peak memory), and beside them
-            `setup_seconds` (grouping, calibration, fusion, distillation), `setup_flops` (distillation, on the server)
-            and `base_bytes` (the submodel's base weights).
+            `setup_seconds` (grouping, calibration, fusion, healing, distillation), `setup_flops` (healing and
+            distillation, on the server) and `base_bytes` (the submodel's base weights).
     """
 
     stage: int
@@ -539,6 +557,7 @@ class StageConfig(PushToHubMixin):
     task: str = "text-generation"
     labels: list[str] | None = None
     federated_method: str = "fedit"
+    healing_steps: int = 0
     groups: list[list[int]] | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None

@@ -1,11 +1,17 @@
-"""`DistillationMixin`: where the layers grow, the server teaches the larger submodel what the smaller one answers."""
+"""`DistillationMixin`: what the server teaches. A submodel, to stand for the whole base, before anything is learned on
+it (healing); a larger submodel, what the smaller one before it answers (distillation)."""
 
+import functools
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel
 
@@ -13,33 +19,64 @@ from hf_devft.configuration import StageConfig, refuse
 from hf_devft.federation.ledger import flops_per_token, forward_flops
 from hf_devft.federation.methods import FederatedMethod
 from hf_devft.generation import continuations, prompt_and_answer
+from hf_devft.hub.artifacts import SUBMODEL
 from hf_devft.metrics import IGNORED
 from hf_devft.stages.adapter import adapter_state, load_adapter_state
 from hf_devft.stages.distillation import distil
+from hf_devft.stages.healing import HEALED, heal, healed_state, load_healed_state, read_healed, save_healed
 from hf_devft.stages.layer_stack import LayerStack
+from hf_devft.stages.submodel import build_submodel, build_whole, layers_of
 
 
 # Tasks whose rows are prompts and answers; None is that of a trainer that says nothing.
 _ANSWERING = (None, "text-generation")
+# Where a run keeps the layers that it has healed, beside its checkpoints; a finished stage has its own in `submodel/`.
+_KEPT = ".healed"
 
 
 class DistillationMixin:
     """Distillation on the server's own texts, of which no label is used; a federated precedent is FedDF (Lin et al.
     2020, arXiv 2006.07242), which distils many clients' models into one."""
 
-    def _check_distillation(self, method: FederatedMethod) -> None:
-        """Refuse what distillation cannot be joined with, if it is asked for.
+    _healed: dict[int, Path]  # stage -> where its healed layers are, of those that are
+
+    def _check_teaching(self, method: FederatedMethod) -> None:
+        """Refuse what the server's teaching cannot be joined with, if it is asked for.
 
         Raises:
             ValueError: no texts; a model or method in which a submodel is more than its logits and its adapter.
         """
-        args, rows, config = self.args, self.calibration_dataset, self.model.config
-        if not args.distillation_steps:
-            return
+        args, config = self.args, self.model.config
+        healing, distillation = args.healing_steps, args.distillation_steps
+        common = self._obstacles_to_teaching()
+        if healing:
+            own = {
+                "only a language model says enough of a text, by its next tokens: leave it out": (
+                    args.task not in _ANSWERING or self.model.get_output_embeddings() is None
+                ),
+                "it trains all weights of the layers: load the base unquantised": (
+                    not all(parameter.is_floating_point() for parameter in self.model.parameters())
+                ),
+                "fp16 loses small gradients, which nothing scales there: load the base in bfloat16 or float32": (
+                    self.model.dtype == torch.float16
+                ),
+            }
+            refuse(f"healing_steps={healing}", common | own)
+        if distillation:
+            kind = getattr(config, "problem_type", None)
+            no_class = kind in ("regression", "multi_label_classification") or getattr(config, "num_labels", 2) == 1
+            fixed = method.factors or method.needs_room or not method.optimizable
+            own = {
+                "it compares what a model says of classes of which one is right: leave it out": no_class,
+                f"the server may not change the adapter of federated_method={args.federated_method!r}: leave one "
+                "out": fixed,
+            }
+            refuse(f"distillation_steps={distillation}", common | own)
+
+    def _obstacles_to_teaching(self) -> dict[str, bool]:
+        args, rows = self.args, self.calibration_dataset
         answers = args.task in _ANSWERING and isinstance(rows, Dataset)
-        kind = getattr(config, "problem_type", None)
-        no_class = kind in ("regression", "multi_label_classification") or getattr(config, "num_labels", 2) == 1
-        obstacles = {
+        return {
             "there is but one stage: leave it out": len(self.stages) == 1,
             "it asks texts of the server's own: pass `calibration_dataset`, one dataset that is not empty": (
                 not isinstance(rows, Dataset) or not len(rows)
@@ -48,16 +85,74 @@ class DistillationMixin:
                 answers and "labels" not in rows.column_names
             ),
             "it generates answers: pass `processing_class`": answers and self.processing_class is None,
-            "a decoder reads answers, which are not known: leave it out": config.is_encoder_decoder,
-            "it compares what a model says of classes of which one is right: leave it out": no_class,
+            "a decoder reads answers, which are not known: leave it out": self.model.config.is_encoder_decoder,
             "fp16 loses small gradients, which nothing scales there: use bf16": (
                 self.accelerator.mixed_precision == "fp16"
             ),
-            f"the server may not change the adapter of federated_method={args.federated_method!r}: leave one out": (
-                method.factors or method.needs_room or not method.optimizable
-            ),
         }
-        refuse(f"distillation_steps={args.distillation_steps}", obstacles)
+
+    def _submodel(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack) -> PreTrainedModel:
+        """The submodel of a stage whose groups are known, without adapter, healed where that is asked for."""
+        submodel = build_submodel(base, stack, stage.groups, stage.fusion, stage.fusion_beta)
+        if self.args.healing_steps and stage.num_layers < stage.full_layers:
+            self._heal(stage, base, stack, submodel)
+        return submodel
+
+    def _heal(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack, submodel: PreTrainedModel) -> None:
+        """Teach `submodel`'s layers to stand for the whole base; those that have been taught in this run, or before it
+        was resumed, are read again."""
+        layers, state, flops = layers_of(submodel, stack, stage.groups), None, 0.0
+        if self.is_world_process_zero():
+            if stage.stage in self._healed:
+                state = read_healed(self._healed[stage.stage])
+            else:
+                flops = self._teach_layers(stage, base, submodel, layers)
+                state = healed_state(layers)
+                self._healed[stage.stage] = Path(self.args.output_dir, _KEPT, f"stage-{stage.stage}.safetensors")
+                save_healed(self._healed[stage.stage], state)
+        # Machines may differ in their last bits: the main process's layers are everyone's.
+        state, flops = broadcast_object_list([state, flops])
+        load_healed_state(layers, state)
+        stage.totals["setup_flops"] = stage.totals.get("setup_flops", 0.0) + flops
+
+    def _teach_layers(
+        self, stage: StageConfig, base: PreTrainedModel, submodel: PreTrainedModel, layers: list[nn.Module]
+    ) -> float:
+        """Returns the FLOPs."""
+        args = self.args
+        set_seed(args.seed + stage.stage)  # collators and dropout may draw; whenever it is done, it is the same
+        teacher = build_whole(base, args.stack).to(args.device).requires_grad_(False)
+        batches, flops = self._questions(teacher, args.healing_steps, seed=args.seed + stage.stage)
+        positions = heal(
+            teacher,
+            submodel.to(args.device),
+            layers,
+            map(self._without_labels, batches),
+            args.healing_steps,
+            args.healing_learning_rate,
+            functools.partial(self._half_precision, base.dtype == torch.bfloat16),
+        )
+        self._seed_round()
+        return flops + positions * (forward_flops(teacher) + 3 * forward_flops(submodel))
+
+    def _half_precision(self, is_half: bool) -> AbstractContextManager:
+        """That of training, or of weights that are in bfloat16 already."""
+        return torch.autocast(self.args.device.type, torch.bfloat16) if is_half else self._autocast()
+
+    def _keep_healed(self, stage: StageConfig, folder: Path) -> None:
+        """A finished stage's healed layers, into its folder."""
+        if stage.stage in self._healed:
+            shutil.copyfile(self._healed[stage.stage], folder / SUBMODEL / HEALED)
+
+    def _find_healed(self, checkpoint: str | None) -> None:
+        """What the run that is resumed has healed; what is not there is healed again. A new run begins anew."""
+        if checkpoint is None:
+            self._healed = {}
+            if self.is_world_process_zero():
+                shutil.rmtree(Path(self.args.output_dir, _KEPT), ignore_errors=True)
+            return
+        found = (Path(checkpoint).parent / _KEPT).glob("stage-*.safetensors")
+        self._healed = {int(path.stem.removeprefix("stage-")): path for path in found}
 
     def _distil(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack, student: PeftModel) -> float:
         """Teach `student`, the submodel of `stage`, what that of the stage before answers. Returns the FLOPs."""
@@ -66,7 +161,7 @@ class DistillationMixin:
         if self.is_world_process_zero():
             teacher = self._submodel_of(self.stages[stage.stage - 2], base, stack).to(self.args.device)
             teacher.requires_grad_(False)
-            batches, flops = self._questions(teacher, seed=self.args.seed + stage.stage)
+            batches, flops = self._questions(teacher, self.args.distillation_steps, self.args.seed + stage.stage)
             positions = distil(
                 teacher,
                 student.to(self.args.device),
@@ -86,8 +181,8 @@ class DistillationMixin:
     def _without_labels(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in self._prepare_inputs(batch).items() if name != "labels"}
 
-    def _questions(self, teacher: PeftModel, seed: int) -> tuple[DataLoader, float]:
-        """(as many batches as there are steps, FLOPs); answers to prompts are the teacher's own."""
+    def _questions(self, teacher: PreTrainedModel | PeftModel, steps: int, seed: int) -> tuple[DataLoader, float]:
+        """(as many batches as `steps`, FLOPs); answers to prompts are the teacher's own."""
         args, rows, flops = self.args, self._calibration_rows(), 0.0
         if args.task in _ANSWERING:
             pairs = list(map(prompt_and_answer, rows))
@@ -107,7 +202,7 @@ class DistillationMixin:
             rows = Dataset.from_dict({"input_ids": texts, "labels": [[IGNORED] * len(text) for text in texts]})
         sampler = RandomSampler(
             rows,
-            num_samples=args.distillation_steps * args.train_batch_size,
+            num_samples=steps * args.train_batch_size,
             generator=torch.Generator().manual_seed(seed),
         )
         rows = self._remove_unused_columns(rows, description="Distillation")

@@ -11,9 +11,10 @@ from hf_devft.hub.artifacts import SUBMODEL, fetch_adapter, load_adapter
 from hf_devft.stages.adapter import attach_adapter
 from hf_devft.stages.base_difference import BaseDifference, base_difference
 from hf_devft.stages.fusion import FUSIONS
+from hf_devft.stages.healing import HEALED, load_healed_state, read_healed
 from hf_devft.stages.layer_stack import find_layer_stack
 from hf_devft.stages.streaming import load_base
-from hf_devft.stages.submodel import build_submodel
+from hf_devft.stages.submodel import build_submodel, layers_of
 from hf_devft.tasks import TASKS
 
 
@@ -37,7 +38,7 @@ def load_submodel(
 
     Raises:
         OSError: there is no such stage.
-        ValueError: its record or its adapter is broken, or is of another base.
+        ValueError: its record, its adapter or its healed layers are broken, or of another base.
     """
     config = StageConfig.from_pretrained(name_or_path, subfolder=f"stage-{stage}", revision=revision, token=token)
     if config.groups is None or config.fusion not in FUSIONS or config.task not in TASKS:
@@ -54,8 +55,11 @@ def load_submodel(
             f"the base has {len(stack)} layers, but stage {stage} of {name_or_path} was made from one of "
             f"{config.full_layers} ({config.base_model_name_or_path}): give that."
         )
-    adapter = load_adapter(fetch_adapter(name_or_path, f"stage-{stage}/{SUBMODEL}", revision, token))
+    folder = fetch_adapter(name_or_path, f"stage-{stage}/{SUBMODEL}", revision, token)
+    adapter = load_adapter(folder)
     submodel = build_submodel(base, stack, config.groups, config.fusion, config.fusion_beta)
+    if config.healing_steps:
+        load_healed_state(layers_of(submodel, stack, config.groups), read_healed(folder / HEALED))
     return attach_adapter(submodel, *adapter).requires_grad_(False).eval()
 
 

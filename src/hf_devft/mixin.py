@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from hf_devft.checkpoint import SCHEDULE, Checkpoint, RunState, load_federation, save_federation
-from hf_devft.configuration import DevFTConfig
+from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.data import first_rows
 from hf_devft.distilling import DistillationMixin
 from hf_devft.engines import Engine
@@ -192,7 +192,7 @@ class DevFTMixin(StageMixin, DistillationMixin, FederationMixin, LocalTrainingMi
                 group_layers(GroupingTask(stack.kinds, stage.num_layers))  # raises, and says why
         if args.grouping == "calibrated" and self._calibration_rows() is None:
             raise ValueError('grouping="calibrated" needs calibration texts: pass `calibration_dataset`.')
-        self._check_distillation(method)
+        self._check_teaching(method)
         if args.predict_with_generate and (self.eval_dataset is None or self.processing_class is None):
             raise ValueError("predict_with_generate needs `eval_dataset` and `processing_class`.")
         self._losses: dict[tuple[int, ...], float] = {}  # calibration loss of the base with only some layers
@@ -254,6 +254,7 @@ class DevFTMixin(StageMixin, DistillationMixin, FederationMixin, LocalTrainingMi
         if resume_from_checkpoint is not None and self._checkpoint is None:
             self._load_from_checkpoint(resume_from_checkpoint)  # `train` leaves it out under DeepSpeed
         checkpoint, self._checkpoint = self._checkpoint, None
+        self._find_healed(resume_from_checkpoint)
         if self._residual() and checkpoint is None:
             raise ValueError(
                 f"federated_method={self.args.federated_method!r} has changed the base beside the adapter, and "
@@ -407,7 +408,7 @@ class DevFTMixin(StageMixin, DistillationMixin, FederationMixin, LocalTrainingMi
                 compact,
                 self.state.log_history,
                 self.ledger,
-                lambda folder: self._save_run_state(folder, stage.stage + 1, done=0, over=False),
+                functools.partial(self._save_finished, stage),
             )
             self._push_stage(stage.stage)
             if not self.args.disable_tqdm:
@@ -506,6 +507,11 @@ class DevFTMixin(StageMixin, DistillationMixin, FederationMixin, LocalTrainingMi
                 self.state.stateful_callbacks[name] = callback.state()
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
+    def _save_finished(self, stage: StageConfig, folder: Path) -> None:
+        """What a finished stage's folder holds beside its adapters, card and plot."""
+        self._save_run_state(folder, stage.stage + 1, done=0, over=False)
+        self._keep_healed(stage, folder)
+
     def _setting(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it continues."""
         args = self.args
@@ -532,6 +538,14 @@ class DevFTMixin(StageMixin, DistillationMixin, FederationMixin, LocalTrainingMi
             "init_lora_weights": self._initialisation,
             "distillation": [args.distillation_steps, args.calibration_samples, args.generation_max_new_tokens]
             if args.distillation_steps
+            else None,
+            "healing": [
+                args.healing_steps,
+                args.healing_learning_rate,
+                args.calibration_samples,
+                args.generation_max_new_tokens,
+            ]
+            if args.healing_steps
             else None,
             "num_clients": len(self.clients.rows),
             "rows of the clients (checksum)": zlib.crc32(np.concatenate([*self.clients.rows.values()]).tobytes()),

@@ -48,10 +48,11 @@ class StagePlan:
         base_bytes: of the submodel's base weights.
         bytes_down, bytes_up: to and from one client in one round, on average.
         bytes: both ways, of all clients in all rounds; flops, tokens (padding included): likewise.
-        setup_flops: of the server's distillation before the first round, in as long texts as the clients', answers of
-            the smaller submodel included.
+        setup_flops: of the server's healing and distillation before the first round, in as long texts as the
+            clients', the answers to prompts included.
         client_memory: peak in bytes of base, adapter, optimiser and activations of one micro-batch.
-        server_memory: peak in bytes of the submodel that it makes, and of aggregation; evaluation is not counted.
+        server_memory: peak in bytes of the submodel that it makes, and of aggregation or of healing; evaluation is not
+            counted.
     """
 
     stage: str
@@ -200,21 +201,41 @@ def _plan_stage(
         bytes=turns * (down + returning * up),
         tokens=sum(positions),
         flops=sum(map(operator.mul, positions, flops_per_token(model, encoders=encoders))),
-        setup_flops=0.0 if smaller is None else _distillation_flops(args, submodels, smaller, model, batches),
+        setup_flops=_teaching_flops(args, submodels, stage, smaller, batches),
         client_memory=base_bytes + _TRAINED_BYTES * trained + kept,
-        server_memory=base_bytes + _SERVER_BYTES * sum(layout.sizes),
+        server_memory=max(base_bytes + _SERVER_BYTES * sum(layout.sizes), _healing_memory(args, submodels, stage)),
     )
 
 
-def _distillation_flops(
-    args: DevFTConfig, submodels: _Submodels, smaller: StageConfig, student: PeftModel, batches: list[tuple[int, int]]
+def _healing_memory(args: DevFTConfig, submodels: _Submodels, stage: StageConfig) -> int:
+    """The whole base, and the submodel's weights with their gradients and moments in float32; without activations."""
+    if not args.healing_steps or stage.num_layers == stage.full_layers:
+        return 0
+    values = sum(parameter.numel() for parameter in submodels.model(stage.num_layers)[0].get_base_model().parameters())
+    return submodels.model(stage.full_layers)[1] + _TRAINED_BYTES * values
+
+
+def _teaching_flops(
+    args: DevFTConfig,
+    submodels: _Submodels,
+    stage: StageConfig,
+    smaller: StageConfig | None,
+    batches: list[tuple[int, int]],
 ) -> float:
-    if not args.distillation_steps:
-        return 0.0
+    """Of healing by the whole base, where the stage has fewer layers, and of distillation from `smaller`."""
     length = sum(map(math.prod, batches)) / sum(rows for rows, _ in batches)
-    answering = forward_flops(submodels.model(smaller.num_layers)[0])
-    read = args.distillation_steps * args.train_batch_size
-    return length * (args.calibration_samples * answering + read * (answering + sum(flops_per_token(student))))
+    model = functools.cache(lambda layers: submodels.model(layers)[0])
+
+    def taught_by(layers: int, steps: int, flops: float) -> float:
+        answering, read = forward_flops(model(layers)), steps * args.train_batch_size
+        return length * (args.calibration_samples * answering + read * (answering + flops))
+
+    own, total = model(stage.num_layers), 0.0
+    if args.healing_steps and stage.num_layers < stage.full_layers:
+        total += taught_by(stage.full_layers, args.healing_steps, 3 * forward_flops(own))
+    if args.distillation_steps and smaller is not None:
+        total += taught_by(smaller.num_layers, args.distillation_steps, sum(flops_per_token(own)))
+    return total
 
 
 def _base_bytes(model: PreTrainedModel, layers: list[nn.Module], quantization: dict[str, Any] | None) -> int:

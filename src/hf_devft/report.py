@@ -92,6 +92,7 @@ def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: LoraConf
     special = {
         "what travels": None if args.wire_dtype == "fp32" and args.wire_top_k == 1 else
         f"{args.wire_dtype}, {args.wire_top_k:.0%} of a client's changes",
+        "submodels": f"healed in {args.healing_steps} steps on the server's texts" if args.healing_steps else None,
         "where layers come back": f"{args.distillation_steps} steps of distillation on the server's texts"
         if args.distillation_steps else None,
         "participants": None if args.client_selection == "uniform" else args.client_selection,

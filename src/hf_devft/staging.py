@@ -28,7 +28,7 @@ from hf_devft.stages.grouping import GroupingTask, Groups, group_layers
 from hf_devft.stages.layer_stack import LayerStack, encoders_of, find_layer_stack, with_layers
 from hf_devft.stages.principal import move_weights, on_whole_weights
 from hf_devft.stages.residual import OpenWeights, product_adapter
-from hf_devft.stages.submodel import build_submodel, build_whole
+from hf_devft.stages.submodel import build_whole, layers_of
 from hf_devft.stages.transfer import expand_adapter, fuse_adapter, kinds_by_adapter
 from hf_devft.stages.weights import is_stored, stored_bytes
 
@@ -110,7 +110,7 @@ class StageMixin:
             self._federation.memory.carry(lambda name, state: fuse(state))
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         self._stage_was_over = bool(checkpoint and checkpoint.run.stage_over)
-        submodel = build_submodel(base, stack, stage.groups, stage.fusion, stage.fusion_beta)
+        submodel = self._submodel(stage, base, stack)
         base_bytes = sum(map(stored_bytes, submodel.parameters()))
         has_head = self.args.temporary_head and stage.num_layers < stage.full_layers
         config = of_groups(self.peft_config, stage.groups)
@@ -118,7 +118,8 @@ class StageMixin:
         model = attach_adapter(submodel, config, adapter, grows=has_head)
         self._move_weights(model, stack, stage.groups)
         if stage.stage > 1 and self.args.distillation_steps and not (checkpoint and checkpoint.sub is not None):
-            stage.totals["setup_flops"] = self._distil(stage, base, stack, model)
+            taught = stage.totals.get("setup_flops", 0.0)
+            stage.totals["setup_flops"] = taught + self._distil(stage, base, stack, model)
         adapter = adapter_state(model)
         weights = OpenWeights(model) if self._federation.method.needs_room else None
         stacked = self._stack(model)  # before an engine wraps the model
@@ -130,7 +131,7 @@ class StageMixin:
             done=checkpoint.run.done if checkpoint else 0,
             config=config,
             head=head,
-            layers=_layers(submodel, stack, stage.groups),
+            layers=layers_of(submodel, stack, stage.groups),
             weights=weights,
             smaller=self._make_smaller(stage, base, stack),
             together=Together(stacked[0], self._engine_beside(stacked[0]), *stacked[1:]) if stacked else None,
@@ -169,13 +170,13 @@ class StageMixin:
         for number in held:
             earlier = self.stages[number - 1]
             model = self._submodel_of(earlier, base, stack)
-            layers = _layers(model.get_base_model(), stack, earlier.groups)
+            layers = layers_of(model.get_base_model(), stack, earlier.groups)
             smaller[number] = Smaller(earlier, model, self._engine_beside(model), layers)
         return smaller
 
     def _submodel_of(self, earlier: StageConfig, base: PreTrainedModel, stack: LayerStack) -> PeftModel:
         """An earlier stage's submodel, with the anchors' adapters as they are now."""
-        submodel = build_submodel(base, stack, earlier.groups, earlier.fusion, earlier.fusion_beta)
+        submodel = self._submodel(earlier, base, stack)
         adapter = fuse_adapter(self._full_adapter, stack.names, earlier.groups, "anchor")
         model = attach_adapter(submodel, of_groups(self.peft_config, earlier.groups), adapter)
         self._move_weights(model, stack, earlier.groups)
@@ -352,7 +353,3 @@ class StageMixin:
         if self._initial:
             return on_whole_weights(running.config, sub, self._initial_of(running.stack, running.stage.groups))
         return product_adapter(running.config, sub, self._residual())
-
-
-def _layers(submodel: PreTrainedModel, stack: LayerStack, groups: Groups) -> list[nn.Module]:
-    return stack.names.keeping([group[0] for group in groups]).layers(submodel)

@@ -217,7 +217,8 @@ def _check_prompts(rows: Dataset) -> None:
 
 def _as_asked(task: Task, rows: Any, args: DevFTConfig) -> Any:
     """Rows that are only to be answered need no answer: one that counts for nothing, where there is none."""
-    only = args.distillation_steps and args.grouping != "calibrated"  # which measures the loss of answers
+    asked = args.healing_steps or args.distillation_steps
+    only = asked and args.grouping != "calibrated"  # which measures the loss of answers
     if not (only and isinstance(rows, Dataset)) or _is_encoded(rows):
         return rows
     names, count = set(rows.column_names), len(rows)

@@ -58,8 +58,9 @@ class _TRLMixin(DevFTMixin):
             raise ValueError("TRL's losses read the weights of the head, not its adapter: leave temporary_head out.")
         if args.grouping == "calibrated":
             raise ValueError('grouping="calibrated" measures the loss of text, which TRL prepares: use another rule.')
-        if args.distillation_steps:
-            raise ValueError("distillation_steps asks for answers to text, which TRL prepares: leave it out.")
+        for name in ("healing_steps", "distillation_steps"):
+            if getattr(args, name):
+                raise ValueError(f"{name} asks for answers to text, which TRL prepares: leave it out.")
         # TRL and PEFT still read an alias that transformers 5 has renamed, at every step.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         super().__init__(resolve_model_name(model) if isinstance(model, str) else model, args, **kwargs)

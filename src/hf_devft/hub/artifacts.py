@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_devft.configuration import StageConfig
 from hf_devft.files import atomic_folder, replace_files
 from hf_devft.layout import State
+from hf_devft.stages.healing import HEALED
 from hf_devft.stages.supported import check_adapter
 
 
@@ -77,14 +78,15 @@ def download_stage(repo_id: str, revision: str | None = None, token: str | None 
 def fetch_adapter(
     name_or_path: str | Path, subfolder: str = "", revision: str | None = None, token: str | None = None
 ) -> Path:
-    """The local folder of an adapter in a folder or a repository. Nothing pickled is downloaded.
+    """The local folder of an adapter in a folder or a repository, with the healed layers that it may be for. Nothing
+    pickled is downloaded.
 
     Raises:
         ValueError: the repository cannot be read.
     """
     if Path(name_or_path).is_dir():
         return Path(name_or_path) / subfolder
-    files = [str(PurePosixPath(subfolder) / name) for name in (CONFIG_NAME, ADAPTER_WEIGHTS)]
+    files = [str(PurePosixPath(subfolder) / name) for name in (CONFIG_NAME, ADAPTER_WEIGHTS, HEALED)]
     with _reading(str(name_or_path)):
         folder = snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=files)
     return Path(folder) / subfolder

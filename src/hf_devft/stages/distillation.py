@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from hf_devft.stages.layer_stack import watch_lengths
 
@@ -40,14 +41,14 @@ def _weighted_divergence(teacher: torch.Tensor, student: torch.Tensor, weights: 
 
 
 def distil(
-    teacher: PeftModel,
-    student: PeftModel,
+    teacher: PreTrainedModel | PeftModel,
+    student: PreTrainedModel | PeftModel,
     batches: Iterable[dict[str, torch.Tensor]],
     steps: int,
     learning_rate: float,
     autocast: Callable[[], AbstractContextManager],
 ) -> int:
-    """Train `student`'s adapter to answer as `teacher` does, without any labels.
+    """Train what is trainable of `student`, an adapter, say, to answer as `teacher` does, without any labels.
 
     AdamW without weight decay, the gradient's norm clipped to 1, the rate falling to 0 in a line (our choice: there is
     one way to end at, not many clients' to find a mean of). A step takes the memory of a client's, and the teacher's
@@ -65,7 +66,7 @@ def distil(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
     teacher.eval(), student.train()
-    lengths, watching = watch_lengths(student.get_base_model())
+    lengths, watching = watch_lengths(student.get_base_model() if isinstance(student, PeftModel) else student)
     positions = 0
     for inputs in batches:
         with autocast():

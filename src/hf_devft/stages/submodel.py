@@ -26,12 +26,16 @@ def build_submodel(
         checkpoint; 4-bit parameters are dequantised, fused and quantised again.
     """
     submodel = with_layers(model, stack, [group[0] for group in groups])
-    layers = stack.names.keeping([group[0] for group in groups]).layers(submodel)
-    for layer, group in zip(layers, groups, strict=True):
+    for layer, group in zip(layers_of(submodel, stack, groups), groups, strict=True):
         members = [stack.layers[index] for index in group]
         if (len(group) > 1 and fusion != "anchor") or any(map(is_stored, layer.parameters())):
             _fuse_into(layer, members, fusion, beta)
     return submodel
+
+
+def layers_of(submodel: PreTrainedModel, stack: LayerStack, groups: Groups) -> list[nn.Module]:
+    """The layers of a submodel of `stack`."""
+    return stack.names.keeping([group[0] for group in groups]).layers(submodel)
 
 
 def build_whole(model: PreTrainedModel, which: str | None = None) -> PreTrainedModel:

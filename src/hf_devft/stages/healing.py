@@ -1,0 +1,100 @@
+"""A submodel's layers are taught to stand for all of the base's: healing, before anything is learned on them."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_devft.layout import State
+from hf_devft.stages.distillation import distil
+from hf_devft.stages.weights import like
+
+
+HEALED = "healed.safetensors"
+
+
+def heal(
+    teacher: PreTrainedModel,
+    submodel: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    batches: Iterable[dict[str, torch.Tensor]],
+    steps: int,
+    learning_rate: float,
+    autocast: Callable[[], AbstractContextManager],
+) -> int:
+    """Train all weights of `layers` until `submodel` says of texts what `teacher` does, without any labels.
+
+    Layers that were cut out of a model, or fused, have never seen each other's outputs; a short distillation gives
+    back most of what that costs (Muralidharan et al. 2024, arXiv 2407.14679; of frozen middles in Offsite-Tuning, Xiao
+    et al. 2023, arXiv 2302.04870). Everything else is the base's own, shared, and stays as it is. Trained in float32,
+    kept as the layers were; see `distil`.
+
+    Args:
+        teacher: the whole base, without adapter.
+        submodel: whose stack is `layers`; their parameters become new ones.
+
+    Returns:
+        The positions that went through each of the two.
+    """
+    submodel.requires_grad_(False)
+    before = _parameters(layers)
+    _replace(layers, {name: nn.Parameter(old.detach().float().clone()) for name, old in before.items()})
+    try:
+        return distil(teacher, submodel, batches, steps, learning_rate, autocast)
+    finally:
+        healed = {name: parameter.detach() for name, parameter in _parameters(layers).items()}
+        _replace(layers, {name: like(values, before[name]) for name, values in healed.items()})
+
+
+def healed_state(layers: Sequence[nn.Module]) -> State:
+    """All weights of a submodel's layers, by the layer's number and the parameter's name."""
+    return {name: parameter.detach().cpu() for name, parameter in _parameters(layers).items()}
+
+
+def load_healed_state(layers: Sequence[nn.Module], state: State) -> None:
+    """Give a submodel's layers what `healed_state` has read; what the base shares with them stays as it is.
+
+    Raises:
+        ValueError: it is not of such layers.
+    """
+    before = _parameters(layers)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (before, state)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{HEALED} is of other layers than the submodel's: names or shapes differ.")
+    _replace(layers, {name: like(state[name].to(old.device), old) for name, old in before.items()})
+
+
+def save_healed(path: Path, state: State) -> None:
+    """Write `healed_state` in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def read_healed(path: Path) -> State:
+    """What `save_healed` has written.
+
+    Raises:
+        ValueError: the file is missing or broken.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the submodel was healed, but {path} cannot be read: {error}") from error
+
+
+def _parameters(layers: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    return {f"{index}.{name}": value for index, layer in enumerate(layers) for name, value in layer.named_parameters()}
+
+
+def _replace(layers: Sequence[nn.Module], parameters: dict[str, nn.Parameter]) -> None:
+    for key, parameter in parameters.items():
+        index, _, name = key.partition(".")
+        module, _, leaf = name.rpartition(".")
+        setattr(layers[int(index)].get_submodule(module), leaf, parameter)
