@@ -42,7 +42,8 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
     are held out of training."""
     task = TASKS[args.task or "text-generation"]
     to_columns = task.to_columns if recipe.trainer == "devft" else lambda rows: rows  # TRL converts for itself
-    calibration = load_files(recipe.calibration_file, to_columns) if recipe.calibration_file else None
+    # Prompts alone will do, which the trainer gives their other columns.
+    calibration = load_files(recipe.calibration_file, lambda rows: rows) if recipe.calibration_file else None
     if recipe.train_file or recipe.dataset_name:
         if recipe.train_file:
             train = load_files(recipe.train_file, to_columns)

@@ -117,3 +117,17 @@ def test_what_the_server_asks_is_held_out_of_training(tmp_path):
     asked, trained = trainer.calibration_dataset["input_ids"][:], trainer.train_dataset["input_ids"][:]
     assert (len(asked), len(trained)) == (4, 36)
     assert not {*map(tuple, asked)} & {*map(tuple, trained)}
+
+
+def test_the_server_has_texts_of_its_own(tmp_path, tokenizer):
+    """Prompts need no answer; nothing is held out of training for them."""
+    rows, own = tmp_path / "rows.jsonl", tmp_path / "own.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}:", "completion": f" {n}"}) + "\n" for n in range(40)))
+    own.write_text("".join(json.dumps({"prompt": f"What is {n}?"}) + "\n" for n in range(9)))
+    flags = "--healing_steps 2 --partition iid --num_clients 2 --eval_strategy no --eval_on_start false".split()
+    flags += ["--predict_with_generate", "false", "--calibration_file", str(own), "--calibration_samples", "6"]
+    trainer = in_process(tmp_path, "--train_file", str(rows), *flags)
+    assert len(trainer.train_dataset) == 40
+    asked = tokenizer.batch_decode(trainer.calibration_dataset["input_ids"][:], skip_special_tokens=True)
+    assert asked == [f"What is {n}?" for n in range(6)]
+    assert len(in_process(tmp_path, *flags).calibration_dataset) == 6, "with made-up tasks, too"
