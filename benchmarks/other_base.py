@@ -12,7 +12,7 @@ is already in the JSON is not repeated.
 
 from recipe_runs import arguments, publish_runs, run_all
 from recipe_runs import table as plain_table
-from to_target import DISTILLED, LINEAR, VARIANTS, devft, table
+from to_target import ALPHA_32, DISTILLED, LINEAR, LONGER, VARIANTS, devft, fedit, table
 
 
 CHOSEN = (
@@ -26,14 +26,22 @@ CHOSEN = (
 )
 # Where fewer layers cannot stand for the others: half of them, and chosen by what the base loses without the rest.
 HALF = devft("8 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512")
+# Layers that are taught, before anything is learned on them, to stand for all; on prompts of the task, without answers.
+EVEN = ["--grouping", "even", *LINEAR, *DISTILLED, "1024", *LONGER]
+HEALED = ["--healing_steps", "1200", "--healing_learning_rate", "2e-3", *EVEN]
 MORE = {
+    "FedIT, 6e-3 linear, 30 rounds": fedit(30, "6e-3", *LINEAR),
     "DevFT 8-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled": HALF,
     "DevFT 8-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, calibrated groups": (
         HALF[0],
         [*HALF[1], "--grouping", "calibrated", "--transfer", "anchor"],
     ),
+    "DevFT 4-16, 20 + 4 rounds, even groups, distilled in 240 steps": devft("4 16", "20 4", "6e-3 4e-3", *EVEN),
+    "DevFT 4-16, 12 + 4 rounds, even groups, healed": devft("4 16", "12 4", "6e-3 4e-3", *HEALED),
+    "DevFT 4-16, 20 + 4 rounds, even groups, healed": devft("4 16", "20 4", "6e-3 4e-3", *HEALED),
+    "DevFT 4-16, 20 + 4 rounds, even groups, healed, alpha 32": devft("4 16", "20 4", "6e-3 4e-3", *HEALED, *ALPHA_32),
 }
-TARGETS = (1.3, 1.0, 0.7)
+TARGETS = (1.0, 0.7, 0.5)
 FIRST_STAGE = {
     "after stage 1, submodel": (lambda run: run["stages"][0]["metrics"].get("eval_loss", float("nan")), "{:.3f}"),
     "at full depth": (lambda run: run["stages"][0]["metrics"]["eval_full_loss"], "{:.3f}"),

@@ -25,6 +25,7 @@ TWENTY = ["--local_steps", "20"]
 ALPHA_32 = ["--lora_alpha", "32"]
 # Prompts without answers on the server, as many steps as it takes to go through them twice or more.
 DISTILLED = ["--learning_rate", "4e-3", "--distillation_steps", "60", "--calibration_samples"]
+LONGER = ["--distillation_steps", "240"]
 ANCHORS = ["--fusion", "anchor", "--adapter_fusion", "anchor", "--transfer", "anchor"]
 FOUR_LAYERS = ["--lora_layers", *"0 4 8 12".split(), "--lora_target_modules", *LLAMA_LINEAR]
 ENDING = "--early_stopping_patience 2 --load_best_model_at_end true --save_strategy steps --save_steps 1".split()
@@ -79,6 +80,12 @@ VARIANTS = {
         "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled": devft(
             "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512"
         ),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
+            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER
+        ),
+        "DevFT 4-16, 16 + 2 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
+            "4 16", "16 2", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER
+        ),
         "DevFT 4-16, 16 + 4 rounds, 6e-3 linear, distilled": devft(
             "4 16", "16 4", "6e-3 6e-3", *LINEAR, *DISTILLED, "512"
         ),
@@ -118,6 +125,9 @@ VARIANTS = {
         ),
         "DevFT 4-16, 16 + 6 rounds, 6e-3, 4e-3 linear, distilled": devft(
             "4 16", "16 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "128"
+        ),
+        "DevFT 4-16, 16 + 6 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
+            "4 16", "16 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "128", *LONGER
         ),
         "DevFT 4-16, 20 + 6 rounds, 6e-3, 4e-3 linear, distilled": devft(
             "4 16", "20 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "128"
