@@ -26,7 +26,7 @@ CHOSEN = (
 )
 # Where fewer layers cannot stand for the others: half of them, and chosen by what the base loses without the rest.
 HALF = devft("8 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512")
-# Layers that are taught, before anything is learned on them, to stand for all; on prompts of the task, without answers.
+# Layers that are taught to stand for all before anything is learned on them, on prompts of the task without answers.
 EVEN = ["--grouping", "even", *LINEAR, *DISTILLED, "1024", *LONGER]
 HEALED = ["--healing_steps", "1200", "--healing_learning_rate", "2e-3", *EVEN]
 MORE = {
