@@ -31,7 +31,7 @@ from hf_devft.planning import RunPlan, plan_run
 from hf_devft.progress import print_plan
 from hf_devft.stages.streaming import empty_base, where_from
 from hf_devft.tasks import TASKS
-from hf_devft.trainer import labels_of
+from hf_devft.trainer import as_asked, labels_of
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -42,8 +42,15 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
     are held out of training."""
     task = TASKS[args.task or "text-generation"]
     to_columns = task.to_columns if recipe.trainer == "devft" else lambda rows: rows  # TRL converts for itself
-    # Prompts alone will do, which the trainer gives their other columns.
-    calibration = load_files(recipe.calibration_file, lambda rows: rows) if recipe.calibration_file else None
+    asked = args.grouping == "calibrated" or args.healing_steps or args.distillation_steps
+    calibration = None
+    if recipe.calibration_file:
+        if not asked or recipe.trainer != "devft":
+            raise ValueError(
+                'calibration_file is read for grouping="calibrated", healing_steps and distillation_steps of '
+                "--trainer devft: set one of them, or leave it out."
+            )
+        calibration = load_files(recipe.calibration_file, lambda rows: to_columns(as_asked(task, rows, args)))
     if recipe.train_file or recipe.dataset_name:
         if recipe.train_file:
             train = load_files(recipe.train_file, to_columns)
@@ -52,7 +59,6 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
             names = (recipe.dataset_name, recipe.dataset_config)
             train = load_datasets(*names, recipe.dataset_train_split, to_columns)
             evaluation = recipe.dataset_eval_split and load_datasets(*names, recipe.dataset_eval_split, to_columns)
-        asked = args.grouping == "calibrated" or args.healing_steps or args.distillation_steps
         if calibration is not None or not asked:
             return train, evaluation, calibration
         parts = train.train_test_split(test_size=args.calibration_samples, seed=args.seed)

@@ -103,7 +103,8 @@ def test_the_run_is_the_same_on_several_processes(alone, tmp_path, name, process
 @pytest.mark.parametrize("more", [
     {"eval_strategy": "epoch", "predict_with_generate": True},
     {"distillation_steps": 2},  # of layers that no engine has seen yet
-], ids=["evaluated", "distilled"])  # fmt: skip
+    {"healing_steps": 2, "distillation_steps": 2},
+], ids=["evaluated", "distilled", "healed"])  # fmt: skip
 def test_half_precision_under_zero2(tmp_path, more):
     options = {"bf16": True, "gradient_accumulation_steps": 2, "activation_checkpointing": True}
     options |= {"generation_max_new_tokens": 2} | more

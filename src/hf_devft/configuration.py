@@ -132,7 +132,8 @@ class DevFTConfig(TrainingArguments):
             Steps in which the server teaches the layers of each submodel, all their weights, to say of the texts in
             `calibration_dataset` what the whole base says (ours: layers that are cut out of a base that was not grown
             cannot stand for it). No label is used: the answers to prompts are the base's. A batch is
-            `per_device_train_batch_size`. The healed layers are part of the stage, in its `submodel/`.
+            `per_device_train_batch_size`. The healed layers are part of the stage, in its `submodel/`. The
+            main process does it, as with `distillation_steps`.
         healing_learning_rate (`float`, *optional*, defaults to `1e-4`):
             The rate of that, falling to 0 (our choice: one for whole weights; small models take more).
         distillation_steps (`int`, *optional*, defaults to `0`):
@@ -531,7 +532,7 @@ class StageConfig(PushToHubMixin):
         task: what the model is for; see `DevFTConfig`. labels: of its classes, in order.
         federated_method: how updates were combined.
         healing_steps: those that the submodel's layers were healed in; where there are some, their weights are in
-            `submodel/healed.safetensors`.
+            `submodel/healed-N.safetensors`.
         groups: the layers of the base in each group, as they were found.
         base_model_name_or_path, base_model_revision: the base.
         rounds_done: rounds that ran; fewer than `rounds` where the stage ended early.

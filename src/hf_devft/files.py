@@ -40,6 +40,15 @@ def _flush(folder: Path) -> None:
             os.close(descriptor)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file that is never written to again, or a copy where the disk knows none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def replace_files(source: Path, target: Path) -> None:
     """Move every file and folder of `source` over its namesake in `target`, one rename each."""
     for entry in source.iterdir():

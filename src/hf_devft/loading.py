@@ -11,7 +11,7 @@ from hf_devft.hub.artifacts import SUBMODEL, fetch_adapter, load_adapter
 from hf_devft.stages.adapter import attach_adapter
 from hf_devft.stages.base_difference import BaseDifference, base_difference
 from hf_devft.stages.fusion import FUSIONS
-from hf_devft.stages.healing import HEALED, load_healed_state, read_healed
+from hf_devft.stages.healing import healed_path, load_healed_state, read_healed
 from hf_devft.stages.layer_stack import find_layer_stack
 from hf_devft.stages.streaming import load_base
 from hf_devft.stages.submodel import build_submodel, layers_of
@@ -59,7 +59,7 @@ def load_submodel(
     adapter = load_adapter(folder)
     submodel = build_submodel(base, stack, config.groups, config.fusion, config.fusion_beta)
     if config.healing_steps:
-        load_healed_state(layers_of(submodel, stack, config.groups), read_healed(folder / HEALED))
+        load_healed_state(layers_of(submodel, stack, config.groups), read_healed(healed_path(folder, stage)))
     return attach_adapter(submodel, *adapter).requires_grad_(False).eval()
 
 

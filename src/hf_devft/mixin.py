@@ -21,7 +21,6 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from hf_devft.checkpoint import SCHEDULE, Checkpoint, RunState, load_federation, save_federation
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.data import first_rows
-from hf_devft.distilling import DistillationMixin
 from hf_devft.engines import Engine
 from hf_devft.evaluation import EvaluationMixin
 from hf_devft.federating import FederationMixin
@@ -49,6 +48,7 @@ from hf_devft.stages.transfer import check_alike
 from hf_devft.stages.weights import is_stored, keep_readable
 from hf_devft.staging import Running, StageMixin
 from hf_devft.tasks import TASKS
+from hf_devft.teaching import TeachingMixin
 
 
 def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -> ClientData:
@@ -64,7 +64,7 @@ def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -
     )
 
 
-class DevFTMixin(StageMixin, DistillationMixin, FederationMixin, LocalTrainingMixin, EvaluationMixin, PushMixin):
+class DevFTMixin(StageMixin, TeachingMixin, FederationMixin, LocalTrainingMixin, EvaluationMixin, PushMixin):
     """Federated rounds in developmental stages, for a `Trainer` subclass that ends its `__init__` with a LoRA model.
 
         class DevFTSFTTrainer(DevFTMixin, SFTTrainer): ...
@@ -239,7 +239,9 @@ class DevFTMixin(StageMixin, DistillationMixin, FederationMixin, LocalTrainingMi
                 commit = newest_commit(self.args.resume_from_hub, self.args.hub_revision, self.args.hub_token)
             commit = broadcast_object_list([commit])[0]
             with self.args.main_process_first(desc="download of the last stage"):
-                resume_from_checkpoint = download_stage(self.args.resume_from_hub, commit, self.args.hub_token)
+                resume_from_checkpoint = download_stage(
+                    self.args.resume_from_hub, commit, self.args.hub_token, healed=bool(self.args.healing_steps)
+                )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _inner_training_loop(
@@ -254,7 +256,9 @@ class DevFTMixin(StageMixin, DistillationMixin, FederationMixin, LocalTrainingMi
         if resume_from_checkpoint is not None and self._checkpoint is None:
             self._load_from_checkpoint(resume_from_checkpoint)  # `train` leaves it out under DeepSpeed
         checkpoint, self._checkpoint = self._checkpoint, None
-        self._find_healed(resume_from_checkpoint)
+        self._forget_healed()
+        if checkpoint:
+            self._take_up_healed(resume_from_checkpoint, checkpoint)
         if self._residual() and checkpoint is None:
             raise ValueError(
                 f"federated_method={self.args.federated_method!r} has changed the base beside the adapter, and "
@@ -466,6 +470,7 @@ class DevFTMixin(StageMixin, DistillationMixin, FederationMixin, LocalTrainingMi
         save_adapter(folder, *self._full_form(state_dict, residual or {}))
         if self._running is not None:
             save_adapter(folder / SUBMODEL, *self._compact_form(self._sub_adapter()))
+            self._keep_healed(self._running.stage, folder / SUBMODEL)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
@@ -510,7 +515,7 @@ class DevFTMixin(StageMixin, DistillationMixin, FederationMixin, LocalTrainingMi
     def _save_finished(self, stage: StageConfig, folder: Path) -> None:
         """What a finished stage's folder holds beside its adapters, card and plot."""
         self._save_run_state(folder, stage.stage + 1, done=0, over=False)
-        self._keep_healed(stage, folder)
+        self._keep_healed(stage, folder / SUBMODEL)
 
     def _setting(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it continues."""

@@ -211,8 +211,10 @@ def _healing_memory(args: DevFTConfig, submodels: _Submodels, stage: StageConfig
     """The whole base, and the submodel's weights with their gradients and moments in float32; without activations."""
     if not args.healing_steps or stage.num_layers == stage.full_layers:
         return 0
-    values = sum(parameter.numel() for parameter in submodels.model(stage.num_layers)[0].get_base_model().parameters())
-    return submodels.model(stage.full_layers)[1] + _TRAINED_BYTES * values
+    model, (_, whole_bytes) = submodels.model(stage.num_layers)[0], submodels.model(stage.full_layers)
+    layers = find_layer_stack(model.get_base_model(), args.stack).layers
+    values = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if "lora_" not in name)
+    return whole_bytes + _TRAINED_BYTES * values
 
 
 def _teaching_flops(
@@ -224,17 +226,18 @@ def _teaching_flops(
 ) -> float:
     """Of healing by the whole base, where the stage has fewer layers, and of distillation from `smaller`."""
     length = sum(map(math.prod, batches)) / sum(rows for rows, _ in batches)
-    model = functools.cache(lambda layers: submodels.model(layers)[0])
+    own, total = submodels.model(stage.num_layers)[0], 0.0
 
-    def taught_by(layers: int, steps: int, flops: float) -> float:
-        answering, read = forward_flops(model(layers)), steps * args.train_batch_size
-        return length * (args.calibration_samples * answering + read * (answering + flops))
+    def taught_by(layers: int, answers: int, steps: int, flops: float) -> float:
+        answering = forward_flops(submodels.model(layers)[0])
+        return length * (answers * answering + steps * args.train_batch_size * (answering + flops))
 
-    own, total = model(stage.num_layers), 0.0
     if args.healing_steps and stage.num_layers < stage.full_layers:
-        total += taught_by(stage.full_layers, args.healing_steps, 3 * forward_flops(own))
+        answers = 0 if smaller else args.calibration_samples  # the base answers once
+        total += taught_by(stage.full_layers, answers, args.healing_steps, 3 * forward_flops(own))
     if args.distillation_steps and smaller is not None:
-        total += taught_by(smaller.num_layers, args.distillation_steps, sum(flops_per_token(own)))
+        steps = args.distillation_steps
+        total += taught_by(smaller.num_layers, args.calibration_samples, steps, sum(flops_per_token(own)))
     return total
 
 

@@ -98,6 +98,7 @@ class StageMixin:
         if checkpoint and checkpoint.sub is not None:
             adapter = checkpoint.sub
         else:
+            stage.totals = {}
             stage.groups = self._group(stage, base, stack)
             fuse = functools.partial(
                 fuse_adapter,
@@ -118,8 +119,7 @@ class StageMixin:
         model = attach_adapter(submodel, config, adapter, grows=has_head)
         self._move_weights(model, stack, stage.groups)
         if stage.stage > 1 and self.args.distillation_steps and not (checkpoint and checkpoint.sub is not None):
-            taught = stage.totals.get("setup_flops", 0.0)
-            stage.totals["setup_flops"] = taught + self._distil(stage, base, stack, model)
+            self._distil(stage, base, stack, model)
         adapter = adapter_state(model)
         weights = OpenWeights(model) if self._federation.method.needs_room else None
         stacked = self._stack(model)  # before an engine wraps the model

@@ -122,7 +122,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
             train_dataset=ClientData(prepare(clients.dataset), clients.rows),
             eval_dataset=eval_dataset,
             calibration_dataset=prepare(
-                _as_asked(task, first_rows(calibration_dataset, args.calibration_samples), args)
+                as_asked(task, first_rows(calibration_dataset, args.calibration_samples), args)
             ),
             processing_class=processing_class,
             data_collator=data_collator or task.collator(processing_class, base.config),
@@ -215,7 +215,7 @@ def _check_prompts(rows: Dataset) -> None:
         )
 
 
-def _as_asked(task: Task, rows: Any, args: DevFTConfig) -> Any:
+def as_asked(task: Task, rows: Any, args: DevFTConfig) -> Any:
     """Rows that are only to be answered need no answer: one that counts for nothing, where there is none."""
     asked = args.healing_steps or args.distillation_steps
     only = asked and args.grouping != "calibrated"  # which measures the loss of answers

@@ -131,3 +131,6 @@ def test_the_server_has_texts_of_its_own(tmp_path, tokenizer):
     asked = tokenizer.batch_decode(trainer.calibration_dataset["input_ids"][:], skip_special_tokens=True)
     assert asked == [f"What is {n}?" for n in range(6)]
     assert len(in_process(tmp_path, *flags).calibration_dataset) == 6, "with made-up tasks, too"
+    for unread in (["--trainer", "sft"], ["--healing_steps", "0"]):
+        with pytest.raises(ValueError, match="calibration_file is read for"):
+            in_process(tmp_path, *flags, *unread)

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_llama
 
 from hf_devft.stages.distillation import divergence
-from hf_devft.stages.healing import HEALED, heal, healed_state, load_healed_state, read_healed, save_healed
+from hf_devft.stages.healing import heal, healed_path, healed_state, load_healed_state, read_healed, save_healed
 from hf_devft.stages.layer_stack import find_layer_stack
 from hf_devft.stages.submodel import build_submodel, build_whole, layers_of
 
@@ -46,6 +46,21 @@ def test_layers_that_were_left_learn_to_stand_for_the_others(dtype):
     assert submodel.get_input_embeddings().weight is base.get_input_embeddings().weight, "nothing else is copied"
 
 
+def test_weights_that_are_tied_stay_so():
+    base = tiny_llama()
+    for layer in base.model.layers:
+        layer.mlp.up_proj.weight = layer.mlp.gate_proj.weight
+    submodel, layers = cut(base)
+    before = layers[0].mlp.up_proj.weight.clone()
+    heal(build_whole(base), submodel, layers, [INPUTS], 1, 1e-2, nullcontext)
+    assert not torch.equal(layers[0].mlp.up_proj.weight, before)
+    assert layers[0].mlp.up_proj.weight is layers[0].mlp.gate_proj.weight
+    assert torch.equal(base.model.layers[0].mlp.up_proj.weight, before)
+    again, others = cut(base)
+    load_healed_state(others, healed_state(layers))
+    assert distance(submodel, again) == 0
+
+
 def test_what_was_interrupted_leaves_layers_as_they_are_stored():
     base = tiny_llama().to(torch.bfloat16)
     submodel, layers = cut(base)
@@ -63,15 +78,16 @@ def test_healed_layers_are_read_as_they_were_written(tmp_path):
     base = tiny_llama()
     submodel, layers = cut(base)
     heal(build_whole(base), submodel, layers, [INPUTS], 1, 1e-2, nullcontext)
-    save_healed(tmp_path / "new" / HEALED, healed_state(layers))
+    path = healed_path(tmp_path / "new", 1)
+    save_healed(path, healed_state(layers))
     again, others = cut(base)
-    load_healed_state(others, read_healed(tmp_path / "new" / HEALED))
+    load_healed_state(others, read_healed(path))
     assert distance(submodel, again) == 0
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [HEALED]
+    assert list(path.parent.iterdir()) == [path]
     whole = find_layer_stack(base).layers
-    with pytest.raises(ValueError, match="other layers"):
+    with pytest.raises(ValueError, match="names or shapes differ"):
         load_healed_state(whole, healed_state(layers))
-    (tmp_path / HEALED).write_bytes(b"no")
-    for path in (tmp_path / HEALED, tmp_path / "nowhere"):
+    path.write_bytes(b"no")
+    for unreadable in (path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="cannot be read"):
-            read_healed(path)
+            read_healed(unreadable)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_devft.configuration import StageConfig
 from hf_devft.files import atomic_folder, replace_files
 from hf_devft.layout import State
-from hf_devft.stages.healing import HEALED
+from hf_devft.stages.healing import healed_path
 from hf_devft.stages.supported import check_adapter
 
 
@@ -65,14 +65,19 @@ def newest_commit(repo_id: str, revision: str | None = None, token: str | None =
         return HfApi(token=token).model_info(repo_id, revision=revision).sha
 
 
-def download_stage(repo_id: str, revision: str | None = None, token: str | None = None) -> str:
+def download_stage(repo_id: str, revision: str | None = None, token: str | None = None, healed: bool = False) -> str:
     """The newest stage of a repository, in a local folder; no more than a run needs to go on, and nothing pickled.
+
+    Args:
+        healed: whether the run has healed its submodels, whose layers it needs then.
+
 
     Raises:
         ValueError: the repository cannot be read.
     """
     with _reading(repo_id):
-        return snapshot_download(repo_id, revision=revision, token=token, allow_patterns=["*.json", ADAPTER_WEIGHTS])
+        patterns = ["*.json", ADAPTER_WEIGHTS, *([str(healed_path("*", "*"))] if healed else [])]
+        return snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns)
 
 
 def fetch_adapter(
@@ -86,7 +91,7 @@ def fetch_adapter(
     """
     if Path(name_or_path).is_dir():
         return Path(name_or_path) / subfolder
-    files = [str(PurePosixPath(subfolder) / name) for name in (CONFIG_NAME, ADAPTER_WEIGHTS, HEALED)]
+    files = [str(PurePosixPath(subfolder) / name) for name in (CONFIG_NAME, ADAPTER_WEIGHTS, healed_path("", "*"))]
     with _reading(str(name_or_path)):
         folder = snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=files)
     return Path(folder) / subfolder

@@ -15,7 +15,9 @@ from hf_devft.stages.distillation import distil
 from hf_devft.stages.weights import like
 
 
-HEALED = "healed.safetensors"
+def healed_path(folder: str | Path, stage: int | str) -> Path:
+    """Where a folder has the healed layers of a stage ("*": of any)."""
+    return Path(folder, f"healed-{stage}.safetensors")
 
 
 def heal(
@@ -47,13 +49,13 @@ def heal(
     try:
         return distil(teacher, submodel, batches, steps, learning_rate, autocast)
     finally:
-        healed = {name: parameter.detach() for name, parameter in _parameters(layers).items()}
-        _replace(layers, {name: like(values, before[name]) for name, values in healed.items()})
+        trained = _parameters(layers)
+        _replace(layers, {name: like(trained[name].detach(), old) for name, old in before.items()})
 
 
 def healed_state(layers: Sequence[nn.Module]) -> State:
     """All weights of a submodel's layers, by the layer's number and the parameter's name."""
-    return {name: parameter.detach().cpu() for name, parameter in _parameters(layers).items()}
+    return {name: parameter.detach() for name, parameter in _parameters(layers).items()}
 
 
 def load_healed_state(layers: Sequence[nn.Module], state: State) -> None:
@@ -65,7 +67,7 @@ def load_healed_state(layers: Sequence[nn.Module], state: State) -> None:
     before = _parameters(layers)
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (before, state)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"{HEALED} is of other layers than the submodel's: names or shapes differ.")
+        raise ValueError("the healed layers are others than the submodel's: names or shapes differ.")
     _replace(layers, {name: like(state[name].to(old.device), old) for name, old in before.items()})
 
 
@@ -73,7 +75,9 @@ def save_healed(path: Path, state: State) -> None:
     """Write `healed_state` in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary, metadata={"format": "pt"}
+    )
     temporary.replace(path)
 
 
@@ -86,15 +90,20 @@ def read_healed(path: Path) -> State:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"the submodel was healed, but {path} cannot be read: {error}") from error
+        raise ValueError(
+            f"the submodel was healed, but {path} cannot be read: {error}. Fetch the run's folder again, whole."
+        ) from error
 
 
 def _parameters(layers: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
-    return {f"{index}.{name}": value for index, layer in enumerate(layers) for name, value in layer.named_parameters()}
+    """Each once, as `nn.Module.named_parameters`."""
+    return dict(nn.ModuleList(layers).named_parameters())
 
 
 def _replace(layers: Sequence[nn.Module], parameters: dict[str, nn.Parameter]) -> None:
-    for key, parameter in parameters.items():
-        index, _, name = key.partition(".")
+    """Put others in the place of all that `_parameters` has found, under every name that they have."""
+    root = nn.ModuleList(layers)
+    new = {id(old): parameters[name] for name, old in _parameters(layers).items()}
+    for name, old in list(root.named_parameters(remove_duplicate=False)):
         module, _, leaf = name.rpartition(".")
-        setattr(layers[int(index)].get_submodule(module), leaf, parameter)
+        setattr(root.get_submodule(module), leaf, new[id(old)])

@@ -66,10 +66,16 @@ def check_rules(config: PeftConfig, args: DevFTConfig) -> None:
         ValueError: DoRA, or an initialisation that changes the base, with rules that give a layer what belongs to
             others.
     """
-    if getattr(config, "use_dora", False) and {args.fusion, args.adapter_fusion} != {"anchor"}:
+    fused = {args.fusion, args.adapter_fusion} != {"anchor"}
+    if getattr(config, "use_dora", False) and (fused or args.healing_steps):
         raise ValueError(
-            "LoraConfig(use_dora=True) keeps the norms of a layer's weights, which fused layers do not have: set "
-            'fusion="anchor" and adapter_fusion="anchor".'
+            "LoraConfig(use_dora=True) keeps the norms of a layer's weights, which fused and healed layers do not "
+            'have: set fusion="anchor" and adapter_fusion="anchor", and leave out healing_steps.'
+        )
+    quantised = (args.model_init_kwargs or {}).get("quantization_config")
+    if args.healing_steps and quantised:
+        raise ValueError(
+            f"healing_steps={args.healing_steps} trains all weights of the layers: use a base that is not quantised."
         )
     if not moves_weights(config):
         return
@@ -83,7 +89,7 @@ def check_rules(config: PeftConfig, args: DevFTConfig) -> None:
         raise ValueError(f'{init} needs its adapter on every module: leave out "calibrated" and temporary_head.')
     if given := uneven_options(config):
         raise ValueError(f"{init} is saved as plain LoRA of one rank: leave out {', '.join(given)}.")
-    if (args.model_init_kwargs or {}).get("quantization_config"):
+    if quantised:
         raise ValueError(f"{init} changes the base's weights: use a base that is not quantised.")
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         raise ValueError(f"{init} changes the base's weights, which are not whole under ZeRO-3: use ZeRO-2.")

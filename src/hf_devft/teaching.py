@@ -1,4 +1,4 @@
-"""`DistillationMixin`: what the server teaches. A submodel, to stand for the whole base, before anything is learned on
+"""`TeachingMixin`: what the server teaches. A submodel, to stand for the whole base, before anything is learned on
 it (healing); a larger submodel, what the smaller one before it answers (distillation)."""
 
 import functools
@@ -8,37 +8,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel
 
+from hf_devft.checkpoint import Checkpoint
 from hf_devft.configuration import StageConfig, refuse
 from hf_devft.federation.ledger import flops_per_token, forward_flops
 from hf_devft.federation.methods import FederatedMethod
+from hf_devft.files import link_or_copy
 from hf_devft.generation import continuations, prompt_and_answer
 from hf_devft.hub.artifacts import SUBMODEL
 from hf_devft.metrics import IGNORED
 from hf_devft.stages.adapter import adapter_state, load_adapter_state
 from hf_devft.stages.distillation import distil
-from hf_devft.stages.healing import HEALED, heal, healed_state, load_healed_state, read_healed, save_healed
+from hf_devft.stages.healing import heal, healed_path, healed_state, load_healed_state, read_healed, save_healed
 from hf_devft.stages.layer_stack import LayerStack
 from hf_devft.stages.submodel import build_submodel, build_whole, layers_of
 
 
 # Tasks whose rows are prompts and answers; None is that of a trainer that says nothing.
 _ANSWERING = (None, "text-generation")
-# Where a run keeps the layers that it has healed, beside its checkpoints; a finished stage has its own in `submodel/`.
+# Where a run keeps the layers that it has healed; checkpoints and finished stages have what they need in `submodel/`.
 _KEPT = ".healed"
 
 
-class DistillationMixin:
+class TeachingMixin:
     """Distillation on the server's own texts, of which no label is used; a federated precedent is FedDF (Lin et al.
     2020, arXiv 2006.07242), which distils many clients' models into one."""
 
-    _healed: dict[int, Path]  # stage -> where its healed layers are, of those that are
+    _base_answers: Dataset | None = None  # to the server's prompts; the base does not change
 
     def _check_teaching(self, method: FederatedMethod) -> None:
         """Refuse what the server's teaching cannot be joined with, if it is asked for.
@@ -55,7 +57,8 @@ class DistillationMixin:
                     args.task not in _ANSWERING or self.model.get_output_embeddings() is None
                 ),
                 "it trains all weights of the layers: load the base unquantised": (
-                    not all(parameter.is_floating_point() for parameter in self.model.parameters())
+                    getattr(self.model.get_base_model(), "is_quantized", False)
+                    or not all(parameter.is_floating_point() for parameter in self.model.parameters())
                 ),
                 "fp16 loses small gradients, which nothing scales there: load the base in bfloat16 or float32": (
                     self.model.dtype == torch.float16
@@ -99,30 +102,32 @@ class DistillationMixin:
         return submodel
 
     def _heal(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack, submodel: PreTrainedModel) -> None:
-        """Teach `submodel`'s layers to stand for the whole base; those that have been taught in this run, or before it
-        was resumed, are read again."""
-        layers, state, flops = layers_of(submodel, stack, stage.groups), None, 0.0
+        """Teach `submodel`'s layers to stand for the whole base; what this run has taught before is read again."""
+        layers, kept, flops = layers_of(submodel, stack, stage.groups), self._kept(stage), 0.0
         if self.is_world_process_zero():
-            if stage.stage in self._healed:
-                state = read_healed(self._healed[stage.stage])
+            if kept.exists():
+                load_healed_state(layers, read_healed(kept))
             else:
                 flops = self._teach_layers(stage, base, submodel, layers)
-                state = healed_state(layers)
-                self._healed[stage.stage] = Path(self.args.output_dir, _KEPT, f"stage-{stage.stage}.safetensors")
-                save_healed(self._healed[stage.stage], state)
-        # Machines may differ in their last bits: the main process's layers are everyone's.
-        state, flops = broadcast_object_list([state, flops])
-        load_healed_state(layers, state)
-        stage.totals["setup_flops"] = stage.totals.get("setup_flops", 0.0) + flops
+                save_healed(kept, healed_state(layers))
+        if self.args.world_size > 1:
+            # Machines may differ in their last bits: the main process's layers are everyone's.
+            state = healed_state(layers)
+            state = {name: tensor.to(self.args.device, copy=True) for name, tensor in state.items()}
+            load_healed_state(layers, broadcast(state))
+        self._spend(stage, broadcast_object_list([flops])[0])
+        self._seed_round()
 
     def _teach_layers(
         self, stage: StageConfig, base: PreTrainedModel, submodel: PreTrainedModel, layers: list[nn.Module]
     ) -> float:
         """Returns the FLOPs."""
-        args = self.args
-        set_seed(args.seed + stage.stage)  # collators and dropout may draw; whenever it is done, it is the same
+        args, flops = self.args, 0.0
+        set_seed(args.seed + stage.stage)  # collators and dropout may draw
         teacher = build_whole(base, args.stack).to(args.device).requires_grad_(False)
-        batches, flops = self._questions(teacher, args.healing_steps, seed=args.seed + stage.stage)
+        if self._base_answers is None:
+            self._base_answers, flops = self._answered(teacher)
+        batches = self._batches(self._base_answers, args.healing_steps, args.seed + stage.stage)
         positions = heal(
             teacher,
             submodel.to(args.device),
@@ -132,36 +137,67 @@ class DistillationMixin:
             args.healing_learning_rate,
             functools.partial(self._half_precision, base.dtype == torch.bfloat16),
         )
-        self._seed_round()
         return flops + positions * (forward_flops(teacher) + 3 * forward_flops(submodel))
 
     def _half_precision(self, is_half: bool) -> AbstractContextManager:
         """That of training, or of weights that are in bfloat16 already."""
         return torch.autocast(self.args.device.type, torch.bfloat16) if is_half else self._autocast()
 
+    def _kept(self, stage: StageConfig) -> Path:
+        """Where this run keeps a stage's healed layers."""
+        return healed_path(Path(self.args.output_dir, _KEPT), stage.stage)
+
+    def _needed_later(self, stage: StageConfig) -> list[StageConfig]:
+        """The stages whose healed layers a run needs to go on within `stage` or after it: its own, and those that
+        clients train who can hold no more."""
+        if not self.args.healing_steps:
+            return []
+        first = 1 if self.args.client_max_layers else stage.stage
+        return [each for each in self.stages[first - 1 : stage.stage] if each.num_layers < each.full_layers]
+
     def _keep_healed(self, stage: StageConfig, folder: Path) -> None:
-        """A finished stage's healed layers, into its folder."""
-        if stage.stage in self._healed:
-            shutil.copyfile(self._healed[stage.stage], folder / SUBMODEL / HEALED)
+        """What goes with a compact adapter of `stage` into its folder."""
+        for each in self._needed_later(stage):
+            link_or_copy(self._kept(each), healed_path(folder, each.stage))
 
-    def _find_healed(self, checkpoint: str | None) -> None:
-        """What the run that is resumed has healed; what is not there is healed again. A new run begins anew."""
-        if checkpoint is None:
-            self._healed = {}
-            if self.is_world_process_zero():
-                shutil.rmtree(Path(self.args.output_dir, _KEPT), ignore_errors=True)
+    def _take_up_healed(self, folder: str, checkpoint: Checkpoint) -> None:
+        """Make what a resumed run has healed this one's.
+
+        Raises:
+            ValueError: a stage's layers are needed and not there.
+        """
+        within = checkpoint.sub is not None
+        if not within and not (self.args.distillation_steps or self.args.client_max_layers):
             return
-        found = (Path(checkpoint).parent / _KEPT).glob("stage-*.safetensors")
-        self._healed = {int(path.stem.removeprefix("stage-")): path for path in found}
+        for stage in self._needed_later(self.stages[checkpoint.run.stage - 1 - (not within)]):
+            places = (Path(folder, SUBMODEL), Path(folder, f"stage-{stage.stage}", SUBMODEL))
+            paths = [path for place in places if (path := healed_path(place, stage.stage)).exists()]
+            if not paths:
+                raise ValueError(
+                    f"{folder} lacks the healed layers of stage {stage.stage}, "
+                    f"{healed_path(SUBMODEL, stage.stage)}: give the whole folder, as the run has left it."
+                )
+            if self.is_world_process_zero():
+                link_or_copy(paths[0], self._kept(stage))
 
-    def _distil(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack, student: PeftModel) -> float:
-        """Teach `student`, the submodel of `stage`, what that of the stage before answers. Returns the FLOPs."""
+    def _forget_healed(self) -> None:
+        """What another run has left."""
+        if self.is_world_process_zero():
+            shutil.rmtree(Path(self.args.output_dir, _KEPT), ignore_errors=True)
+
+    def _spend(self, stage: StageConfig, flops: float) -> None:
+        """Note what teaching took of the server."""
+        stage.totals["setup_flops"] = stage.totals.get("setup_flops", 0.0) + flops
+
+    def _distil(self, stage: StageConfig, base: PreTrainedModel, stack: LayerStack, student: PeftModel) -> None:
+        """Teach `student`, the submodel of `stage`, what that of the stage before answers."""
+        teacher = self._submodel_of(self.stages[stage.stage - 2], base, stack)
         self._seed_round()  # collators and dropout may draw
         flops, taught = 0.0, None
         if self.is_world_process_zero():
-            teacher = self._submodel_of(self.stages[stage.stage - 2], base, stack).to(self.args.device)
-            teacher.requires_grad_(False)
-            batches, flops = self._questions(teacher, self.args.distillation_steps, self.args.seed + stage.stage)
+            teacher = teacher.to(self.args.device).requires_grad_(False)
+            rows, flops = self._answered(teacher)
+            batches = self._batches(rows, self.args.distillation_steps, self.args.seed + stage.stage)
             positions = distil(
                 teacher,
                 student.to(self.args.device),
@@ -175,36 +211,37 @@ class DistillationMixin:
         # Machines may differ in their last bits: the main process's adapter is everyone's.
         taught, flops = broadcast_object_list([taught, flops])
         load_adapter_state(student, taught)
+        self._spend(stage, flops)
         self._seed_round()
-        return flops
 
     def _without_labels(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in self._prepare_inputs(batch).items() if name != "labels"}
 
-    def _questions(self, teacher: PreTrainedModel | PeftModel, steps: int, seed: int) -> tuple[DataLoader, float]:
-        """(as many batches as `steps`, FLOPs); answers to prompts are the teacher's own."""
-        args, rows, flops = self.args, self._calibration_rows(), 0.0
-        if args.task in _ANSWERING:
-            pairs = list(map(prompt_and_answer, rows))
-            room = args.max_length - args.generation_max_new_tokens
-            asked = {index: prompt[-room:] for index, (prompt, _) in enumerate(pairs) if prompt}
-            with self._autocast():
-                answers = continuations(
-                    teacher,
-                    self.processing_class,
-                    list(asked.values()),
-                    args.generation_max_new_tokens,
-                    args.eval_batch_size,
-                )
-            told = {index: prompt + answers[place] for place, (index, prompt) in enumerate(asked.items())}
-            flops = sum(map(len, told.values())) * forward_flops(teacher)
-            texts = [told.get(index, whole) for index, (_, whole) in enumerate(pairs)]
-            rows = Dataset.from_dict({"input_ids": texts, "labels": [[IGNORED] * len(text) for text in texts]})
-        sampler = RandomSampler(
-            rows,
-            num_samples=steps * args.train_batch_size,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        rows = self._remove_unused_columns(rows, description="Distillation")
-        loader = DataLoader(rows, batch_size=args.train_batch_size, sampler=sampler, collate_fn=self.data_collator)
-        return loader, flops
+    def _answered(self, teacher: PreTrainedModel | PeftModel) -> tuple[Dataset, float]:
+        """(the server's rows, FLOPs); answers to prompts are the teacher's own."""
+        args, rows = self.args, self._calibration_rows()
+        if args.task not in _ANSWERING:
+            return rows, 0.0
+        pairs = list(map(prompt_and_answer, rows))
+        room = args.max_length - args.generation_max_new_tokens
+        asked = {index: prompt[-room:] for index, (prompt, _) in enumerate(pairs) if prompt}
+        with self._autocast():
+            answers = continuations(
+                teacher,
+                self.processing_class,
+                list(asked.values()),
+                args.generation_max_new_tokens,
+                args.eval_batch_size,
+            )
+        told = {index: prompt + answers[place] for place, (index, prompt) in enumerate(asked.items())}
+        texts = [told.get(index, whole) for index, (_, whole) in enumerate(pairs)]
+        labels = [[IGNORED] * len(text) for text in texts]
+        flops = sum(map(len, told.values())) * forward_flops(teacher)
+        return Dataset.from_dict({"input_ids": texts, "labels": labels}), flops
+
+    def _batches(self, rows: Dataset, steps: int, seed: int) -> DataLoader:
+        """As many batches as `steps`."""
+        count = steps * self.args.train_batch_size
+        sampler = RandomSampler(rows, num_samples=count, generator=torch.Generator().manual_seed(seed))
+        rows = self._remove_unused_columns(rows, description="The server's texts")
+        return DataLoader(rows, batch_size=self.args.train_batch_size, sampler=sampler, collate_fn=self.data_collator)

@@ -1,6 +1,5 @@
 """Layers of a submodel are taught to stand for the whole base before anything is learned on them."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,13 +8,12 @@ import torch
 from conftest import lora, tiny_llama
 from datasets import Dataset
 from test_loading import submodel_loss
-from test_methods_in_runs import weights
 from test_trainer import assert_equal, final_adapter
 
-from hf_devft import DevFTTrainer, load_submodel
+from hf_devft import DevFTTrainer, load_submodel, teaching
 from hf_devft.embedded import task_dataset
 from hf_devft.stages.distillation import divergence
-from hf_devft.stages.healing import HEALED
+from hf_devft.stages.healing import healed_path, read_healed
 from hf_devft.stages.submodel import build_submodel, build_whole
 
 
@@ -70,15 +68,17 @@ def test_the_healed_submodel_is_the_one_that_was_trained(make_trainer, eval_task
     model = load_submodel(tiny_llama(), run, stage=1)
     loss = submodel_loss(model, eval_tasks, tokenizer, tmp_path, make_trainer)
     assert loss == pytest.approx(trainer.stages[0].metrics["eval_loss"], rel=1e-6)
-    assert not (run / "stage-2" / "submodel" / HEALED).exists()
-    (run / "stage-1" / "submodel" / HEALED).unlink()
+    assert not list((run / "stage-2").rglob("healed*"))
+    healed_path(run / "stage-1" / "submodel", 1).unlink()
     with pytest.raises(ValueError, match="was healed"):
         load_submodel(tiny_llama(), run, stage=1)
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_run_that_goes_on_has_the_layers_that_it_had(make_trainer, tmp_path, kept):
-    """And heals them again, alike, where they are gone."""
+@pytest.mark.parametrize(
+    ("point", "known"), [("checkpoint-1", 1), ("checkpoint-3", 2), ("stage-1", 1), ("stage-2", 2)]
+)
+def test_a_run_that_goes_on_has_the_layers_that_it_had(make_trainer, tmp_path, point, known):
+    """Elsewhere, with nothing but the folder that it goes on from, and once more from there."""
     options = OPTIONS | {
         "stage_layers": [1, 2, 4], "distillation_steps": 2, "client_max_layers": [1, 4],
         "beyond_capacity": "keep_last", "save_strategy": "steps", "save_steps": 1,
@@ -86,25 +86,41 @@ def test_a_run_that_goes_on_has_the_layers_that_it_had(make_trainer, tmp_path, k
     }  # fmt: skip
     whole = make_trainer(output_dir=tmp_path / "whole", **options)
     whole.train()
-    for point in ("checkpoint-3", "stage-1", "stage-2"):
-        copied = tmp_path / point
-        shutil.copytree(tmp_path / "whole", copied)
-        if not kept:
-            shutil.rmtree(copied / ".healed")
-        resumed = make_trainer(output_dir=tmp_path / f"resumed-{point}", **options)
-        resumed.train(resume_from_checkpoint=str(copied / point))
-        assert_equal(weights(Path(resumed.args.output_dir)), weights(tmp_path / "whole"))
-    with pytest.raises(ValueError, match="healing"):
-        make_trainer(**options | {"healing_steps": 3}).train(resume_from_checkpoint=str(tmp_path / "stage-1/stage-1"))
+    folder = Path(shutil.move(tmp_path / "whole" / point, tmp_path / "moved" / point))
+    texts = task_dataset(8, seed=7)  # that other layers would be healed on
+    resumed = make_trainer(output_dir=tmp_path / "resumed", **options, calibration_dataset=texts)
+    resumed.train(resume_from_checkpoint=str(folder))
+    for stage in (1, 2):
+        at = (healed_path(tmp_path / run / "stage-3" / "submodel", stage) for run in ("whole", "resumed"))
+        before, after = map(read_healed, at)
+        assert all(torch.equal(before[name], after[name]) for name in before) == (stage <= known)
+    if known == 2:
+        healed_path(folder / "submodel", 1).unlink()
+        with pytest.raises(ValueError, match="lacks the healed layers of stage 1"):
+            make_trainer(output_dir=tmp_path / "lacking", **options).train(resume_from_checkpoint=str(folder))
 
 
 def test_a_new_run_takes_nothing_of_an_old_one(make_trainer):
     first = make_trainer(**OPTIONS)
     first.train()
-    Path(first.args.output_dir, ".healed", "stage-1.safetensors").write_bytes(b"of something else")
+    adapter, spent = final_adapter(first), first.stages[0].totals["setup_flops"]
+    healed_path(Path(first.args.output_dir, ".healed"), 1).write_bytes(b"of something else")
     second = make_trainer(**OPTIONS)
     second.train()
-    assert_equal(final_adapter(first), final_adapter(second))
+    assert_equal(adapter, final_adapter(second))
+    second.train()
+    assert second.stages[0].totals["setup_flops"] == pytest.approx(spent, rel=0.2), "once"
+
+
+def test_the_base_answers_once(make_trainer, monkeypatch):
+    asked = []
+    original = teaching.continuations
+    monkeypatch.setattr(teaching, "continuations", lambda *args: asked.append(args) or original(*args))
+    trainer = make_trainer(**OPTIONS | {"healing_steps": 1, "stage_layers": [1, 2, 4], "stage_rounds": [1]})
+    trainer.train()
+    assert len(asked) == 1
+    first, second, _ = (stage.totals["setup_flops"] for stage in trainer.stages)
+    assert first > second > 0
 
 
 def test_it_goes_with_a_base_that_is_read_layer_by_layer(make_trainer, tmp_path):
@@ -122,8 +138,8 @@ def test_a_base_in_half_precision_stays_that(make_trainer):
     trainer.train()
     plain, healed = trainer.distances[0]
     assert healed < plain
-    path = Path(trainer.args.output_dir, "stage-1", "submodel", HEALED)
-    assert json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
+    state = read_healed(healed_path(Path(trainer.args.output_dir, "stage-1", "submodel"), 1))
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -134,6 +150,8 @@ def test_a_base_in_half_precision_stays_that(make_trainer):
     ({"healing_steps": -1}, "give 0 or more"),
     ({"healing_learning_rate": 0.0}, "give a rate above 0"),
     ({"model": tiny_llama().to(torch.float16)}, "load the base in bfloat16"),
+    ({"peft_config": lora(use_dora=True)}, "leave out healing_steps"),
+    ({"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}, "not quantised"),
 ])  # fmt: skip
 def test_what_it_cannot_be_joined_with_is_said_first(make_trainer, options, message):
     with pytest.raises(ValueError, match=message):
