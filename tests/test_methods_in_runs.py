@@ -248,8 +248,8 @@ def alone(tmp_path_factory) -> Path:
 
 
 # What asks something of the engine: frozen parts, skipped layers, tapped gradients, open weights, a head.
-ON_ENGINES = ["fedsa_lora", "rolora", "flora", "droppeft", "fedprox", "scaffold", "progfed", "distilled"]
-NOT_WHOLE = ["flora", "distilled"]  # as their models are cut under ZeRO-3
+ON_ENGINES = ["fedsa_lora", "rolora", "flora", "droppeft", "fedprox", "scaffold", "progfed", "distilled", "healed"]
+NOT_WHOLE = ["flora", "distilled", "healed"]  # as their models are cut under ZeRO-3
 
 
 @pytest.mark.parametrize(

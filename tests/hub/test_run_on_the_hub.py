@@ -14,6 +14,8 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "devft.py"
 SHORT = [
     "--stage_rounds", "1", "--local_steps", "1", "--task_rows", "100", "--task_eval_rows", "8",
     "--eval_strategy", "no", "--predict_with_generate", "false", "--push_to_hub", "--hub_model_id", "me/run",
+    "--healing_steps", "1", "--distillation_steps", "1", "--calibration_samples", "4",
+    "--generation_max_new_tokens", "2",
 ]  # fmt: skip
 
 
@@ -86,17 +88,23 @@ def test_a_process_without_our_code_loads_every_stage_by_name(pushed):
 
 
 READ = """
-from hf_devft import StageConfig
+import sys
+import torch
+from hf_devft import StageConfig, load_submodel
 config = StageConfig.from_pretrained("me/run", subfolder="stage-2")
 assert config.num_layers == 8 and StageConfig.from_pretrained("me/run", revision="stage-1").num_layers == 4
 config.push_to_hub("me/record")
 assert StageConfig.from_pretrained("me/record") == config
+assert config.healing_steps == 1
+here = load_submodel("embedded", sys.argv[1], stage=2).state_dict()
+there = load_submodel("embedded", "me/run", stage=2).state_dict()
+assert all(torch.equal(here[name], there[name]) for name in here)
 """
 
 
 def test_a_stages_record_is_read_and_pushed_by_name(pushed):
     hub, folder, _ = pushed
-    result = run(folder / "home", hub.url, "-c", READ)
+    result = run(folder / "home", hub.url, "-c", READ, folder / "run")
     assert result.returncode == 0, result.stderr
 
 
@@ -111,6 +119,7 @@ def test_a_run_goes_on_from_the_hub_on_another_machine(pushed, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "run" / "stage-2").exists()
+    # The third stage is taught by the second, whose layers were healed.
     for name in ("adapter_model.safetensors", "submodel/adapter_model.safetensors"):
         here, there = (path / "stage-3" / name for path in (tmp_path / "run", folder / "run"))
         assert here.read_bytes() == there.read_bytes()
