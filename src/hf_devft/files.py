@@ -41,8 +41,10 @@ def _flush(folder: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file that is never written to again, or a copy where the disk knows none."""
+    """A second name for a file that is never written to again, or a copy where the disk knows none; what had that name
+    before is another file's."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:
