@@ -50,17 +50,6 @@ def test_a_submodel_says_what_the_base_says(make_trainer, fusion):
     assert "| server TFLOPs |" in card
 
 
-def test_no_answer_is_read_of_prompts(make_trainer):
-    rows = task_dataset(8, seed=1)
-    adapters = []
-    for completion in (rows["completion"][:], [" something else"] * 8):
-        told = rows.remove_columns("completion").add_column("completion", completion)
-        trainer = make_trainer(**OPTIONS | {"healing_steps": 2}, calibration_dataset=told)
-        trainer.train()
-        adapters.append(final_adapter(trainer))
-    assert_equal(*adapters)
-
-
 def test_the_healed_submodel_is_the_one_that_was_trained(make_trainer, eval_tasks, tokenizer, tmp_path):
     trainer = make_trainer(eval_dataset=eval_tasks, eval_strategy="epoch", **OPTIONS)
     trainer.train()

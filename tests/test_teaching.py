@@ -1,4 +1,4 @@
-"""Where the layers grow, the larger submodel is taught what the smaller one answers."""
+"""Where the layers grow, the larger submodel is taught what the smaller one answers (healing: `test_healed_runs.py`)."""
 
 from pathlib import Path
 
@@ -49,12 +49,13 @@ def test_a_larger_submodel_starts_from_what_the_smaller_one_answers(make_trainer
     assert "| server TFLOPs |" in card
 
 
-def test_of_prompts_no_answer_is_read(make_trainer):
+@pytest.mark.parametrize("option", ["healing_steps", "distillation_steps"])
+def test_of_prompts_no_answer_is_read(make_trainer, option):
     rows = task_dataset(8, seed=1)
     adapters = []
     for completion in (rows["completion"][:], [" something else"] * 8):
         told = rows.remove_columns("completion").add_column("completion", completion)
-        trainer = make_trainer(distillation_steps=2, generation_max_new_tokens=4, calibration_dataset=told)
+        trainer = make_trainer(**{option: 2}, generation_max_new_tokens=4, calibration_dataset=told)
         trainer.train()
         adapters.append(final_adapter(trainer))
     assert_equal(*adapters)
