@@ -1,4 +1,4 @@
-"""Where the layers grow, the larger submodel is taught what the smaller one answers; healing: `test_healed_runs.py`."""
+"""Where layers grow, the larger submodel is taught what the smaller one answers; for healing `test_healed_runs.py`."""
 
 from pathlib import Path
 
