@@ -64,6 +64,8 @@ VARIANTS = {
         "FedIT of rank 2, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, "--lora_r", "2", "--lora_alpha", "8"),
         "FedIT of rank 2, alpha 16, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, "--lora_r", "2"),
         "FedIT of rank 1, alpha 16, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, "--lora_r", "1"),
+        "FedIT of rank 4, 6e-3 linear, 16 rounds, int4": fedit(16, "6e-3", *LINEAR, "--lora_r", "4", *INT4),
+        "FedIT of rank 2, alpha 16, 6e-3 linear, 16 rounds, int4": fedit(16, "6e-3", *LINEAR, "--lora_r", "2", *INT4),
         "FedIT on 4 of the layers, 6e-3 linear, 16 rounds": fedit(16, "6e-3", *LINEAR, *FOUR_LAYERS),
         "FedIT of 20 local steps, 6e-3 linear, 8 rounds": fedit(8, "6e-3", *LINEAR, *TWENTY),
         "FedIT, PiSSA, 3e-3 linear, 12 rounds": fedit(12, "3e-3", *LINEAR, *PISSA),
@@ -85,6 +87,21 @@ VARIANTS = {
         ),
         "DevFT 4-16, 16 + 2 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
             "4 16", "16 2", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER
+        ),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, int4": devft(
+            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, *INT4
+        ),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, rank 4": devft(
+            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, "--lora_r", "4"
+        ),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, rank 4, int4": devft(
+            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, "--lora_r", "4", *INT4
+        ),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, rank 2": devft(
+            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, "--lora_r", "2"
+        ),
+        "DevFT 4-16, 8 + 2 rounds of 20 local steps, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
+            "4 16", "8 2", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, *TWENTY
         ),
         "DevFT 4-16, 16 + 4 rounds, 6e-3 linear, distilled": devft(
             "4 16", "16 4", "6e-3 6e-3", *LINEAR, *DISTILLED, "512"
@@ -149,8 +166,8 @@ DRAWN = (
     "FedIT of rank 2, 6e-3 linear, 16 rounds",
     "DevFT, the paper's rules, 4-8-16",
     "DevFT 4-8-16, 12 + 4 + 6 rounds, 6e-3, 8e-3, 1e-2 linear",
-    "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled",
-    "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, int4",
+    "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps",
+    "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, int4",
     "FedIT, 2e-3, 30 rounds",
     "FedIT, 6e-3 linear, 30 rounds",
     "DevFT 4-16, 20 + 12 rounds, 6e-3, 9e-3 linear",
