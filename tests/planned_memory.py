@@ -1,6 +1,8 @@
-"""A run's planned and measured peak memory, in a process of its own; prints [[planned, measured], ...] by stage."""
+"""Planned and measured peak memory of a run with the options of the command line, in JSON, in a process of its own;
+prints what the clients and the server take: {who: [[planned, measured], ...]}, by stage."""
 
 import json
+import sys
 import tempfile
 
 import torch
@@ -27,15 +29,17 @@ def base(hidden_size: int) -> LlamaForCausalLM:
 def trainer(args, hidden_size: int) -> DevFTTrainer:
     tokenizer = AutoTokenizer.from_pretrained(BASE_PATH)
     return DevFTTrainer(
-        base(hidden_size), args, peft_config=lora(), train_dataset=task_dataset(64), processing_class=tokenizer
-    )
+        base(hidden_size), args, peft_config=lora(), train_dataset=task_dataset(64), processing_class=tokenizer,
+        calibration_dataset=task_dataset(16, seed=1),
+    )  # fmt: skip
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = config(
-            folder, stage_layers=[4], stage_rounds=[1], num_clients=2, local_steps=2, per_device_train_batch_size=16
-        )
+            folder, stage_rounds=[1], num_clients=2, local_steps=2, per_device_train_batch_size=16,
+            calibration_samples=16, generation_max_new_tokens=12, **json.loads(sys.argv[1]),
+        )  # fmt: skip
         small = trainer(args, 16)  # loads the libraries
         small.train()
         clients = ClientData(small.train_dataset, small.clients.rows)
@@ -48,8 +52,10 @@ def main() -> None:
             empty = base(512)
         empty.tie_weights()
         plan = plan_run(args, empty, lora(), clients)
-    pairs = zip(plan.stages, large.stages, strict=True)
-    print(json.dumps([[planned.client_memory, stage.totals["peak_memory"] - before] for planned, stage in pairs]))
+    pairs = list(zip(plan.stages, large.stages, strict=True))
+    clients = [[planned.client_memory, stage.totals["peak_memory"] - before] for planned, stage in pairs]
+    server = [[planned.server_memory, stage.totals["setup_peak_memory"] - before] for planned, stage in pairs]
+    print(json.dumps({"clients": clients, "server": server}))
 
 
 if __name__ == "__main__":

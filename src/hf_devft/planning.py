@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from hf_devft.configuration import DevFTConfig, StageConfig
+from hf_devft.configuration import ANSWERING, DevFTConfig, StageConfig
 from hf_devft.federation.batches import FederatedBatchSampler
 from hf_devft.federation.ledger import flops_per_token, forward_flops
 from hf_devft.federation.memory import Memory
@@ -51,8 +51,8 @@ class StagePlan:
         setup_flops: of the server's healing and distillation before the first round, in as long texts as the
             clients', the answers to prompts included.
         client_memory: peak in bytes of base, adapter, optimiser and activations of one micro-batch.
-        server_memory: peak in bytes of the submodel that it makes, and of aggregation or of healing; evaluation is not
-            counted.
+        server_memory: peak in bytes of the submodel that it makes, and of aggregation, healing or distillation;
+            evaluation is not counted.
     """
 
     stage: str
@@ -190,6 +190,8 @@ def _plan_stage(
         returning * sum(rows * (length if reads_tokens else longest) for rows, length in batches)
         for longest in lengths
     ]
+    client_memory = base_bytes + _TRAINED_BYTES * trained + kept
+    row = sum(positions) / (returning * sum(rows for rows, _ in batches))  # padding included
     return StagePlan(
         stage=str(stage.stage),
         num_layers=stage.num_layers,
@@ -201,20 +203,31 @@ def _plan_stage(
         bytes=turns * (down + returning * up),
         tokens=sum(positions),
         flops=sum(map(operator.mul, positions, flops_per_token(model, encoders=encoders))),
-        setup_flops=_teaching_flops(args, submodels, stage, smaller, batches),
-        client_memory=base_bytes + _TRAINED_BYTES * trained + kept,
-        server_memory=max(base_bytes + _SERVER_BYTES * sum(layout.sizes), _healing_memory(args, submodels, stage)),
+        setup_flops=_teaching_flops(args, submodels, stage, smaller, row),
+        client_memory=client_memory,
+        server_memory=max(
+            base_bytes + _SERVER_BYTES * sum(layout.sizes),
+            _healing_memory(args, submodels, stage, kept),
+            _distillation_memory(args, submodels, smaller, client_memory),
+        ),
     )
 
 
-def _healing_memory(args: DevFTConfig, submodels: _Submodels, stage: StageConfig) -> int:
-    """The whole base, and the submodel's weights with their gradients and moments in float32; without activations."""
+def _distillation_memory(args: DevFTConfig, submodels: _Submodels, smaller: StageConfig | None, student: int) -> int:
+    """What a client's training takes, and the smaller submodel that teaches."""
+    if not args.distillation_steps or smaller is None:
+        return 0
+    return student + submodels.model(smaller.num_layers)[1]
+
+
+def _healing_memory(args: DevFTConfig, submodels: _Submodels, stage: StageConfig, kept: int) -> int:
+    """The whole base, the submodel's weights with their gradients and moments in float32, and the activations."""
     if not args.healing_steps or stage.num_layers == stage.full_layers:
         return 0
     model, (_, whole_bytes) = submodels.model(stage.num_layers)[0], submodels.model(stage.full_layers)
     layers = find_layer_stack(model.get_base_model(), args.stack).layers
     values = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if "lora_" not in name)
-    return whole_bytes + _TRAINED_BYTES * values
+    return whole_bytes + _TRAINED_BYTES * values + kept
 
 
 def _teaching_flops(
@@ -222,22 +235,23 @@ def _teaching_flops(
     submodels: _Submodels,
     stage: StageConfig,
     smaller: StageConfig | None,
-    batches: list[tuple[int, int]],
+    length: float,
 ) -> float:
-    """Of healing by the whole base, where the stage has fewer layers, and of distillation from `smaller`."""
-    length = sum(map(math.prod, batches)) / sum(rows for rows, _ in batches)
+    """Of healing by the whole base, where the stage has fewer layers, and of distillation from `smaller`, on texts of
+    `length` positions, that are answered first where the task is to answer."""
     own, total = submodels.model(stage.num_layers)[0], 0.0
+    asked = args.calibration_samples if args.task in ANSWERING else 0
 
     def taught_by(layers: int, answers: int, steps: int, flops: float) -> float:
         answering = forward_flops(submodels.model(layers)[0])
         return length * (answers * answering + steps * args.train_batch_size * (answering + flops))
 
     if args.healing_steps and stage.num_layers < stage.full_layers:
-        answers = 0 if smaller else args.calibration_samples  # the base answers once
+        answers = 0 if smaller else asked  # the base answers once
         total += taught_by(stage.full_layers, answers, args.healing_steps, 3 * forward_flops(own))
     if args.distillation_steps and smaller is not None:
         steps = args.distillation_steps
-        total += taught_by(smaller.num_layers, args.calibration_samples, steps, sum(flops_per_token(own)))
+        total += taught_by(smaller.num_layers, asked, steps, sum(flops_per_token(own)))
     return total
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel
 
 from hf_devft.checkpoint import Checkpoint
-from hf_devft.configuration import StageConfig, refuse
+from hf_devft.configuration import ANSWERING, StageConfig, refuse
 from hf_devft.federation.ledger import flops_per_token, forward_flops
 from hf_devft.federation.methods import FederatedMethod
 from hf_devft.files import link_or_copy
@@ -30,15 +30,13 @@ from hf_devft.stages.layer_stack import LayerStack
 from hf_devft.stages.submodel import build_submodel, build_whole, layers_of
 
 
-# Tasks whose rows are prompts and answers; None is that of a trainer that says nothing.
-_ANSWERING = (None, "text-generation")
 # Where a run keeps the layers that it has healed; checkpoints and finished stages have what they need in `submodel/`.
 _KEPT = ".healed"
 
 
 class TeachingMixin:
-    """Distillation on the server's own texts, of which no label is used; a federated precedent is FedDF (Lin et al.
-    2020, arXiv 2006.07242), which distils many clients' models into one."""
+    """Healing and distillation on the server's own texts, of which no label is used; a federated precedent is FedDF
+    (Lin et al. 2020, arXiv 2006.07242), which distils many clients' models into one."""
 
     _base_answers: Dataset | None = None  # to the server's prompts; the base does not change
 
@@ -54,7 +52,7 @@ class TeachingMixin:
         if healing:
             own = {
                 "only a language model says enough of a text, by its next tokens: leave it out": (
-                    args.task not in _ANSWERING or self.model.get_output_embeddings() is None
+                    args.task not in ANSWERING or self.model.get_output_embeddings() is None
                 ),
                 "it trains all weights of the layers: load the base unquantised": (
                     getattr(self.model.get_base_model(), "is_quantized", False)
@@ -78,7 +76,7 @@ class TeachingMixin:
 
     def _obstacles_to_teaching(self) -> dict[str, bool]:
         args, rows = self.args, self.calibration_dataset
-        answers = args.task in _ANSWERING and isinstance(rows, Dataset)
+        answers = args.task in ANSWERING and isinstance(rows, Dataset)
         return {
             "there is but one stage: leave it out": len(self.stages) == 1,
             "it asks texts of the server's own: pass `calibration_dataset`, one dataset that is not empty": (
@@ -220,7 +218,7 @@ class TeachingMixin:
     def _answered(self, teacher: PreTrainedModel | PeftModel) -> tuple[Dataset, float]:
         """(the server's rows, FLOPs); answers to prompts are the teacher's own."""
         args, rows = self.args, self._calibration_rows()
-        if args.task not in _ANSWERING:
+        if args.task not in ANSWERING:
             return rows, 0.0
         pairs = list(map(prompt_and_answer, rows))
         room = args.max_length - args.generation_max_new_tokens
