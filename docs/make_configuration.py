@@ -4,8 +4,10 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from transformers import TrainingArguments
+
 from hf_devft.arguments import RecipeArguments
-from hf_devft.configuration import DevFTConfig
+from hf_devft.configuration import UNSUPPORTED, DevFTConfig
 
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -14,7 +16,11 @@ HEAD = """# Configuration
 Made by `make docs` from the docstrings of `DevFTConfig` and `RecipeArguments`. Every key is a key of a YAML config, a
 flag of `recipes/devft.py`, and (those of `DevFTConfig`) an argument in Python. Beside these, all of
 [`TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer) hold:
-its *step* is a round, its *epoch* a stage. With `--trainer sft` or `dpo`, the options of TRL's config hold, too.
+its *step* is a round, its *epoch* a stage; [what differs](#what-differs-from-trainingarguments).
+With `--trainer sft` or `dpo`, the options of TRL's config hold, too.
+
+The defaults are those of Python and of a config of your own: `recipes/devft.py` without `--config` starts from
+[`quickstart.yaml`](../recipes/configs/quickstart.yaml).
 """
 _ENTRY = re.compile(r"^ {8}(\w+) \((.*?)\):\n((?: {12}.*\n|\n)+)", re.MULTILINE)
 
@@ -31,11 +37,23 @@ def page() -> str:
     for item in fields(RecipeArguments):
         default = item.default_factory() if callable(item.default_factory) else item.default
         text += _row(item.name, f"`{default}`", item.metadata["help"])
+    text += "\n## What differs from `TrainingArguments`\n\n| key | default here | default there |\n|---|---|---|\n"
+    theirs = {item.name: item.default for item in fields(TrainingArguments)}
+    for item in fields(DevFTConfig):
+        if item.name in theirs and item.default != theirs[item.name]:
+            text += _row(item.name, *(f"`{_said(each)}`" for each in (item.default, theirs[item.name])))
+    text += "\nRefused, unless left as they are:\n\n| key | instead |\n|---|---|\n"
+    for name, (_, instead) in UNSUPPORTED.items():
+        text += _row(name, instead)
     return text
 
 
-def _row(name: str, kind: str, meaning: str) -> str:
-    cells = (f"`{name}`", " ".join(kind.split()).replace("*optional*, ", ""), " ".join(meaning.split()))
+def _said(default: object) -> object:
+    return getattr(default, "value", default)
+
+
+def _row(name: str, *others: str) -> str:
+    cells = (f"`{name}`", *(" ".join(other.split()).replace("*optional*, ", "") for other in others))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
 
 

@@ -40,7 +40,7 @@ CLIENT_SELECTIONS = ("uniform", "by_size", "resource_aware")
 CLIENT_PLACEMENTS = ("client_parallel", "data_parallel")
 
 # Options of `TrainingArguments` that have no meaning here, the value that says nothing, and what to use instead.
-_UNSUPPORTED: dict[str, tuple[Any, str]] = {
+UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "num_train_epochs": (3.0, "an epoch is a stage here: set `stage_layers` and `stage_rounds`"),
     "fsdp": (None, "shard with DeepSpeed ZeRO-3 instead (recipes/accelerate/zero3.yaml)"),
     "parallelism_config": (None, "tensor, context and sequence parallelism are not implemented"),
@@ -119,7 +119,8 @@ class DevFTConfig(TrainingArguments):
             from `eval_dataset`), and that `healing_steps` and `distillation_steps` ask.
         fusion (`str`, *optional*, defaults to `"anchor"`):
             A group's representative: `"differential"` (paper), `"mean"`, `"sum"`, or `"anchor"`, its first layer as it
-            is (our choice: it wins in benchmarks/results/quickstart.md and ablations.md).
+            is (our choice: with `"broadcast"` the best of benchmarks/results/quickstart.md and
+            ablations.md, by little).
         fusion_beta (`float`, *optional*, defaults to `0.1`):
             β of differential fusion (paper: 0.1).
         stack (`str`, *optional*):
@@ -130,11 +131,11 @@ class DevFTConfig(TrainingArguments):
         adapter_fusion (`str`, *optional*, defaults to `fusion`):
             How a stage's adapter starts from those of a group's members; the names of `fusion`.
         healing_steps (`int`, *optional*, defaults to `0`):
-            Steps in which the server teaches the layers of each submodel, all their weights, to say of the texts in
-            `calibration_dataset` what the whole base says (ours: layers that are cut out of a base that was not grown
-            cannot stand for it). No label is used: the answers to prompts are the base's. A batch is
-            `per_device_train_batch_size`. The healed layers are part of the stage, in its `submodel/`. The
-            main process does it, as with `distillation_steps`.
+            Steps in which the server teaches the layers of each submodel, all their weights, to predict, on the texts
+            in `calibration_dataset`, the next tokens as the whole base does (ours: layers that are cut out of a base
+            that was not grown cannot stand for it). No label is used: the answers to prompts are the base's. A batch
+            is `per_device_train_batch_size`. The healed layers are part of the stage, in its `submodel/`. The main
+            process does it, as with `distillation_steps`.
         healing_learning_rate (`float`, *optional*, defaults to `1e-4`):
             The rate of that, falling to 0 (our choice: one for whole weights; small models take more).
         distillation_steps (`int`, *optional*, defaults to `0`):
@@ -376,7 +377,7 @@ class DevFTConfig(TrainingArguments):
                 "they neither give nor receive."
             )
         self._check_teaching()
-        for name, (neutral, instead) in _UNSUPPORTED.items():
+        for name, (neutral, instead) in UNSUPPORTED.items():
             if (value := getattr(self, name)) and value != neutral:
                 raise ValueError(f"{name}={value!r} cannot be used with federated stages: {instead}.")
         self._place()

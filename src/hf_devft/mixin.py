@@ -78,8 +78,8 @@ class DevFTMixin(StageMixin, TeachingMixin, FederationMixin, LocalTrainingMixin,
     Args:
         train_dataset: one dataset to partition as `args` says, or {client: dataset}.
         partitioner: any object with flwr-datasets' `Partitioner` interface, instead of `args.partition`.
-        calibration_dataset: the server's own rows, in the form of `eval_dataset`, for `args.distillation_steps` and
-            for `grouping="calibrated"` (whose default is `eval_dataset`).
+        calibration_dataset: the server's own rows, in the form of `eval_dataset`, for `args.healing_steps`,
+            `args.distillation_steps` and `grouping="calibrated"` (whose default is `eval_dataset`).
 
     Raises:
         ValueError: data, adapter or options that cannot be trained this way; before any work is spent.
