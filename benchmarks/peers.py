@@ -205,11 +205,11 @@ def compare(name: str, options: argparse.Namespace) -> list[str]:
                 print(f"{name}, repeat {repeat + 1}, {peer}: {sum(found[peer][-1][0]['seconds']):.1f} s", flush=True)
     lines = []
     for peer, runs in found.items():
-        seconds = [second for run, _ in runs for second in run["seconds"]]
+        speeds = [60 * len(run["seconds"]) / sum(run["seconds"]) for run, _ in runs]
+        speed = f"{statistics.mean(speeds):.1f}" + (f" ± {statistics.stdev(speeds):.1f}" if len(speeds) > 1 else "")
         memory = statistics.median(peak for _, peak in runs)
-        speed = 60 * len(seconds) / sum(seconds)
         sent = runs[0][0]["bytes"] / options.rounds
-        lines.append(f"| {name}, {size_of(base)} | {peer} | {speed:.1f} | {memory / 1e9:.2f} | {sent / 1e6:.2f} |")
+        lines.append(f"| {name}, {size_of(base)} | {peer} | {speed} | {memory / 1e9:.2f} | {sent / 1e6:.2f} |")
     return lines
 
 
@@ -231,7 +231,8 @@ def main() -> None:
         "|---|---|---:|---:|---:|",
         *(line for name in options.bases for line in compare(name, options)),
     ]
-    publish(options.results, lines, f"peers.py --rounds {options.rounds} --repeats {options.repeats}")
+    command = f"--rounds {options.rounds} --repeats {options.repeats} --bases {' '.join(options.bases)}"
+    publish(options.results, lines, f"peers.py {command}", "mean ± s.d. of the repeats")
 
 
 if __name__ == "__main__":

@@ -146,6 +146,15 @@ VARIANTS = {
         "DevFT 4-16, 16 + 6 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
             "4 16", "16 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "128", *LONGER
         ),
+        "DevFT 4-16, 30 + 6 rounds, 6e-3, 4e-3 linear, distilled in 240 steps on 512 prompts": devft(
+            "4 16", "30 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "512", *LONGER
+        ),
+        "DevFT 4-16, 30 + 12 rounds, 6e-3, 4e-3 linear, distilled in 240 steps on 512 prompts": devft(
+            "4 16", "30 12", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "512", *LONGER
+        ),
+        "DevFT 4-16, 45 + 6 rounds, 6e-3, 4e-3 linear, distilled in 240 steps on 512 prompts": devft(
+            "4 16", "45 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "512", *LONGER
+        ),
         "DevFT 4-16, 20 + 6 rounds, 6e-3, 4e-3 linear, distilled": devft(
             "4 16", "20 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "128"
         ),
