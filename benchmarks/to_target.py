@@ -88,6 +88,12 @@ VARIANTS = {
         "DevFT 4-16, 16 + 2 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
             "4 16", "16 2", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER
         ),
+        "DevFT 4-16, 24 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
+            "4 16", "24 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER
+        ),
+        "DevFT 4-16, 36 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
+            "4 16", "36 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER
+        ),
         "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, int4": devft(
             "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, *INT4
         ),
@@ -180,7 +186,8 @@ DRAWN = (
     "FedIT, 2e-3, 30 rounds",
     "FedIT, 6e-3 linear, 30 rounds",
     "DevFT 4-16, 20 + 12 rounds, 6e-3, 9e-3 linear",
-    "DevFT 4-16, 16 + 6 rounds, 6e-3, 4e-3 linear, distilled",
+    "DevFT 4-16, 30 + 6 rounds, 6e-3, 4e-3 linear, distilled in 240 steps on 512 prompts",
+    "DevFT 4-16, 45 + 6 rounds, 6e-3, 4e-3 linear, distilled in 240 steps on 512 prompts",
 )
 
 
