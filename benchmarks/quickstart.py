@@ -1,4 +1,4 @@
-"""DevFT against FedIT on the quickstart task, at the same number of rounds, and with a long first stage, distilled.
+"""DevFT against FedIT at the same number of rounds, on the quickstart task.
 
     python benchmarks/quickstart.py --seeds 0 1 2
 
@@ -19,7 +19,6 @@ VARIANTS = {
     "DevFT, 30 rounds, the paper's rules": ("paper.yaml", PAPER),
     "DevFT, 30 rounds, the paper's groups, anchor fusion": ("paper.yaml", ANCHORS),
     "DevFT, 30 rounds, calibrated groups, anchors only": ("paper.yaml", CALIBRATED),
-    "DevFT, 36 + 4 rounds, distilled (`distilled.yaml`)": ("distilled.yaml", []),
 }
 SHOWN = COLUMNS | {
     "seconds in rounds": (lambda run: run["totals"]["seconds"], "{:.0f}"),
