@@ -177,8 +177,8 @@ VARIANTS = {
 
 # What the picture shows of them.
 DRAWN = (
-    "FedIT, 2e-3, 16 rounds",
-    "FedIT, 6e-3 linear, 16 rounds",
+    "FedIT, 2e-3, 30 rounds",
+    "FedIT, 6e-3 linear, 30 rounds",
     "FedIT, 6e-3 linear, 16 rounds, int4",
     "FedIT of rank 2, 6e-3 linear, 16 rounds",
     "DevFT, the paper's rules, 4-8-16",
@@ -186,8 +186,6 @@ DRAWN = (
     "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps",
     "DevFT 4-16, 36 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps",
     "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, int4",
-    "FedIT, 2e-3, 30 rounds",
-    "FedIT, 6e-3 linear, 30 rounds",
     "DevFT 4-16, 20 + 12 rounds, 6e-3, 9e-3 linear",
     "DevFT 4-16, 30 + 6 rounds, 6e-3, 4e-3 linear, distilled in 240 steps on 512 prompts",
     "DevFT 4-16, 45 + 6 rounds, 6e-3, 4e-3 linear, distilled in 240 steps on 512 prompts",
