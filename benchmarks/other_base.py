@@ -40,6 +40,7 @@ MORE = {
     "DevFT 4-16, 12 + 4 rounds, even groups, healed": devft("4 16", "12 4", "6e-3 4e-3", *HEALED),
     "DevFT 4-16, 20 + 4 rounds, even groups, healed": devft("4 16", "20 4", "6e-3 4e-3", *HEALED),
     "DevFT 4-16, 20 + 4 rounds, even groups, healed, alpha 32": devft("4 16", "20 4", "6e-3 4e-3", *HEALED, *ALPHA_32),
+    "DevFT 4-16, 50 + 4 rounds, even groups, healed, alpha 32": devft("4 16", "50 4", "6e-3 4e-3", *HEALED, *ALPHA_32),
 }
 TARGETS = (1.0, 0.7, 0.5)
 FIRST_STAGE = {
