@@ -12,12 +12,13 @@ is already in the JSON is not repeated.
 
 from recipe_runs import arguments, publish_runs, run_all
 from recipe_runs import table as plain_table
-from to_target import ALPHA_32, DISTILLED, LINEAR, LONGER, VARIANTS, devft, fedit, table
+from to_target import ALPHA_32, DISTILLED, LINEAR, LONGER, VARIANTS, devft, table
 
 
 CHOSEN = (
     "FedIT, 2e-3, 16 rounds",
     "FedIT, 6e-3 linear, 16 rounds",
+    "FedIT, 6e-3 linear, 30 rounds",
     "FedIT, 6e-3 linear, 16 rounds, alpha 32",
     "DevFT, the paper's rules, 4-8-16",
     "DevFT 4-16, 12 + 4 rounds, 6e-3, 9e-3 linear",
@@ -30,7 +31,6 @@ HALF = devft("8 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512")
 EVEN = ["--grouping", "even", *LINEAR, *DISTILLED, "1024", *LONGER]
 HEALED = ["--healing_steps", "1200", "--healing_learning_rate", "2e-3", *EVEN]
 MORE = {
-    "FedIT, 6e-3 linear, 30 rounds": fedit(30, "6e-3", *LINEAR),
     "DevFT 8-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled": HALF,
     "DevFT 8-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, calibrated groups": (
         HALF[0],
