@@ -56,6 +56,7 @@ VARIANTS = {
         "FedIT, 6e-3 linear, 30 rounds": fedit(30, "6e-3", *LINEAR),
         "FedIT, 6e-3 linear, 16 rounds, alpha 32": fedit(16, "6e-3", *LINEAR, *ALPHA_32),
         "FedIT, 6e-3 linear, 16 rounds, int4": fedit(16, "6e-3", *LINEAR, *INT4),
+        "FedIT, 6e-3 linear, 30 rounds, int4": fedit(30, "6e-3", *LINEAR, *INT4),
         "DevFT, the paper's rules, 4-8-16": ("paper.yaml", OFTEN),
         "DevFT 4-16, 16 + 8 rounds, 6e-3, 9e-3 linear": devft("4 16", "16 8", "6e-3 9e-3", *LINEAR),
         "DevFT 4-16, 12 + 4 rounds, 6e-3, 9e-3 linear": devft("4 16", "12 4", "6e-3 9e-3", *LINEAR),
@@ -95,6 +96,9 @@ VARIANTS = {
         ),
         "DevFT 4-16, 36 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
             "4 16", "36 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER
+        ),
+        "DevFT 4-16, 36 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, int4": devft(
+            "4 16", "36 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, *INT4
         ),
         "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, int4": devft(
             "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, *INT4
