@@ -70,6 +70,7 @@ def test_what_healing_takes_of_the_server_is_planned(make_trainer):
     first, second = trainer.stages
     assert plan.stages[0].setup_flops == pytest.approx(first.totals["setup_flops"], rel=0.3)
     assert plan.stages[1].setup_flops == second.totals["setup_flops"] == 0
+    assert plan.stages[0].server_memory > plain.stages[0].server_memory
     assert plan.stages[1] == plain.stages[1]
 
 

@@ -25,7 +25,7 @@ TASKS = (
     "text-generation", "text2text-generation", "text-classification", "token-classification", "image-classification",
     "audio-classification", "automatic-speech-recognition",
 )  # fmt: skip
-ANSWERING = (None, TASKS[0])  # whose rows are prompts and answers; None is of a trainer that says nothing
+ANSWERING = (None, "text-generation")  # whose rows are prompts and answers; None is of a trainer that says nothing
 STACKS = ("encoder", "decoder")
 PARTITIONS = ("iid", "dirichlet", "natural")
 FEDERATED_METHODS = (
