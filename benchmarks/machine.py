@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import statistics
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -16,6 +17,12 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--results", type=Path, default=RESULTS / f"{name}.md")
     return made
+
+
+def mean_and_spread(values: Sequence[float], style: str) -> str:
+    """Mean ± standard deviation, each formatted by `style`; of one value itself."""
+    mean = style.format(statistics.mean(values))
+    return f"{mean} ± {style.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def machine() -> str:

@@ -28,7 +28,7 @@ import psutil
 import torch
 from bases import BASES, lora, make_base, rows, size_of, tokenizer
 from datasets import Dataset
-from machine import parser, publish
+from machine import mean_and_spread, parser, publish
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
@@ -206,7 +206,7 @@ def compare(name: str, options: argparse.Namespace) -> list[str]:
     lines = []
     for peer, runs in found.items():
         speeds = [60 * len(run["seconds"]) / sum(run["seconds"]) for run, _ in runs]
-        speed = f"{statistics.mean(speeds):.1f}" + (f" ± {statistics.stdev(speeds):.1f}" if len(speeds) > 1 else "")
+        speed = mean_and_spread(speeds, "{:.1f}")
         memory = statistics.median(peak for _, peak in runs)
         sent = runs[0][0]["bytes"] / options.rounds
         lines.append(f"| {name}, {size_of(base)} | {peer} | {speed} | {memory / 1e9:.2f} | {sent / 1e6:.2f} |")

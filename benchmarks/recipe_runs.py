@@ -4,7 +4,6 @@ kept."""
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-from machine import RESULTS, machine
+from machine import RESULTS, machine, mean_and_spread
 from matplotlib.figure import Figure
 
 
@@ -190,6 +189,4 @@ def arguments(name: str, doc: str) -> argparse.Namespace:
 def spread(runs: Mapping[str, dict], value: Callable[[dict], float], style: str) -> str:
     """Mean ± standard deviation over the seeds."""
     values = [value(run) for run in runs.values()]
-    if len(values) < 2:
-        return style.format(*values) if values else ""
-    return f"{style.format(statistics.mean(values))} ± {style.format(statistics.stdev(values))}"
+    return mean_and_spread(values, style) if values else ""

@@ -12,6 +12,7 @@ repeated.
 
 import statistics
 
+from machine import mean_and_spread
 from matplotlib.figure import Figure
 from recipe_runs import arguments, publish_runs, run_all
 
@@ -45,6 +46,11 @@ def fedit(rounds: int, rate: str, *more: str) -> tuple[str, list[str]]:
 def devft(stages: str, rounds: str, rates: str, *more: str) -> tuple[str, list[str]]:
     names = ("--stage_layers", stages), ("--stage_rounds", rounds), ("--stage_learning_rates", rates)
     return "quickstart.yaml", [*OFTEN, *(word for name, values in names for word in (name, *values.split())), *more]
+
+
+def distilled(rounds: str, *more: str) -> tuple[str, list[str]]:
+    """The rules of `distilled.yaml`, on 512 prompts in 240 steps."""
+    return devft("4 16", rounds, "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, *more)
 
 
 VARIANTS = {
@@ -85,35 +91,23 @@ VARIANTS = {
         "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled": devft(
             "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512"
         ),
-        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
-            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": distilled("12 4"),
+        "DevFT 4-16, 16 + 2 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": distilled("16 2"),
+        "DevFT 4-16, 24 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": distilled("24 4"),
+        "DevFT 4-16, 36 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": distilled("36 4"),
+        "DevFT 4-16, 36 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, int4": distilled("36 4", *INT4),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, int4": distilled("12 4", *INT4),
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, rank 4": distilled(
+            "12 4", "--lora_r", "4"
         ),
-        "DevFT 4-16, 16 + 2 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
-            "4 16", "16 2", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, rank 4, int4": distilled(
+            "12 4", "--lora_r", "4", *INT4
         ),
-        "DevFT 4-16, 24 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
-            "4 16", "24 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER
+        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, rank 2": distilled(
+            "12 4", "--lora_r", "2"
         ),
-        "DevFT 4-16, 36 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
-            "4 16", "36 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER
-        ),
-        "DevFT 4-16, 36 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, int4": devft(
-            "4 16", "36 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, *INT4
-        ),
-        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, int4": devft(
-            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, *INT4
-        ),
-        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, rank 4": devft(
-            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, "--lora_r", "4"
-        ),
-        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, rank 4, int4": devft(
-            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, "--lora_r", "4", *INT4
-        ),
-        "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps, rank 2": devft(
-            "4 16", "12 4", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, "--lora_r", "2"
-        ),
-        "DevFT 4-16, 8 + 2 rounds of 20 local steps, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
-            "4 16", "8 2", "6e-3 4e-3", *LINEAR, *DISTILLED, "512", *LONGER, *TWENTY
+        "DevFT 4-16, 8 + 2 rounds of 20 local steps, 6e-3, 4e-3 linear, distilled in 240 steps": distilled(
+            "8 2", *TWENTY
         ),
         "DevFT 4-16, 16 + 4 rounds, 6e-3 linear, distilled": devft(
             "4 16", "16 4", "6e-3 6e-3", *LINEAR, *DISTILLED, "512"
@@ -158,15 +152,11 @@ VARIANTS = {
         "DevFT 4-16, 16 + 6 rounds, 6e-3, 4e-3 linear, distilled in 240 steps": devft(
             "4 16", "16 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "128", *LONGER
         ),
-        "DevFT 4-16, 30 + 6 rounds, 6e-3, 4e-3 linear, distilled in 240 steps on 512 prompts": devft(
-            "4 16", "30 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "512", *LONGER
+        "DevFT 4-16, 30 + 6 rounds, 6e-3, 4e-3 linear, distilled in 240 steps on 512 prompts": distilled("30 6", *FEW),
+        "DevFT 4-16, 30 + 12 rounds, 6e-3, 4e-3 linear, distilled in 240 steps on 512 prompts": distilled(
+            "30 12", *FEW
         ),
-        "DevFT 4-16, 30 + 12 rounds, 6e-3, 4e-3 linear, distilled in 240 steps on 512 prompts": devft(
-            "4 16", "30 12", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "512", *LONGER
-        ),
-        "DevFT 4-16, 45 + 6 rounds, 6e-3, 4e-3 linear, distilled in 240 steps on 512 prompts": devft(
-            "4 16", "45 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "512", *LONGER
-        ),
+        "DevFT 4-16, 45 + 6 rounds, 6e-3, 4e-3 linear, distilled in 240 steps on 512 prompts": distilled("45 6", *FEW),
         "DevFT 4-16, 20 + 6 rounds, 6e-3, 4e-3 linear, distilled": devft(
             "4 16", "20 6", "6e-3 4e-3", *LINEAR, *FEW, *DISTILLED, "128"
         ),
@@ -212,8 +202,7 @@ def ratio(runs: dict[str, dict], rivals: list[dict[str, dict]], target: float, m
         if own is None or not others:
             return "not in every seed" if own is None else "FedIT not in every seed"
         ratios.append(min(others) / own)
-    spread = f" ± {statistics.stdev(ratios):.2f}" if len(ratios) > 1 else ""
-    return f"{statistics.mean(ratios):.2f}{spread}"
+    return mean_and_spread(ratios, "{:.2f}")
 
 
 def table(title: str, results: dict[str, dict[str, dict]], targets: tuple[float, ...]) -> str:
