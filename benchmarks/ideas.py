@@ -17,11 +17,11 @@ from to_target import DISTILLED, LINEAR
 
 import hf_devft
 from hf_devft.federation.methods.lora import truncated_product
-from hf_devft.layout import lora_scaling
+from hf_devft.models.layout import lora_scaling
 from hf_devft.stages.grouping import GROUPINGS, GroupingTask, Groups
-from hf_devft.stages.layer_stack import find_layer_stack
+from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.stages.submodel import build_whole
-from hf_devft.stages.weights import dense
+from hf_devft.models.weights import dense
 
 
 RATES = [*LINEAR, "--stage_learning_rates", "6e-3", "9e-3"]

@@ -41,7 +41,7 @@ def measure(folder: Path, loaded: bool) -> list[list[float]]:
 
     from hf_devft import DevFTConfig, DevFTTrainer
     from hf_devft.embedded import task_dataset
-    from hf_devft.federation.ledger import PeakMemory
+    from hf_devft.run.peak_memory import PeakMemory
 
     memory = PeakMemory(torch.device("cpu"))
     rows = task_dataset(16)

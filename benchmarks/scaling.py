@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hf_devft import DevFTConfig, DevFTTrainer
 from hf_devft.embedded import BASE_PATH
-from hf_devft.federation.ledger import PeakMemory
+from hf_devft.run.peak_memory import PeakMemory
 
 
 USUAL = {"clients": 100, "sampled": 2, "layers": 16, "stages": [16], "rank": 8, "rows": 20_000}

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCa
 
 from hf_devft import DevFTConfig, DevFTTrainer
 from hf_devft.embedded import BASE_PATH, task_dataset
-from hf_devft.federation.ledger import PeakMemory
+from hf_devft.run.peak_memory import PeakMemory
 
 
 LAYERS = 11

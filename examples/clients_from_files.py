@@ -9,7 +9,7 @@ from pathlib import Path
 from peft import LoraConfig
 
 from hf_devft import DevFTConfig, DevFTTrainer
-from hf_devft.data import load_files
+from hf_devft.tasks.data import load_files
 
 
 clients = {path.stem: load_files([path]) for path in sorted(Path(sys.argv[1]).iterdir())}

@@ -21,17 +21,18 @@ from transformers.utils import logging
 
 import hf_devft
 from hf_devft import DevFTConfig, DevFTMixin, DevFTTrainer
-from hf_devft.arguments import TRAINERS, RecipeArguments, parse_arguments
-from hf_devft.data import load_datasets, load_files, tokenize
+from hf_devft.cli.arguments import TRAINERS, RecipeArguments, parse_arguments
 from hf_devft.embedded import resolve_model_name, task_dataset
 from hf_devft.embedded.families import preference_pairs
-from hf_devft.hub.artifacts import fetch_adapter, load_adapter
-from hf_devft.mixin import clients_of
-from hf_devft.planning import RunPlan, plan_run
-from hf_devft.progress import print_plan
-from hf_devft.stages.streaming import empty_base, where_from
+from hf_devft.hub.download import fetch_adapter
+from hf_devft.models.adapter_files import load_adapter
+from hf_devft.models.streaming import empty_base, where_from
+from hf_devft.run.plan import RunPlan, plan_run
+from hf_devft.run.plan_table import print_plan
 from hf_devft.tasks import TASKS
-from hf_devft.trainer import as_asked, labels_of
+from hf_devft.tasks.data import load_datasets, load_files, tokenize
+from hf_devft.trainer.devft_trainer import add_placeholder_answers, labels_of
+from hf_devft.trainer.preparation import clients_of
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -50,7 +51,7 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
                 'calibration_file is read for grouping="calibrated", healing_steps and distillation_steps of '
                 "--trainer devft: set one of them, or leave it out."
             )
-        calibration = load_files(recipe.calibration_file, lambda rows: to_columns(as_asked(task, rows, args)))
+        calibration = load_files(recipe.calibration_file, lambda rows: to_columns(add_placeholder_answers(task, rows, args)))
     if recipe.train_file or recipe.dataset_name:
         if recipe.train_file:
             train = load_files(recipe.train_file, to_columns)
@@ -87,7 +88,7 @@ def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
     if not recipe.dataset_name and task is TASKS["text-generation"] and recipe.trainer == "devft":
         tokenizer = AutoTokenizer.from_pretrained(path, **where_from(options))
         clients = clients_of(args, tokenize(load_data(recipe, args)[0], tokenizer, args.max_length))
-    return plan_run(args, empty_base(path, task.auto_class, **options), config, clients)
+    return plan_run(args, empty_base(path, task.auto_class, **options), config, clients, recipe.trainer)
 
 
 def make_trainer(recipe: RecipeArguments, args: DevFTConfig) -> DevFTMixin:

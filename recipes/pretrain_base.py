@@ -41,10 +41,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_devft.data import tokenize
 from hf_devft.embedded.families import FAMILIES, NEW, RARE, SEEN, generate, split_of, task_dataset
-from hf_devft.evaluation import generate_answers
-from hf_devft.metrics import ExactMatch
+from hf_devft.tasks.data import tokenize
+from hf_devft.tasks.generation import generate_answers
+from hf_devft.tasks.metrics import ExactMatch
 
 
 BLOCK = 256

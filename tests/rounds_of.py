@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hf_devft.federation.methods import Clients, FederatedMethod
-from hf_devft.layout import AdapterLayout
+from hf_devft.models.layout import AdapterLayout
 
 
 def layout(modules: int = 2, out: int = 5, rank: int = 4, into: int = 6, scaling: float = 2.0) -> AdapterLayout:

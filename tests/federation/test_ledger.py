@@ -2,7 +2,9 @@ import torch
 from conftest import lora, tiny_llama
 from peft import get_peft_model
 
-from hf_devft.federation.ledger import Ledger, PeakMemory, RoundRecord, flops_per_token
+from hf_devft.federation.ledger import Ledger, RoundRecord
+from hf_devft.models.flops import flops_per_token
+from hf_devft.run.peak_memory import PeakMemory
 
 
 def record(round_number, stage, **kwargs):

@@ -2,17 +2,17 @@ import pytest
 import torch
 
 from hf_devft.federation.batches import ClientBatches
-from hf_devft.federation.client import LocalResult
+from hf_devft.federation.clients.local_training import LocalResult
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients
 from hf_devft.federation.methods.fedit import FedIT
-from hf_devft.federation.resources import ClientResources, make_resources
+from hf_devft.federation.heterogeneity.resources import ClientResources, make_resources
 from hf_devft.federation.rounds import Federation, QuorumError, one_after_another
 from hf_devft.federation.sampling import Placement
 from hf_devft.federation.selection import ClientSelection, ResourceAware
-from hf_devft.federation.staleness import late_weights
+from hf_devft.federation.heterogeneity.staleness import late_weights
 from hf_devft.federation.wire import Wire
-from hf_devft.layout import AdapterLayout
+from hf_devft.models.layout import AdapterLayout
 
 
 LAYOUT = AdapterLayout(("layers.0.lora_A.weight",), (torch.Size((1, 2)),))

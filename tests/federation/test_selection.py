@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_devft.federation.resources import ClientResources, make_resources
+from hf_devft.federation.heterogeneity.resources import ClientResources, make_resources
 from hf_devft.federation.selection import SELECTIONS, BySize, ClientSelection, ResourceAware, Work
 
 

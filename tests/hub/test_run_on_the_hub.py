@@ -126,7 +126,7 @@ def test_a_run_goes_on_from_the_hub_on_another_machine(pushed, tmp_path):
 
 
 READ_DATASETS = """
-from hf_devft.data import load_datasets
+from hf_devft.tasks.data import load_datasets
 train = load_datasets(["me/sums", "me/words"])
 assert train.num_rows == 100 and set(train["source"]) == {"sums", "words"} and "completion" in train.column_names
 assert load_datasets(["me/words"], split="test")["completion"][0].strip() == "Word 50."

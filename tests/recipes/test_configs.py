@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoConfig
 
 from hf_devft import DevFTConfig
-from hf_devft.arguments import parse_arguments
-from hf_devft.planning import RunPlan
+from hf_devft.cli.arguments import parse_arguments
+from hf_devft.run.plan import RunPlan
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_configs import recipe_script
 
-from hf_devft.arguments import parse_arguments
+from hf_devft.cli.arguments import parse_arguments
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "devft.py"

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 from hf_devft.federation.sampling import Placement, client_seed
-from hf_devft.metrics import IGNORED
+from hf_devft.tasks.metrics import IGNORED
 
 
 def client_batches(rows: np.ndarray, batch_size: int, drop_last: bool, seed: int) -> Iterator[list[int]]:
@@ -70,7 +72,11 @@ class ShareCollator:
 
 
 class ClientBatches:
-    """The batches of one client after the other. What a client that failed has left over is passed over."""
+    """The batches of one client after the other. What a client that failed has left over is passed over.
+
+    Args:
+        loader: gives the batches of all clients. batches_per_client: how many of them are each one's.
+    """
 
     def __init__(self, loader: DataLoader, batches_per_client: int):
         self._batches = iter(loader)
@@ -113,3 +119,27 @@ class CollectedBatches:
         yield from self._batches
         if self._error is not None:
             raise self._error
+
+
+def client_loader(
+    dataset: Dataset,
+    collator: Callable[[list], dict[str, torch.Tensor]],
+    sampler: FederatedBatchSampler,
+    args: TrainingArguments,
+) -> ClientBatches:
+    """The batches of local trainings in the sampler's order, from one data loader.
+
+    Args:
+        dataset: the clients' rows, in columns that the collator takes.
+        args: the `dataloader_*` options and the device.
+    """
+    shares = sampler.placement.shares_batches
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=ShareCollator(collator, dataset[0]) if shares else collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    return ClientBatches(loader, sampler.batches_per_client)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from hf_devft.layout import State
+from hf_devft.models.layout import State
 
 
 SERVER = "server"

@@ -1,6 +1,6 @@
 """A dataset -> clients: one dataset in client order, and each client's rows in it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -115,8 +115,7 @@ def partition_dataset(
 
     Args:
         dataset: rows of all clients.
-        kind: "iid" (shuffled, equal sizes), "dirichlet" (each value of `column` spread over the clients by a draw
-            from Dirichlet(alpha): Hsu et al. 2019, arXiv 1909.06335) or "natural" (one client per value).
+        kind: a name in `PARTITIONS`.
         num_clients: number of clients; default 20, or the number of values for "natural".
         column: the column for "dirichlet" and "natural".
         alpha: concentration; small is far from IID.
@@ -127,38 +126,64 @@ def partition_dataset(
     """
     if kind != "iid" and column not in dataset.column_names:
         raise ValueError(f"partition_column={column!r} is not in the dataset: its columns are {dataset.column_names}.")
-    if kind == "natural":
-        return _natural(dataset, column, num_clients)
-    count = DEFAULT_NUM_CLIENTS if num_clients is None else num_clients
-    if count > len(dataset):
-        raise ValueError(f"num_clients={count} is more than the dataset's {len(dataset)} rows: use fewer clients.")
-    rng = np.random.default_rng(seed)
-    if kind == "iid":
-        parts = np.array_split(rng.permutation(len(dataset)), count)
-    else:
-        parts = _dirichlet(np.asarray(dataset[column]), count, alpha, rng)
-    return ClientData(dataset, {f"client-{index}": np.sort(part) for index, part in enumerate(parts)})
+    rows = PARTITIONS[kind](dataset, num_clients, column, alpha, np.random.default_rng(seed))
+    return ClientData(dataset, {name: np.sort(own) for name, own in rows.items()})
 
 
-def _natural(dataset: Dataset, column: str, num_clients: int | None) -> ClientData:
-    values, owners = np.unique(np.asarray(dataset[column]).astype(str), return_inverse=True)
-    if num_clients not in (None, len(values)):
-        raise ValueError(
-            f"num_clients={num_clients}, but column {column!r} has {len(values)} values, one client each: leave "
-            "num_clients out."
-        )
-    return ClientData(dataset, {value: np.flatnonzero(owners == index) for index, value in enumerate(values)})
+Rows = dict[str, np.ndarray]
 
 
-def _dirichlet(labels: np.ndarray, count: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Rows per client; a client that drew none takes one from the largest, so that every client can be sampled."""
+def _iid(dataset: Dataset, num_clients: int | None, column: str | None, alpha: float, rng: np.random.Generator) -> Rows:
+    """Shuffled, in equal parts."""
+    count = _count(dataset, num_clients)
+    return _numbered(np.array_split(rng.permutation(len(dataset)), count))
+
+
+def _dirichlet(
+    dataset: Dataset, num_clients: int | None, column: str | None, alpha: float, rng: np.random.Generator
+) -> Rows:
+    """Spread each value of `column` over the clients by a draw from Dirichlet(alpha) (Hsu et al. 2019, arXiv
+    1909.06335). A client that drew none takes a row from the largest, so that every client can be sampled."""
+    count, values = _count(dataset, num_clients), np.asarray(dataset[column])
     parts: list[list[int]] = [[] for _ in range(count)]
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
+    for value in np.unique(values):
+        rows = rng.permutation(np.flatnonzero(values == value))
         cuts = (np.cumsum(rng.dirichlet([alpha] * count))[:-1] * len(rows)).astype(int)
         for part, chunk in zip(parts, np.split(rows, cuts), strict=True):
             part.extend(chunk.tolist())
     for part in parts:
         if not part:
             part.append(max(parts, key=len).pop())
-    return [np.array(part) for part in parts]
+    return _numbered([np.array(part) for part in parts])
+
+
+def _natural(
+    dataset: Dataset, num_clients: int | None, column: str | None, alpha: float, rng: np.random.Generator
+) -> Rows:
+    """One client for each value of `column`."""
+    values, owners = np.unique(np.asarray(dataset[column]).astype(str), return_inverse=True)
+    if num_clients not in (None, len(values)):
+        raise ValueError(
+            f"num_clients={num_clients}, but column {column!r} has {len(values)} values, one client each: leave "
+            "num_clients out."
+        )
+    return {value: np.flatnonzero(owners == index) for index, value in enumerate(values)}
+
+
+def _count(dataset: Dataset, num_clients: int | None) -> int:
+    count = DEFAULT_NUM_CLIENTS if num_clients is None else num_clients
+    if count > len(dataset):
+        raise ValueError(f"num_clients={count} is more than the dataset's {len(dataset)} rows: use fewer clients.")
+    return count
+
+
+def _numbered(parts: Sequence[np.ndarray]) -> Rows:
+    return {f"client-{index}": part for index, part in enumerate(parts)}
+
+
+# Name -> how one dataset is cut: (dataset, num_clients, column, alpha, rng) -> {client: its rows}.
+PARTITIONS: dict[str, Callable[[Dataset, int | None, str | None, float, np.random.Generator], Rows]] = {
+    "iid": _iid,
+    "dirichlet": _dirichlet,
+    "natural": _natural,
+}

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from hf_devft.federation.batches import ClientBatches
-from hf_devft.federation.client import LocalResult
+from hf_devft.federation.heterogeneity.clock import SimulatedClock, Work
+from hf_devft.federation.heterogeneity.late_updates import LateUpdates
+from hf_devft.federation.ledger import RoundRecord
 from hf_devft.federation.memory import SERVER, Memory
 from hf_devft.federation.methods import FederatedMethod, LocalCorrection, ServerOptimizer
 from hf_devft.federation.sampling import Placement
-from hf_devft.federation.selection import ClientSelection, Work
-from hf_devft.federation.staleness import late_weights
+from hf_devft.federation.selection import ClientSelection
+from hf_devft.federation.turns import ClientTurn, LocalResult, TrainClients, Trained
 from hf_devft.federation.wire import Wire
-from hf_devft.layout import AdapterLayout, State
+from hf_devft.models.layout import AdapterLayout, State
 
 
 logger = logging.getLogger(__name__)
@@ -27,47 +29,6 @@ COLUMNS = BYTES, COUNTED, LATE, LOSS, GRAD_NORM, TOKENS, SEEN, FLOPS = range(8)
 
 class QuorumError(RuntimeError):
     """Too few clients of a round returned a finite adapter, however often it was tried."""
-
-
-@dataclass(frozen=True)
-class ClientTurn:
-    """A client's local training in a round.
-
-    Attributes:
-        client: which; start: the adapter that it starts from, flat.
-        batches: its data.
-        trains: the tensors that it trains; skips: the layers that it leaves out.
-        gradient: (adapter) -> what is added to the gradient there, or None.
-        records: whether the mean of its gradients is asked for.
-    """
-
-    client: int
-    start: torch.Tensor
-    batches: Iterable
-    trains: tuple[int, ...]
-    skips: tuple[int, ...] = ()
-    gradient: Callable[[torch.Tensor], torch.Tensor] | None = None
-    records: bool = False
-
-
-# A client's result and its adapter, which the next one's may overwrite, or the error that it failed with.
-Trained = tuple[LocalResult, torch.Tensor] | Exception
-# Trains clients as their turns come.
-TrainClients = Callable[[Iterator[ClientTurn]], Iterator[tuple[ClientTurn, Trained]]]
-
-
-def one_after_another(train_client: Callable[[ClientTurn], tuple[LocalResult, torch.Tensor]]) -> TrainClients:
-    """Each client by itself; an error ends its own training alone."""
-
-    def train(turns: Iterator[ClientTurn]) -> Iterator[tuple[ClientTurn, Trained]]:
-        for turn in turns:
-            try:
-                trained = train_client(turn)
-            except Exception as error:
-                trained = error
-            yield turn, trained
-
-    return train
 
 
 @dataclass
@@ -101,7 +62,8 @@ class RoundOutcome:
     attempts: int = 0
 
     def add(self, sampled: list[int], reports: torch.Tensor) -> int:
-        """Take an attempt in; returns how many of its clients counted."""
+        """Take in an attempt: the clients that were asked, and a row of `COLUMNS` for each. Returns how many of them
+        counted."""
         counted, late = reports[:, COUNTED] > 0, reports[:, LATE] > 0
         self.attempts += 1
         self.sampled += sampled
@@ -115,6 +77,29 @@ class RoundOutcome:
             self.loss = reports[used, LOSS].mean().item()
             self.grad_norm = reports[used, GRAD_NORM][-1].item()
         return int(counted.sum())
+
+    def to_record(self, round_index: int, stage: int, names: list[str], seconds: float, peak_memory: int) -> RoundRecord:
+        """The ledger's record of the round.
+
+        Args:
+            names: of all clients. seconds, peak_memory: what it took.
+        """
+        return RoundRecord(
+            round=round_index + 1,
+            stage=stage,
+            clients=[names[client] for client in self.sampled],
+            dropped=[names[client] for client in self.left_out],
+            bytes_down=self.bytes_down,
+            bytes_up=self.bytes_up,
+            tokens=self.tokens,
+            flops=self.flops,
+            seconds=seconds,
+            peak_memory=peak_memory,
+            loss=self.loss,
+            attempts=self.attempts,
+            late=[names[client] for client in self.late],
+            simulated_seconds=self.seconds,
+        )
 
 
 @dataclass
@@ -152,7 +137,70 @@ class Federation:
 
     def __post_init__(self):
         self._first_error: Exception | None = None
-        self._clock = self._noted_time()
+        self.late = LateUpdates(self.memory)
+        self.clock = SimulatedClock(self.memory, runs=self.selection.resources is not None)
+
+    # --- stages ---------------------------------------------------------------------------------------------
+
+    def begin_stage(
+        self,
+        layout: AdapterLayout,
+        adapter: torch.Tensor,
+        rounds: range,
+        done: int,
+        shares: dict[int, float],
+        flops: list[float],
+    ) -> None:
+        """Begin a stage, or go on with it.
+
+        Args:
+            layout, adapter: its adapters' layout and the global one.
+            rounds: all of its rounds; done: how many of them are over.
+            shares: the clients that can take part, and the part of the adapter's values that travels to and from each:
+                1, or less where it trains an earlier, smaller submodel.
+            flops: what a round asks of each client; empty without a clock.
+        """
+        self.layout, self._shares = layout, shares
+        for part in (self.wire, self.late):
+            part.begin_stage(layout)
+        self.method.begin_stage(layout, adapter)
+        if self.correction is not None:
+            self.correction.begin_stage(layout)
+        if self.optimizer is not None:
+            self.optimizer.begin_stage(layout, adapter)
+            if (state := self.memory.get(SERVER, "optimizer")) is not None:
+                self.optimizer.load_state_dict(state)
+        if done == 0:
+            self.clock.remember()
+        begun = self.clock.remembered()
+        self.selection.begin_stage(list(shares), rounds, self._expected_work(flops), begun)
+        self.clock.time = begun + sum(self.selection.seconds(index) for index in rounds[:done])
+        self._batches = self.batches_of(rounds[done:], 0)
+
+    def end_stage(self, expand: Callable[[State, bool], State]) -> None:
+        """End a stage: take what is remembered to full depth. What begins the next one takes it from there.
+
+        Args:
+            expand: (tensors, whether they are an adapter's values) -> those at full depth.
+        """
+        self.method.end_stage()
+        if self.optimizer is not None:
+            self.optimizer.end_stage()
+            self.memory.forget(SERVER, "optimizer")
+        self.late.forget(range(len(self.names)))
+        self.clock.remember()
+        self.memory.carry(lambda name, state: expand(state, self.method.is_adapter(name)))
+
+    def state_dict(self) -> State:
+        """What a resumed run must find again."""
+        if self.optimizer is not None and (state := self.optimizer.state_dict()):
+            self.memory.put(SERVER, "optimizer", state)
+            self.memory.commit()
+        return self.memory.state_dict()
+
+    def residual(self) -> State:
+        """What the method adds to the base's weights beside the adapter, by module, at the depth of the stage."""
+        return self.method.residual()
 
     def _expected_work(self, flops: list[float]) -> Work:
         """What the stage's rounds ask of each client by the clock: an estimate, in which its first messages stand for
@@ -168,79 +216,11 @@ class Federation:
             sent.append(self.wire.bytes_down(down) + self.wire.bytes_up(up))
         return Work([self._shares.get(client, 0.0) * value for client, value in enumerate(flops)], sent)
 
-    def _note_time(self) -> None:
-        """Remember the clock, as the next stage begins by it."""
-        if self.selection.resources is not None:
-            self.memory.put(SERVER, "clock", {"seconds": torch.tensor(self._clock, dtype=torch.float64)})
-            self.memory.commit()
+    # --- a round --------------------------------------------------------------------------------------------
 
-    def _noted_time(self) -> float:
-        clock = self.memory.get(SERVER, "clock")
-        return clock["seconds"].item() if clock else 0.0
-
-    def begin_stage(
-        self,
-        layout: AdapterLayout,
-        adapter: torch.Tensor,
-        rounds: range,
-        done: int,
-        shares: dict[int, float],
-        flops: list,
-    ) -> None:
-        """A stage begins, or goes on.
-
-        Args:
-            layout, adapter: its adapters' layout and the global one.
-            rounds: all of its rounds; done: how many of them are over.
-            shares: the clients that can take part, and the part of the adapter's values that travels to and from each:
-                1, or less where it trains an earlier, smaller submodel.
-            flops: what a round asks of each client.
-        """
-        self.layout, self._shares = layout, shares
-        self.wire.begin_stage(layout)
-        self.method.begin_stage(layout, adapter)
-        if self.correction is not None:
-            self.correction.begin_stage(layout)
-        if self.optimizer is not None:
-            self.optimizer.begin_stage(layout, adapter)
-            if (state := self.memory.get(SERVER, "optimizer")) is not None:
-                self.optimizer.load_state_dict(state)
-        if done == 0:
-            self._note_time()
-        begun = self._noted_time()
-        self.selection.begin_stage(list(shares), rounds, self._expected_work(flops), begun)
-        self._clock = begun + sum(self.selection.seconds(index) for index in rounds[:done])
-        self._batches = self.batches_of(rounds[done:], 0)
-
-    def end_stage(self, expand: Callable[[State, bool], State]) -> None:
-        """A stage is over: take what is remembered to full depth. What begins the next one takes it from there.
-
-        Args:
-            expand: (tensors, whether they are an adapter's values) -> those at full depth.
-        """
-        self.method.end_stage()
-        if self.optimizer is not None:
-            self.optimizer.end_stage()
-            self.memory.forget(SERVER, "optimizer")
-        for client in range(len(self.names)):
-            self.memory.forget(client, "late")
-        self._note_time()
-        self.memory.carry(lambda name, state: expand(state, self.method.is_adapter(name)))
-
-    def state_dict(self) -> State:
-        """What a resumed run must find again."""
-        if self.optimizer is not None and (state := self.optimizer.state_dict()):
-            self.memory.put(SERVER, "optimizer", state)
-            self.memory.commit()
-        return self.memory.state_dict()
-
-    def run(
-        self,
-        round_index: int,
-        start: torch.Tensor,
-        train_clients: TrainClients,
-    ) -> RoundOutcome:
-        """One round from the global adapter `start`.
+    def run(self, round_index: int, start: torch.Tensor, train_clients: TrainClients) -> RoundOutcome:
+        """Run one round from the global adapter `start`: ask clients, train them, combine what they send; where too
+        few of them answer, try again with others.
 
         Args:
             train_clients: does the local training.
@@ -254,15 +234,11 @@ class Federation:
             batches = self._batches if attempt == 0 else self.batches_of([round_index], attempt)
             reports = self._train_all(round_index, attempt, start, batches, train_clients, outcome)
             counted = outcome.add(sampled, self._of_all_processes(reports))
-            arrivals = {
-                client: index
-                for client, index in self.selection.arrivals(round_index).items()
-                if self.memory.get(client, "late") is not None
-            }
-            if counted + len(arrivals) >= self.quorum:
-                outcome.adapter = self._combine(start, counted, {c: round_index - i for c, i in arrivals.items()})
+            arrived = self.late.arrived(self.selection.arrivals(round_index), round_index)
+            if counted + len(arrived) >= self.quorum:
+                outcome.adapter = self._combine(start, counted, arrived)
                 outcome.seconds = self.selection.seconds(round_index)
-                self._clock += outcome.seconds
+                self.clock.time += outcome.seconds
                 return outcome
             logger.warning(
                 f"round {round_index + 1}, attempt {attempt + 1}: {counted} of {len(sampled)} clients returned a "
@@ -270,11 +246,19 @@ class Federation:
             )
         raise QuorumError(
             f"round {round_index + 1}: fewer than round_quorum={self.quorum} clients returned a finite adapter in "
-            f"{self.retries + 1} attempts. Mend the clients, or lower `learning_rate`, `max_grad_norm` or "
+            f"{self.retries + 1} attempts. See to the clients, or lower `learning_rate`, `max_grad_norm` or "
             "`round_quorum`; then go on from the last checkpoint with `resume_from_checkpoint`."
         ) from self._first_error
 
-    def _train_all(self, round_index, attempt, start, batches, train_clients, outcome) -> torch.Tensor:
+    def _train_all(
+        self,
+        round_index: int,
+        attempt: int,
+        start: torch.Tensor,
+        batches: ClientBatches,
+        train_clients: TrainClients,
+        outcome: RoundOutcome,
+    ) -> torch.Tensor:
         """Train this process's clients of an attempt; their reports, a row for each client of all processes."""
         sampled, late = self.selection.sampled(round_index, attempt), self.selection.late(round_index, attempt)
         mine = set(self.placement.clients(self.selection.training(round_index, attempt)))
@@ -282,24 +266,26 @@ class Federation:
         self.method.begin_round(round_index, start, sampled)
         if self.correction is not None:
             self.correction.begin_round(start)
-        beside = self.correction.download() if self.correction is not None else None
-        if beside is not None:
-            self.correction.arrive(self.wire.down(beside))
+        correction_message = self.correction.download() if self.correction is not None else None
+        if self.correction is not None and correction_message is not None:
+            self.correction.arrive(self.wire.down(correction_message))
 
         def turns() -> Iterator[ClientTurn]:
             for client in sampled:
                 message = self.method.download(client)
                 outcome.bytes_down += self.wire.bytes_down(self._travelling(client, message))
-                outcome.bytes_down += 0 if beside is None else self.wire.bytes_down(beside.numel())
+                if correction_message is not None:
+                    outcome.bytes_down += self.wire.bytes_down(correction_message.numel())
                 if client in mine:
-                    yield self._turn(client, self.method.start(client, self.wire.down(message)), batches.next_client())
+                    received = self.method.start(client, self.wire.down(message))
+                    yield self._turn(round_index, client, received, batches.next_client())
 
         reports = torch.zeros(len(sampled), len(COLUMNS), dtype=torch.float64)
         for turn, trained in train_clients(turns()):
-            reports[sampled.index(turn.client)] = self._report(round_index, turn, trained, turn.client in late)
+            reports[sampled.index(turn.client)] = self._report(turn, trained, turn.client in late)
         return reports
 
-    def _turn(self, client: int, start: torch.Tensor, batches: ClientBatches) -> ClientTurn:
+    def _turn(self, round_index: int, client: int, start: torch.Tensor, batches: ClientBatches) -> ClientTurn:
         terms = [self.method.local_gradient] if self.method.corrects else []
         terms += [self.correction.gradient] if self.correction is not None else []
 
@@ -307,6 +293,7 @@ class Federation:
             return sum(term(client, start, adapter) for term in terms)
 
         return ClientTurn(
+            round_index=round_index,
             client=client,
             start=start,
             batches=batches,
@@ -316,83 +303,68 @@ class Federation:
             records=self.correction is not None and self.correction.records,
         )
 
-    def _report(self, round_index: int, turn: ClientTurn, trained: Trained, late: bool) -> torch.Tensor:
+    def _report(self, turn: ClientTurn, trained: Trained, is_late: bool) -> torch.Tensor:
         """A client's report; what it sends goes to the method, unless it has failed."""
         report = torch.zeros(len(COLUMNS), dtype=torch.float64)
         if isinstance(trained, Exception):
             if not self.placement.outlives_errors:
                 raise trained
             self._first_error = self._first_error or trained
-            self._warn(round_index, turn.client, f"failed and was left out: {type(trained).__name__}: {trained}")
+            self._warn(turn, f"failed and was left out: {type(trained).__name__}: {trained}")
             return report
         result, adapter = trained
         report[TOKENS], report[SEEN], report[FLOPS] = result.tokens, result.seen, result.flops
         finite = bool(torch.isfinite(adapter).all())
         if result.mean_gradient is not None:
             finite &= bool(torch.isfinite(result.mean_gradient).all())
-        report[BYTES] = self._send(turn, result, adapter, finite, late)
+        report[BYTES] = self._send(turn, result, adapter, finite, is_late)
         if not finite:
-            self._warn(round_index, turn.client, "returned an adapter that is not finite and was left out.")
+            self._warn(turn, "returned an adapter that is not finite and was left out.")
             return report
-        report[LATE if late else COUNTED], report[LOSS] = 1, float(result.loss)
+        report[LATE if is_late else COUNTED], report[LOSS] = 1, float(result.loss)
         report[GRAD_NORM] = float("nan") if result.grad_norm is None else float(result.grad_norm)
         return report
 
-    def _send(self, turn: ClientTurn, result: LocalResult, adapter: torch.Tensor, finite: bool, late: bool) -> int:
+    def _send(self, turn: ClientTurn, result: LocalResult, adapter: torch.Tensor, finite: bool, is_late: bool) -> int:
         """A client sends what it has trained, which counts where it is finite, now or later; returns the bytes."""
         client, method, wire = turn.client, self.method, self.wire
-        count = wire.bytes_up(self._travelling(client, method.payload(client, adapter))) + 4 * method.beside
-        beside = None if self.correction is None else self.correction.payload(client, result.mean_gradient)
-        count += 0 if beside is None else wire.bytes_up(beside.numel())
+        count = wire.bytes_up(self._travelling(client, method.payload(client, adapter))) + 4 * method.num_extra_values
+        correction = None if self.correction is None else self.correction.payload(client, result.mean_gradient)
+        count += 0 if correction is None else wire.bytes_up(correction.numel())
         if not finite:
             return count
         method.keep(client, turn.start, adapter)
-        message = wire.up(client, adapter, turn.start, partial(method.payload, client), feeds_back=method.aligned)
-        if late:
-            change, places = torch.zeros_like(adapter), method.sends(client)
-            self.layout.put(change, places, message - method.payload(client, turn.start))
-            self.memory.put(client, "late", self.layout.state(change, places))
+        pick = partial(method.payload, client)
+        message = wire.up(client, adapter, turn.start, pick, error_feedback=method.supports_error_feedback)
+        if is_late:
+            self.late.keep(client, method.sends(client), message - method.payload(client, turn.start))
         else:
             method.receive(client, turn.start, message)
-        if beside is not None:
+        if self.correction is not None and correction is not None:
             self.correction.keep(client, result.mean_gradient)
-            self.correction.receive(wire.up(client, beside, torch.zeros_like(beside), name="correction"))
+            self.correction.receive(wire.up(client, correction, torch.zeros_like(correction), name="correction"))
         return count
 
     def _travelling(self, client: int, message: torch.Tensor) -> int:
         """How many values a message has, as it would be for the submodel that the client trains."""
         return round(message.numel() * self._shares[client])
 
-    def _combine(self, start: torch.Tensor, fresh: int, late: dict[int, int]) -> torch.Tensor:
-        """The new global adapter, from this many fresh updates and those that arrive late, {client: rounds since}."""
-        parts = [part for part in (self.method, self.correction) if part is not None]
-        alone = self.placement.count == 1 or self.placement.shares_batches
-        if not alone:
-            for part in parts:
-                part.merge(self.add_up)
-        self._add_late(fresh, late)
+    def _combine(self, start: torch.Tensor, fresh: int, arrived: dict[int, int]) -> torch.Tensor:
+        """The new global adapter, from this many fresh updates and those that have arrived late, {client: rounds
+        since}."""
+        needs_no_merge = self.placement.count == 1 or self.placement.shares_batches
+        if not needs_no_merge:
+            self.method.merge(self.add_up)
+            if self.correction is not None:
+                self.correction.merge(self.add_up)
+        self.late.add_to(self.method, fresh, arrived)
         adapter = self.method.end_round().to(start.device)
         if self.correction is not None:
             self.correction.end_round()
-        self.memory.commit(None if alone else self.gather)
+        self.memory.commit(None if needs_no_merge else self.gather)
         if self.optimizer is not None:
             adapter = self.optimizer.step(start, adapter, self.method.updated)
         return adapter
-
-    def _add_late(self, fresh: int, late: dict[int, int]) -> None:
-        if not late:
-            return
-        method, changes = self.method, []
-        for client in late:
-            state = self.memory.get(client, "late")
-            places = tuple(place for place in self.layout.all if self.layout.keys[place] in state)
-            changes.append((client, places, torch.cat([state[self.layout.keys[place]].flatten() for place in places])))
-        mean = method.mean_update()
-        means = [None if mean is None else self.layout.pick(mean, places).cpu() for _, places, _ in changes]
-        weights = late_weights(means, fresh, [change for _, _, change in changes], list(late.values()))
-        for (client, places, change), weight in zip(changes, weights, strict=True):
-            method.add(places, change.double(), weight * method.clients.examples[client])
-            self.memory.forget(client, "late")
 
     def _of_all_processes(self, reports: torch.Tensor) -> torch.Tensor:
         """Each client's report, from the process or the processes that trained it."""
@@ -404,5 +376,5 @@ class Federation:
             reports[:, : GRAD_NORM + 1] /= self.placement.count
         return reports.cpu()
 
-    def _warn(self, round_index: int, client: int, what: str) -> None:
-        logger.warning(f"round {round_index + 1}: client {self.names[client]} {what}")
+    def _warn(self, turn: ClientTurn, what: str) -> None:
+        logger.warning(f"round {turn.round_index + 1}: client {self.names[turn.client]} {what}")

@@ -7,6 +7,10 @@ from typing import Protocol
 import numpy as np
 
 
+# How work is placed on processes; see `Placement`.
+PLACEMENTS = ("client_parallel", "data_parallel")
+
+
 def sample_clients(
     clients: Sequence[int],
     count: int,
@@ -78,7 +82,7 @@ class Plan(Protocol):
         """The clients that train in a round, ascending."""
 
 
-def turns(plan: Plan, placement: Placement, rounds: Iterable[int], attempt: int = 0) -> Iterator[tuple[int, int]]:
+def local_trainings(plan: Plan, placement: Placement, rounds: Iterable[int], attempt: int = 0) -> Iterator[tuple[int, int]]:
     """(round, client) of every local training that is this process's, in order."""
     for round_index in rounds:
         for client in placement.clients(plan.training(round_index, attempt)):

@@ -6,11 +6,12 @@ from collections.abc import Callable
 import torch
 
 from hf_devft.federation.memory import Memory
-from hf_devft.layout import AdapterLayout
+from hf_devft.models.layout import AdapterLayout
 
 
 # Bits of a value, and of the scale that a block of values shares.
 BITS = {"fp32": (32, 0), "bf16": (16, 0), "int8": (8, 16), "int4": (4, 16)}
+WIRE_DTYPES = tuple(BITS)
 BLOCK = 64
 _INDEX_BYTES = 4
 
@@ -38,13 +39,13 @@ class Wire:
 
     Args:
         dtype: of the values, "fp32", "bf16", "int8" or "int4"; the integers blockwise, with a bf16 scale per `BLOCK`.
-        top_k: upwards, the part of the values that is sent, the largest ones, each with a 32-bit index (Stich et al.
-            2018, arXiv 1809.07599); 1 sends all.
+        upload_fraction: upwards, the part of the values that is sent, the largest ones, each with a 32-bit index
+            (Stich et al. 2018, arXiv 1809.07599); 1 sends all.
         memory: keeps what was left out.
     """
 
-    def __init__(self, dtype: str, top_k: float, memory: Memory):
-        self.dtype, self.top_k, self.memory = dtype, top_k, memory
+    def __init__(self, dtype: str, upload_fraction: float, memory: Memory):
+        self.dtype, self.upload_fraction, self.memory = dtype, upload_fraction, memory
 
     def begin_stage(self, layout: AdapterLayout) -> None:
         """Adapters have this layout from now on."""
@@ -60,7 +61,7 @@ class Wire:
         vector: torch.Tensor,
         known: torch.Tensor,
         pick: Callable[[torch.Tensor], torch.Tensor] = lambda vector: vector,
-        feeds_back: bool = True,
+        error_feedback: bool = True,
         name: str = "adapter",
     ) -> torch.Tensor:
         """What the server gets of a client's message `pick(vector)`, where it knows `pick(known)`.
@@ -68,14 +69,14 @@ class Wire:
         Args:
             vector, known: of an adapter's layout: what the client has, and what it started from.
             pick: takes the message's values out of such a vector.
-            feeds_back: whether a value means the same in the client's next message.
+            error_feedback: whether to add what its last messages left out, and to remember what this one leaves out.
             name: which of a client's messages it is.
         """
         values = pick(vector)
-        if self.dtype == "fp32" and self.top_k == 1:
+        if self.dtype == "fp32" and self.upload_fraction == 1:
             return values
         known = pick(known)
-        if not feeds_back:
+        if not error_feedback:
             return known + self._encoded(values - known)
         where = pick(torch.arange(vector.numel(), device=vector.device))
         state = self.memory.get(client, f"left-out-{name}")
@@ -95,7 +96,7 @@ class Wire:
     def bytes_up(self, count: int) -> int:
         """Bytes of `count` values, as a client sends them."""
         sent = self._count(count)
-        return self.bytes_down(sent) + (_INDEX_BYTES * sent if self.top_k < 1 else 0)
+        return self.bytes_down(sent) + (_INDEX_BYTES * sent if self.upload_fraction < 1 else 0)
 
     def _rounded(self, values: torch.Tensor) -> torch.Tensor:
         if self.dtype == "fp32":
@@ -105,11 +106,11 @@ class Wire:
         return quantize(values, BITS[self.dtype][0])
 
     def _count(self, count: int) -> int:
-        return min(count, math.ceil(count * self.top_k))
+        return min(count, math.ceil(count * self.upload_fraction))
 
     def _encoded(self, change: torch.Tensor) -> torch.Tensor:
         """The largest values, rounded; the others 0."""
-        if self.top_k == 1:
+        if self.upload_fraction == 1:
             return self._rounded(change)
         chosen = change.abs().topk(self._count(change.numel())).indices.sort().values
         return torch.zeros_like(change).index_copy(0, chosen, self._rounded(change[chosen]))

@@ -19,7 +19,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_devft.configuration import STAGE_CONFIG_NAME, StageConfig
-from hf_devft.hub.artifacts import ADAPTER_WEIGHTS, FEDERATION, SUBMODEL
+from hf_devft.configuration.stage_folder import FEDERATION, SUBMODEL
+from hf_devft.models.adapter_files import ADAPTER_WEIGHTS
 
 
 logger = logging.getLogger(__name__)

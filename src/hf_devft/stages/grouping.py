@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from sklearn.cluster import SpectralClustering
 
-from hf_devft.stages.layer_stack import LayerStack
-from hf_devft.stages.weights import dense, is_cheap_to_read, piece, piece_size
+from hf_devft.models.layer_stack import LayerStack
+from hf_devft.models.weights import dense, is_cheap_to_read, piece_size, read_slice
 
 
 Groups = list[list[int]]
@@ -62,7 +62,7 @@ def _pieces(parameters: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         return
     size = piece_size(parameters[0])
     for start in range(0, parameters[0].numel(), size):
-        rows = [piece(parameter, start, start + size).float() for parameter in parameters]
+        rows = [read_slice(parameter, start, start + size).float() for parameter in parameters]
         yield torch.stack(rows)
 
 

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_devft.models.layer_stack import LayerStack, find_layer_stack, with_layers
+from hf_devft.models.weights import DenseValues, is_stored, store_like
 from hf_devft.stages.fusion import fuse
 from hf_devft.stages.grouping import Groups
-from hf_devft.stages.layer_stack import LayerStack, find_layer_stack, with_layers
-from hf_devft.stages.weights import DenseValues, is_stored, like
 
 
 def build_submodel(
@@ -54,4 +54,4 @@ def _fuse_into(layer: nn.Module, members: list[nn.Module], fusion: str, beta: fl
     for name, anchor in list(layer.named_parameters()):
         values = fuse(DenseValues([member.get_parameter(name) for member in members]), fusion, beta)
         parent, _, leaf = name.rpartition(".")
-        setattr(layer.get_submodule(parent), leaf, like(values, anchor))
+        setattr(layer.get_submodule(parent), leaf, store_like(values, anchor))

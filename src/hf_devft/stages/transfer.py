@@ -8,10 +8,10 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
-from hf_devft.layout import MAGNITUDE, RESIDUAL, B, State
+from hf_devft.models.layer_stack import LayerNames
+from hf_devft.models.layout import MAGNITUDE, RESIDUAL, B, State
 from hf_devft.stages.fusion import fuse
 from hf_devft.stages.grouping import Groups
-from hf_devft.stages.layer_stack import LayerNames
 
 
 def check_alike(state: State, names: LayerNames, kinds: Sequence[Hashable]) -> None:

@@ -8,7 +8,7 @@ from rounds_of import begin, layout, mean_products, products, random_adapter, ro
 
 from hf_devft.federation.memory import SERVER
 from hf_devft.federation.methods import METHODS
-from hf_devft.layout import RESIDUAL, A, B
+from hf_devft.models.layout import RESIDUAL, A, B
 
 
 EXAMPLES = [3, 1, 4]

@@ -4,7 +4,8 @@ To add one of your own: `METHODS["mine"] = MyMethod`, see examples/own_method.py
 """
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from hf_devft.federation.methods.base import Clients, FederatedMethod
 from hf_devft.federation.methods.c2a import C2A
@@ -42,10 +43,16 @@ METHODS: dict[str, type[FederatedMethod]] = {
 CORRECTIONS: dict[str, type[LocalCorrection]] = {"fedprox": FedProx, "scaffold": Scaffold}
 
 
-def make_methods(
-    name: str, options: dict[str, Any] | None = None
-) -> tuple[FederatedMethod, LocalCorrection | None, ServerOptimizer | None]:
-    """What a `federated_method` names.
+class Methods(NamedTuple):
+    """What a `federated_method` names."""
+
+    method: FederatedMethod
+    correction: LocalCorrection | None
+    optimizer: ServerOptimizer | None
+
+
+def make_methods(name: str, options: dict[str, Any] | None = None) -> Methods:
+    """Make what a `federated_method` names.
 
     Args:
         name: a name in `METHODS`, `CORRECTIONS` or `SERVER_OPTIMIZERS`, or one of each joined by "+"; "fedit" is the
@@ -53,11 +60,10 @@ def make_methods(
         options: arguments of what is named.
 
     Raises:
-        ValueError: unknown or doubled names, options that nothing takes or that are refused, a combination that
-            makes no sense.
+        ValueError: unknown or doubled names, options that nothing takes or that are refused.
     """
     registries = {"method": METHODS, "correction": CORRECTIONS, "server optimiser": SERVER_OPTIMIZERS}
-    chosen: dict[str, type | None] = {"method": None, "correction": None, "server optimiser": None}
+    chosen: dict[str, Callable[..., Any] | None] = dict.fromkeys(registries)
     for part in name.split("+"):
         kind = next((kind for kind, registry in registries.items() if part in registry), None)
         if kind is None:
@@ -73,16 +79,11 @@ def make_methods(
             f"federated_method_kwargs has {sorted(unknown)}, which {name!r} does not take: "
             f"it takes {sorted(set.union(*takes.values())) or 'none'}."
         )
-    method, correction, optimizer = (
-        made and made(**{key: value for key, value in (options or {}).items() if key in takes[kind]})
-        for kind, made in chosen.items()
+    made = (
+        make and make(**{key: value for key, value in (options or {}).items() if key in takes[kind]})
+        for kind, make in chosen.items()
     )
-    if optimizer is not None and not method.optimizable:
-        raise ValueError(
-            f"federated_method={name!r}: a server optimiser steps from one round's adapter to the next, but those of "
-            f"{type(method).__name__} have no coordinates in common. Use another method, or no server optimiser."
-        )
-    return method, correction, optimizer
+    return Methods(*made)
 
 
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "Clients",
     "FederatedMethod",
     "LocalCorrection",
+    "Methods",
     "Residual",
     "ServerOptimizer",
     "make_methods",

@@ -1,5 +1,6 @@
 """What a federated method has to say: what a client receives, what it trains, what it sends, how updates combine."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 
 from hf_devft.federation.memory import SERVER, Memory
-from hf_devft.layout import AdapterLayout
+from hf_devft.models.layout import AdapterLayout, State
 
 
 @dataclass
@@ -27,6 +28,15 @@ class Clients:
     memory: Memory = field(default_factory=Memory)
 
 
+# What a method of one's own may still call by its earlier name, up to version 0.3.
+_RENAMED = {
+    "needs_room": "modifies_base_weights",
+    "waits": "supports_late_updates",
+    "aligned": "supports_error_feedback",
+    "beside": "num_extra_values",
+}
+
+
 class FederatedMethod:
     """FedAvg over the tensors that clients send: θ ← θ + Σ_k n_k (θ_k − θ) / Σ_k n_k for each tensor, over the clients
     that sent it, n_k their examples (McMahan et al. 2017, arXiv 1602.05629, eq. 1).
@@ -44,22 +54,31 @@ class FederatedMethod:
     Attributes:
         factors: treats LoRA's A and B apart, so that there must be some.
         products: works with their products, of one rank and scale everywhere.
-        needs_room: changes the base's weights by more than an adapter (see `Residual`).
-        partial: whether clients train only a part of the adapter.
+        modifies_base_weights: changes the base's weights by more than an adapter (see `Residual`).
+        partial: clients train only a part of the adapter.
+        remembers: keeps values of adapters from round to round, beside the global adapter itself.
         corrects: `local_gradient` is to be asked.
-        aligned: whether a value of the adapter stands for the same thing in every round, as error feedback needs it.
-        optimizable: whether a server optimiser may step along the update.
-        waits: whether an update may arrive in a later round than the one that it was made in.
+        supports_error_feedback: a value of the adapter stands for the same thing in every round.
+        optimizable: a server optimiser may step along the update.
+        supports_late_updates: an update may arrive in a later round than the one that it was made in.
     """
 
     factors = False
     products = False
-    needs_room = False
+    modifies_base_weights = False
     partial = False
+    remembers = False
     corrects = False
-    aligned = True
+    supports_error_feedback = True
     optimizable = True
-    waits = True
+    supports_late_updates = True
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for old, new in _RENAMED.items():
+            if old in vars(cls):
+                warnings.warn(f"{cls.__name__}.{old} is now called {new}: rename it.", FutureWarning, 2)
+                setattr(cls, new, vars(cls)[old])
 
     def begin_run(self, clients: Clients) -> None:
         """Before anything else."""
@@ -104,12 +123,16 @@ class FederatedMethod:
         sent = set(self.sends(0))
         return tuple(place for place in self.trains(0) if place not in sent)
 
+    def residual(self) -> State:
+        """What the method adds to the base's weights beside the adapter, by module; nothing here (see `Residual`)."""
+        return {}
+
     # --- a client's round -----------------------------------------------------------------------------------
 
     def begin_round(self, round_index: int, adapter: torch.Tensor, sampled: Sequence[int]) -> None:
         """A round begins from the global adapter, with these clients."""
         self.round_index, self.adapter, self.sampled = round_index, adapter, list(sampled)
-        self._sums = self.zeros(adapter.numel() + len(self.layout))  # and each tensor's Σ n_k
+        self.sums = self.zeros(adapter.numel() + len(self.layout))  # Σ n_k (θ_k − θ), then each tensor's Σ n_k
 
     def zeros(self, count: int) -> torch.Tensor:
         """Float64 zeros; see `wide_zeros`."""
@@ -147,12 +170,12 @@ class FederatedMethod:
         seen = self.memory.get(client, "kept") is not None
         self.add(kept, self.wide(new) - self.wide(old) if seen else self.wide(new), self.clients.examples[client])
         if seen:  # it counts in the mean already
-            self._weights[list(kept)] -= self.clients.examples[client]
+            self.weights[list(kept)] -= self.clients.examples[client]
         self.memory.put(client, "kept", self.layout.state(adapter, kept))
 
     @property
-    def beside(self) -> int:
-        """Numbers that a client sends beside its payload."""
+    def num_extra_values(self) -> int:
+        """How many numbers a client sends beside its payload."""
         return 0
 
     def payload(self, client: int, adapter: torch.Tensor) -> torch.Tensor:
@@ -168,32 +191,33 @@ class FederatedMethod:
         self.add(self.sends(client), difference, self.clients.examples[client])
 
     @property
-    def _weights(self) -> torch.Tensor:
-        return self._sums[-len(self.layout) :]
+    def weights(self) -> torch.Tensor:
+        """Σ n_k of each tensor, so far."""
+        return self.sums[-len(self.layout) :]
 
     def add(self, places: Sequence[int], values: torch.Tensor, weight: float) -> None:
         """Add to the sums of the tensors at `places`."""
-        self.layout.put(self._sums[: -len(self.layout)], places, self.wide(values), alpha=weight)
-        self._weights[list(places)] += weight
+        self.layout.put(self.sums[: -len(self.layout)], places, self.wide(values), alpha=weight)
+        self.weights[list(places)] += weight
 
     def merge(self, add_up: Callable[[torch.Tensor], None]) -> None:
         """Called once on every process after its clients; `add_up` sums a tensor over the processes, in place."""
-        add_up(self._sums)
+        add_up(self.sums)
 
     def mean_update(self) -> torch.Tensor | None:
         """After `merge`: the mean of what the round's clients have changed, flat; None without any."""
-        weights = self._weights.repeat_interleave(torch.tensor(self.layout.sizes, device=self._weights.device))
-        return self._sums[: -len(self.layout)] / weights.clamp_min(1) if weights.any() else None
+        weights = self.weights.repeat_interleave(torch.tensor(self.layout.sizes, device=self.weights.device))
+        return self.sums[: -len(self.layout)] / weights.clamp_min(1) if weights.any() else None
 
     @property
     def updated(self) -> tuple[int, ...]:
         """After `merge`: the tensors that the round's clients have sent."""
         kept = set(self.kept)
-        return tuple(place for place, weight in enumerate(self._weights.tolist()) if weight > 0 and place not in kept)
+        return tuple(place for place, weight in enumerate(self.weights.tolist()) if weight > 0 and place not in kept)
 
     def end_round(self) -> torch.Tensor:
         """The new global adapter, from at least one client's."""
-        step, weights = self._sums[: -len(self.layout)], self._weights.tolist()
+        step, weights = self.sums[: -len(self.layout)], self.weights.tolist()
         kept = set(self.kept)
         before = (self.memory.get(SERVER, "kept") or {}).get("examples", torch.tensor(0.0)).item()
         current = self.adapter.to(step.device).split(self.layout.sizes)

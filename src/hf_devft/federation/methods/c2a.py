@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from hf_devft.federation.heterogeneity.label_features import label_features
 from hf_devft.federation.memory import SERVER
 from hf_devft.federation.methods.base import Clients, FederatedMethod
-from hf_devft.federation.methods.client_features import label_features
-from hf_devft.layout import AdapterLayout
+from hf_devft.models.layout import AdapterLayout
 
 
 class C2A(FederatedMethod):
@@ -27,7 +27,8 @@ class C2A(FederatedMethod):
         ValueError: embedding_size below 1.
     """
 
-    optimizable = waits = False
+    optimizable = supports_late_updates = False
+    remembers = True
 
     def __init__(self, embedding_size: int = 4):
         if embedding_size < 1:
@@ -55,7 +56,7 @@ class C2A(FederatedMethod):
     def begin_round(self, round_index: int, adapter: torch.Tensor, sampled: Sequence[int]) -> None:
         super().begin_round(round_index, adapter, sampled)
         weights = (self.memory.get(SERVER, f"weights-{index}") for index in range(self.embedding_size + 1))
-        self._hyper = torch.stack([self.layout.flat(state) for state in weights]).double().to(self._sums.device)
+        self._hyper = torch.stack([self.layout.flat(state) for state in weights]).double().to(self.sums.device)
         self._updates = self.zeros(self._hyper.numel() + 1)  # Σ_k n_k ΔW, and Σ n_k
 
     def _generate(self, embedding: np.ndarray) -> torch.Tensor:
@@ -65,7 +66,7 @@ class C2A(FederatedMethod):
         return self._generate(self.embeddings[client]).to(self.adapter)
 
     @property
-    def beside(self) -> int:
+    def num_extra_values(self) -> int:
         return self.embedding_size  # z_k
 
     def receive(self, client: int, start: torch.Tensor, payload: torch.Tensor) -> None:

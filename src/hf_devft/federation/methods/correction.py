@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from hf_devft.federation.methods.base import Clients, FederatedMethod
-from hf_devft.layout import AdapterLayout
+from hf_devft.models.layout import AdapterLayout
 
 
 class LocalCorrection:

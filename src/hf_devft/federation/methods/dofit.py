@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 
+from hf_devft.federation.heterogeneity.label_features import label_features
 from hf_devft.federation.memory import SERVER
 from hf_devft.federation.methods.base import Clients, FederatedMethod
-from hf_devft.federation.methods.client_features import label_features
 from hf_devft.federation.methods.lora import product_norm
-from hf_devft.layout import AdapterLayout
+from hf_devft.models.layout import AdapterLayout
 
 
 class DoFIT(FederatedMethod):
@@ -31,8 +31,8 @@ class DoFIT(FederatedMethod):
         ValueError: fewer than 1 or more than the clients, or a part outside of 0 ... 1.
     """
 
-    optimizable = waits = False
-    factors = True
+    optimizable = supports_late_updates = False
+    factors = remembers = True
 
     def __init__(self, domains: int = 2, shared: float = 0.5):
         if domains < 1 or not 0 <= shared <= 1:

@@ -2,8 +2,8 @@
 
 import torch
 
-from hf_devft.federation.methods.residual import Residual, announced
-from hf_devft.layout import RESIDUAL
+from hf_devft.federation.methods.residual import Residual, placeholder_message
+from hf_devft.models.layout import RESIDUAL
 
 
 class FedExLoRA(Residual):
@@ -13,10 +13,10 @@ class FedExLoRA(Residual):
     choice; the residual by itself has the same rank), and the first time the adapter.
     """
 
-    aligned = True
+    supports_error_feedback = True
 
     def download(self, client: int) -> torch.Tensor:
-        return announced(max(super().download(client).numel(), self.adapter.numel()))
+        return placeholder_message(max(super().download(client).numel(), self.adapter.numel()))
 
     def start(self, client: int, received: torch.Tensor) -> torch.Tensor:
         return self.adapter

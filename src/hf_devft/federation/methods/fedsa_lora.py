@@ -1,7 +1,7 @@
 """FedSA-LoRA (Guo et al. 2024, arXiv 2410.01463): A learns what is common and is shared, B stays with its client."""
 
 from hf_devft.federation.methods.base import FederatedMethod
-from hf_devft.layout import B
+from hf_devft.models.layout import B
 
 
 class FedSALoRA(FederatedMethod):
@@ -11,7 +11,7 @@ class FedSALoRA(FederatedMethod):
     to depth, as the server does with A (our choices).
     """
 
-    factors = True
+    factors = remembers = True
 
     def receives(self, client: int) -> tuple[int, ...]:
         return self.layout.without(B)

@@ -6,7 +6,7 @@ import torch
 
 from hf_devft.federation.methods.residual import Residual
 from hf_devft.federation.sampling import client_seed
-from hf_devft.layout import RESIDUAL
+from hf_devft.models.layout import RESIDUAL
 
 
 class FLoRA(Residual):

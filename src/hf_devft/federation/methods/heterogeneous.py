@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from hf_devft.federation.methods.base import FederatedMethod
-from hf_devft.layout import AdapterLayout
+from hf_devft.models.layout import AdapterLayout
 
 
 class HeterogeneousRanks(FederatedMethod):
@@ -20,7 +20,7 @@ class HeterogeneousRanks(FederatedMethod):
         ValueError: ranks outside of 1 ... r.
     """
 
-    waits = False
+    supports_late_updates = False
     products = True
 
     def __init__(self, client_ranks: Sequence[int] | None = None):

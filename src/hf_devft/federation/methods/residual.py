@@ -6,7 +6,7 @@ import torch
 
 from hf_devft.federation.memory import SERVER
 from hf_devft.federation.methods.stacking import Stacking
-from hf_devft.layout import LoraPair
+from hf_devft.models.layout import LoraPair
 
 
 class Residual(Stacking):
@@ -16,7 +16,7 @@ class Residual(Stacking):
     rank, as many; in a new stage, all of them again (our choice: it may not hold what its new layers were fused from).
     """
 
-    needs_room = products = True
+    modifies_base_weights = products = True
 
     def end_stage(self) -> None:
         for client in range(len(self.clients.examples)):
@@ -33,7 +33,7 @@ class Residual(Stacking):
             key: delta.float() + (before[key].to(delta.device) if key in before else 0) for key, delta in
             deltas.items()
         })  # fmt: skip
-        sent = int((self._rows[:, -1] > 0).sum()) * self.layout.shapes[self.layout.pairs[0].a][0]
+        sent = int((self.rows[:, -1] > 0).sum()) * self.layout.shapes[self.layout.pairs[0].a][0]
         self.memory.put(SERVER, "stacked", {"rank": torch.tensor(self._stacked(SERVER) + sent)})
 
     def _stacked(self, owner: int | str) -> int:
@@ -45,7 +45,7 @@ class Residual(Stacking):
         missing = self._stacked(SERVER) - self._stacked(client)
         shapes = [(self.layout.shapes[pair.a], self.layout.shapes[pair.b]) for pair in self.layout.pairs]
         factors = sum(min(missing, a[1], b[0]) * (a[1] + b[0]) for a, b in shapes)
-        return announced(factors + sum(self.layout.sizes[place] for place in self.layout.others))
+        return placeholder_message(factors + sum(self.layout.sizes[place] for place in self.layout.others))
 
     def keep(self, client: int, start: torch.Tensor, adapter: torch.Tensor) -> None:
         self.memory.put(client, "stacked", {"rank": torch.tensor(self._stacked(SERVER))})
@@ -56,6 +56,6 @@ class Residual(Stacking):
         return self.layout.scaling * sum(products)
 
 
-def announced(count: int) -> torch.Tensor:
+def placeholder_message(count: int) -> torch.Tensor:
     """`count` values that are sent to be put into the base's weights, where the simulation has them already."""
     return torch.zeros(1).expand(count)

@@ -1,7 +1,7 @@
 """RoLoRA (Chen et al. 2024, arXiv 2502.01755): A and B are trained in turns."""
 
 from hf_devft.federation.methods.base import FederatedMethod
-from hf_devft.layout import A, B
+from hf_devft.models.layout import A, B
 
 
 class RoLoRA(FederatedMethod):
@@ -13,7 +13,7 @@ class RoLoRA(FederatedMethod):
     """
 
     partial = factors = True
-    waits = False
+    supports_late_updates = False
 
     def trains(self, client: int) -> tuple[int, ...]:
         return self.layout.without(A if self.round_index % 2 == 0 else B)

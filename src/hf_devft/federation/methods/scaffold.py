@@ -5,9 +5,8 @@ from collections.abc import Callable
 import torch
 
 from hf_devft.federation.memory import SERVER
-from hf_devft.federation.methods.base import Clients, FederatedMethod, wide_zeros
+from hf_devft.federation.methods.base import wide_zeros
 from hf_devft.federation.methods.correction import LocalCorrection
-from hf_devft.federation.methods.fedit import FedIT
 
 
 class Scaffold(LocalCorrection):
@@ -19,14 +18,6 @@ class Scaffold(LocalCorrection):
     """
 
     records = True
-
-    def begin_run(self, clients: Clients, method: FederatedMethod) -> None:
-        super().begin_run(clients, method)
-        if type(method) is not FedIT:
-            raise ValueError(
-                "scaffold corrects the gradients of all that travels, so it cannot be combined with "
-                f"{type(method).__name__}, where clients train a part or start from adapters of their own: use fedit."
-            )
 
     def _variate(self, owner: int | str) -> torch.Tensor:
         """c or c_k."""

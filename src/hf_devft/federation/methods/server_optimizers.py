@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch.optim import SGD, Adagrad, Adam, Optimizer
 
-from hf_devft.layout import AdapterLayout, State
+from hf_devft.models.layout import AdapterLayout, State
 
 
 class Yogi(Optimizer):

@@ -1,0 +1,1 @@
+"""The command line: a recipe's arguments, from a YAML file and flags."""

@@ -1,0 +1,489 @@
+"""What cannot go together, in one table: options, methods, adapters, models and engines.
+
+`CONFLICTS` has a row for each pair, with what to change; `FACTS` says how to tell that a run has either of them. A
+config, a trainer and a plan all ask `check_compatibility`, each with what it knows, and docs/compatibility.md is made
+from the table.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig
+from transformers import PreTrainedModel
+
+from hf_devft.federation.methods import Methods, make_methods
+from hf_devft.federation.methods.droppeft import DropPEFT
+from hf_devft.federation.methods.fedit import FedIT
+from hf_devft.federation.methods.ffa_lora import FFALoRA
+from hf_devft.federation.selection import SELECTIONS
+from hf_devft.models.initialisation import moves_weights
+from hf_devft.models.layout import AdapterLayout
+from hf_devft.models.supported import uneven_options
+from hf_devft.tasks import answers_prompts
+
+
+if TYPE_CHECKING:
+    from hf_devft.configuration.devft_config import DevFTConfig
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known of a run when it is checked. What is None is not known yet, and conflicts with nothing.
+
+    Attributes:
+        args: its config.
+        trainer: "devft", "sft" or "dpo".
+        adapter: the config of its adapter.
+        layout: the full-depth adapter's tensors.
+        base: its model without adapter; may be on the meta device.
+        num_stages: how many stages it has.
+        mixed_precision: "no", "fp16" or "bf16".
+        mean_over_tokens: whether the loss is a mean over all of a batch's tokens, however the batch is cut.
+        has_processor: whether there is what encodes rows and decodes answers (a tokenizer, say).
+        has_evaluation: whether there is an `eval_dataset`.
+        server_rows: the server's own rows: `calibration_dataset`, for grouping also `eval_dataset`; False for none.
+    """
+
+    args: "DevFTConfig"
+    trainer: str = "devft"
+    adapter: PeftConfig | None = None
+    layout: AdapterLayout | None = None
+    base: PreTrainedModel | None = None
+    num_stages: int | None = None
+    mixed_precision: str | None = None
+    mean_over_tokens: bool | None = None
+    has_processor: bool | None = None
+    has_evaluation: bool | None = None
+    server_rows: Any = None
+
+    @cached_property
+    def methods(self) -> Methods:
+        """What `federated_method` names."""
+        return make_methods(self.args.federated_method, self.args.federated_method_kwargs)
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
+        plugin = self.args.deepspeed_plugin
+        return 0 if plugin is None else plugin.zero_stage
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the base is, or is to be loaded so."""
+        asked = (self.args.model_init_kwargs or {}).get("quantization_config")
+        return bool(asked) or bool(getattr(self.base, "is_quantized", False))
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that a run may have.
+
+    Attributes:
+        name: as the documentation has it.
+        holds: (setup) -> whether the run has it; False where that is not known.
+        said: (setup) -> as an error has it; default: the name.
+    """
+
+    name: str
+    holds: Callable[[Setup], Any]
+    said: Callable[[Setup], str] | None = None
+
+    def describe(self, setup: Setup) -> str:
+        """As an error has it."""
+        return self.said(setup) if self.said is not None else self.name.replace("`", "")
+
+
+def _given(*options: str) -> Callable[[Setup], str]:
+    """The options as the user has given them."""
+    return lambda setup: ", ".join(f"{option}={getattr(setup.args, option)!r}" for option in options)
+
+
+def _all_are_anchors(setup: Setup, *options: str) -> bool:
+    return {getattr(setup.args, option) for option in options} == {"anchor"}
+
+
+def _method_is(name: str) -> Callable[[Setup], bool]:
+    return lambda setup: getattr(setup.methods.method, name)
+
+
+def _records(setup: Setup) -> bool:
+    return setup.methods.correction is not None and setup.methods.correction.records
+
+
+def _remembers(setup: Setup) -> bool:
+    """Whether values of the adapter outlive a round, with a client or with the server."""
+    args, method = setup.args, setup.methods.method
+    lossy = args.wire_dtype != "fp32" or args.upload_fraction < 1
+    return lossy or method.remembers or method.modifies_base_weights or _records(setup)
+
+
+def _quantised_layers(setup: Setup) -> bool:
+    """Whether there are weights that no optimiser can train."""
+    base = setup.base
+    return setup.is_quantised or (
+        base is not None and not all(parameter.is_floating_point() for parameter in base.parameters())
+    )
+
+
+def _has_no_classes_to_compare(setup: Setup) -> bool:
+    if setup.base is None:
+        return False
+    config = setup.base.config
+    kind = getattr(config, "problem_type", None)
+    return kind in ("regression", "multi_label_classification") or getattr(config, "num_labels", 2) == 1
+
+
+def _is_no_language_model(setup: Setup) -> bool:
+    if setup.base is None:
+        return False
+    return not answers_prompts(setup.args.task) or setup.base.get_output_embeddings() is None
+
+
+def _reads_no_tokens_in_one_stack(setup: Setup) -> bool:
+    base = setup.base
+    return base is not None and (base.main_input_name != "input_ids" or base.config.is_encoder_decoder)
+
+
+def _lacks_labels(setup: Setup) -> bool:
+    rows = setup.server_rows
+    return answers_prompts(setup.args.task) and isinstance(rows, Dataset) and "labels" not in rows.column_names
+
+
+def _lacks_processor(setup: Setup) -> bool:
+    return setup.has_processor is False and answers_prompts(setup.args.task)
+
+
+def _head_of(base: PreTrainedModel | None) -> str | None:
+    """The last part of the name of the output embeddings, where there are some."""
+    head = base.get_output_embeddings() if base is not None else None
+    if base is None or head is None:
+        return None
+    return next(name for name, module in base.named_modules() if module is head).rpartition(".")[2]
+
+
+def _adapts_head(setup: Setup) -> bool:
+    head = _head_of(setup.base)
+    return head is not None and setup.layout is not None and any(f".{head}." in key for key in setup.layout.keys)
+
+
+FACTS: dict[str, Fact] = {
+    # the rules of a stage
+    "rules that are not anchors": Fact(
+        '`fusion`, `adapter_fusion` or `transfer` other than `"anchor"`',
+        lambda s: not _all_are_anchors(s, "fusion", "adapter_fusion", "transfer"),
+        _given("fusion", "adapter_fusion", "transfer"),
+    ),
+    "fused layers": Fact(
+        '`fusion` or `adapter_fusion` other than `"anchor"`',
+        lambda s: not _all_are_anchors(s, "fusion", "adapter_fusion"),
+        _given("fusion", "adapter_fusion"),
+    ),
+    "prefix": Fact('`grouping="prefix"`', lambda s: s.args.grouping == "prefix", _given("grouping")),
+    "calibrated": Fact('`grouping="calibrated"`', lambda s: s.args.grouping == "calibrated", _given("grouping")),
+    "split": Fact('`transfer="split"`', lambda s: s.args.transfer == "split", _given("transfer")),
+    "anchor transfer": Fact('`transfer="anchor"`', lambda s: s.args.transfer == "anchor", _given("transfer")),
+    "temporary head": Fact("`temporary_head`", lambda s: s.args.temporary_head, _given("temporary_head")),
+    "one stage": Fact("a single stage", lambda s: s.num_stages == 1),
+    # the server's teaching
+    "healing": Fact("`healing_steps`", lambda s: s.args.healing_steps, _given("healing_steps")),
+    "distillation": Fact("`distillation_steps`", lambda s: s.args.distillation_steps, _given("distillation_steps")),
+    "no texts": Fact(
+        "no `calibration_dataset`",
+        lambda s: s.server_rows is not None and not (isinstance(s.server_rows, Dataset) and len(s.server_rows)),
+    ),
+    "no calibration texts": Fact(
+        "neither `calibration_dataset` nor `eval_dataset`", lambda s: s.server_rows is False and s.has_evaluation is False
+    ),
+    "no labels": Fact("rows of `calibration_dataset` without `labels`", _lacks_labels),
+    "no tokenizer": Fact("no `processing_class`", _lacks_processor),
+    "no room for prompts": Fact(
+        "`generation_max_new_tokens` of `max_length` or more",
+        lambda s: s.args.generation_max_new_tokens >= s.args.max_length,
+        _given("generation_max_new_tokens", "max_length"),
+    ),
+    # the model
+    "quantised base": Fact("a quantised base", lambda s: s.is_quantised),
+    "weights that cannot be trained": Fact("a quantised base", _quantised_layers),
+    "base in fp16": Fact("a base in float16", lambda s: s.base is not None and s.base.dtype == torch.float16),
+    "encoder and decoder": Fact(
+        "a model with an encoder and a decoder", lambda s: s.base is not None and s.base.config.is_encoder_decoder
+    ),
+    "two stacks": Fact(
+        "both stacks of a model with an encoder and a decoder",
+        lambda s: s.base is not None and s.base.config.is_encoder_decoder and s.args.stack is None,
+    ),
+    "no language model": Fact("a model that does not predict next tokens", _is_no_language_model),
+    "no classes": Fact("regression, or labels of which several are right", _has_no_classes_to_compare),
+    "not one stack of tokens": Fact(
+        "a model that reads no tokens, or has two stacks of layers", _reads_no_tokens_in_one_stack
+    ),
+    # the adapter
+    "DoRA": Fact("`LoraConfig(use_dora=True)`", lambda s: getattr(s.adapter, "use_dora", False)),
+    "moved weights": Fact(
+        "PiSSA and OLoRA",
+        lambda s: s.adapter is not None and moves_weights(s.adapter),
+        lambda s: f"init_lora_weights={s.adapter.init_lora_weights!r}",
+    ),
+    "uneven adapter": Fact(
+        "`rank_pattern`, `alpha_pattern`, `use_dora` or `target_parameters`",
+        lambda s: isinstance(s.adapter, LoraConfig) and uneven_options(s.adapter),
+        lambda s: ", ".join(uneven_options(s.adapter)),
+    ),
+    "no LoRA factors": Fact(
+        "an adapter other than LoRA",
+        lambda s: s.layout is not None and not s.layout.pairs,
+        lambda s: "an adapter without LoRA's factors" if s.adapter is None else f"{s.adapter.peft_type.value}",
+    ),
+    "adapted embeddings": Fact(
+        "an adapter on embeddings",
+        lambda s: s.layout is not None and any("lora_embedding" in key for key in s.layout.keys),
+    ),
+    "adapted head": Fact("`target_modules` that have the output embeddings", _adapts_head),
+    "chosen layers": Fact(
+        "`layers_to_transform`", lambda s: getattr(s.adapter, "layers_to_transform", None) is not None
+    ),
+    # methods, wire, participants
+    "factors": Fact(
+        "methods about LoRA's factors (`ffa_lora`, `fedsa_lora`, `rolora`, `dofit`)",
+        _method_is("factors"),
+        _given("federated_method"),
+    ),
+    "products": Fact(
+        "methods about products of LoRA's factors (`flora`, `fedex_lora`, `flexlora`, `hlora`, `hetlora`)",
+        _method_is("products"),
+        _given("federated_method"),
+    ),
+    "changed base": Fact(
+        "methods that change the base's weights (`flora`, `fedex_lora`)",
+        _method_is("modifies_base_weights"),
+        _given("federated_method"),
+    ),
+    "parts in turns": Fact(
+        "methods that train parts of the adapter (`ffa_lora`, `rolora`, `droppeft`)",
+        _method_is("partial"),
+        _given("federated_method"),
+    ),
+    "not optimisable": Fact(
+        "methods whose rounds have no coordinates in common (`flora`, `fedex_lora`, `flexlora`, `hlora`, `c2a`, "
+        "`dofit`)",
+        lambda s: not s.methods.method.optimizable,
+        _given("federated_method"),
+    ),
+    "fixed adapter": Fact(
+        "methods by whose rules the server may not change the adapter (those above, `ffa_lora`, `fedsa_lora`, "
+        "`rolora`)",
+        lambda s: (
+            s.methods.method.factors or s.methods.method.modifies_base_weights or not s.methods.method.optimizable
+        ),
+        _given("federated_method"),
+    ),
+    "no late updates": Fact(
+        "methods that need all of a round's updates together (`rolora`, `c2a`, `dofit`, those of products, `scaffold`)",
+        lambda s: _records(s) or not s.methods.method.supports_late_updates,
+        _given("federated_method"),
+    ),
+    "FFA-LoRA": Fact("`ffa_lora`", lambda s: isinstance(s.methods.method, FFALoRA), _given("federated_method")),
+    "DropPEFT": Fact("`droppeft`", lambda s: isinstance(s.methods.method, DropPEFT), _given("federated_method")),
+    "not FedIT": Fact(
+        "a method other than `fedit`", lambda s: type(s.methods.method) is not FedIT, _given("federated_method")
+    ),
+    "correction": Fact(
+        "`fedprox` and `scaffold`", lambda s: s.methods.correction is not None, _given("federated_method")
+    ),
+    "recorded gradients": Fact("`scaffold`", _records, _given("federated_method")),
+    "server optimiser": Fact(
+        "server optimisers", lambda s: s.methods.optimizer is not None, _given("federated_method")
+    ),
+    "memory of values": Fact(
+        "what remembers values of the adapter (a lossy wire, `fedsa_lora`, `c2a`, `dofit`, `flora`, `fedex_lora`, "
+        "`scaffold`)",
+        _remembers,
+        _given("federated_method", "wire_dtype", "upload_fraction"),
+    ),
+    "late updates": Fact(
+        '`client_selection="resource_aware"`',
+        lambda s: SELECTIONS[s.args.client_selection].needs_resources,
+        _given("client_selection"),
+    ),
+    "keep_last": Fact(
+        '`beyond_capacity="keep_last"`', lambda s: s.args.beyond_capacity == "keep_last", _given("beyond_capacity")
+    ),
+    # processes and engines
+    "DeepSpeed": Fact("DeepSpeed", lambda s: s.args.deepspeed_plugin is not None),
+    "ZeRO-3": Fact("DeepSpeed ZeRO-3", lambda s: s.zero_stage == 3),
+    "decay under DeepSpeed": Fact(
+        "`weight_decay` under DeepSpeed",
+        lambda s: s.args.weight_decay and s.args.deepspeed_plugin is not None,
+        lambda s: f"weight_decay={s.args.weight_decay} under DeepSpeed",
+    ),
+    "FSDP": Fact("FSDP", lambda s: os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"),
+    "client_parallel": Fact(
+        '`client_placement="client_parallel"`',
+        lambda s: s.args.client_placement == "client_parallel",
+        _given("client_placement"),
+    ),
+    "client_parallel processes": Fact(
+        '`client_placement="client_parallel"` on several processes',
+        lambda s: s.args.client_placement == "client_parallel" and s.args.world_size > 1,
+        _given("client_placement"),
+    ),
+    "data_parallel": Fact(
+        '`client_placement="data_parallel"`',
+        lambda s: s.args.client_placement == "data_parallel",
+        _given("client_placement"),
+    ),
+    "shared batches": Fact(
+        '`client_placement="data_parallel"` on several processes',
+        lambda s: s.args.client_placement == "data_parallel" and s.args.world_size > 1,
+        _given("client_placement"),
+    ),
+    "processes in step": Fact(
+        '`client_placement="data_parallel"` on several processes, or DeepSpeed',
+        lambda s: (
+            s.args.client_placement == "data_parallel"
+            and (s.args.world_size > 1 or s.args.deepspeed_plugin is not None)
+        ),
+        _given("client_placement"),
+    ),
+    "several processes": Fact("several processes", lambda s: s.args.world_size > 1),
+    "smaller batches": Fact(
+        "`auto_find_batch_size`", lambda s: s.args.auto_find_batch_size, _given("auto_find_batch_size")
+    ),
+    "mixed precision in fp16": Fact("mixed precision in fp16", lambda s: s.mixed_precision == "fp16"),
+    "mean over rows": Fact(
+        "a loss that is no mean over all tokens of a batch", lambda s: s.mean_over_tokens is False
+    ),
+    "own optimizer": Fact(
+        "a DeepSpeed config with an optimizer of its own", lambda s: "optimizer" in _deepspeed_config(s)
+    ),
+    "own scheduler": Fact(
+        "a DeepSpeed config with a scheduler of its own", lambda s: "scheduler" in _deepspeed_config(s)
+    ),
+    # trainers and evaluation
+    "stages": Fact("DevFT's rounds", lambda s: True),
+    "TRL": Fact("`--trainer sft` and `dpo`", lambda s: s.trainer != "devft", lambda s: f"--trainer {s.trainer}"),
+    "DPO": Fact("`--trainer dpo`", lambda s: s.trainer == "dpo", lambda s: "--trainer dpo"),
+    "generated answers": Fact(
+        "`predict_with_generate`", lambda s: s.args.predict_with_generate, _given("predict_with_generate")
+    ),
+    "no prompts": Fact(
+        "a task other than text-generation", lambda s: not answers_prompts(s.args.task), _given("task")
+    ),
+    "nothing to evaluate": Fact(
+        "no `eval_dataset` or no `processing_class`", lambda s: s.has_evaluation is False or s.has_processor is False
+    ),
+}
+
+
+def _deepspeed_config(setup: Setup) -> dict:
+    plugin = setup.args.deepspeed_plugin
+    return {} if plugin is None else plugin.deepspeed_config
+
+
+_ANCHORS = 'set fusion="anchor", adapter_fusion="anchor" and transfer="anchor"'
+_OUTPUT_ONLY = "it asks the server's own texts, of which TRL prepares none: leave it out"
+_WHOLE_SUBMODEL = "no process has a whole submodel: use ZeRO-2"
+_BOTH_TEACHINGS = (
+    ("one stage", "there is nothing to teach: leave it out"),
+    ("no texts", "it asks texts of the server's own: pass `calibration_dataset`, one dataset that is not empty"),
+    ("no labels", "they must say where a prompt ends: give `labels`, -100 in it"),
+    ("no tokenizer", "it generates answers: pass `processing_class`"),
+    ("no room for prompts", "prompt and answer must fit into max_length: lower generation_max_new_tokens"),
+    ("encoder and decoder", "a decoder reads answers, which are not known: leave it out"),
+    ("mixed precision in fp16", "small gradients are lost, which nothing scales there: use bf16"),
+    ("ZeRO-3", _WHOLE_SUBMODEL),
+    ("TRL", _OUTPUT_ONLY),
+)
+
+# (one fact, another, why, and what to change). The first that a run has is what it is refused for.
+CONFLICTS: list[tuple[str, str, str]] = [
+    ("stages", "FSDP", "shard with DeepSpeed ZeRO-3 (recipes/accelerate/zero3.yaml)"),
+    ("prefix", "rules that are not anchors", f"the layers above neither give nor receive: {_ANCHORS}"),
+    *(("healing", other, why) for other, why in _BOTH_TEACHINGS),
+    ("healing", "no language model", "only the next tokens say enough of a text: leave it out"),
+    ("healing", "weights that cannot be trained", "it trains all weights of the layers: load the base unquantised"),
+    ("healing", "base in fp16", "small gradients are lost: load the base in bfloat16 or float32"),
+    *(("distillation", other, why) for other, why in _BOTH_TEACHINGS),
+    ("distillation", "no classes", "it compares what a model says of classes of which one is right: leave it out"),
+    ("distillation", "fixed adapter", "it changes the adapter: leave one out"),
+    ("distillation", "split", 'no layer gets back what it learned from: set transfer="broadcast" or "anchor"'),
+    ("distillation", "temporary head", "the head is dropped before its stage could be asked: leave it out"),
+    ("calibrated", "no calibration texts", "it measures losses on calibration texts: pass `calibration_dataset`"),
+    ("calibrated", "ZeRO-3", "it measures many submodels, which are whole nowhere: group otherwise, or use ZeRO-2"),
+    ("DoRA", "fused layers", 'it keeps norms of a layer\'s own weights: set fusion="anchor", adapter_fusion="anchor"'),
+    ("DoRA", "healing", "it keeps norms of weights that healing changes: leave healing_steps out"),
+    ("moved weights", "rules that are not anchors", f"an adapter holds a part of its own layer's weights: {_ANCHORS}"),
+    ("moved weights", "calibrated", "every module needs its adapter: group by another rule"),
+    ("moved weights", "temporary head", "every module needs its adapter: leave it out"),
+    ("moved weights", "uneven adapter", "it is saved as plain LoRA of one rank: leave these out"),
+    ("moved weights", "quantised base", "it changes the base's weights: use a base that is not quantised"),
+    ("moved weights", "ZeRO-3", "it changes the base's weights, which are not whole: use ZeRO-2"),
+    ("temporary head", "adapted head", "it has an adapter already: leave one out"),
+    ("temporary head", "memory of values", "some of them are dropped with the head: leave one out"),
+    ("chosen layers", "two stacks", "it numbers the layers of one stack: choose that by `stack`"),
+    ("factors", "no LoRA factors", "use a `LoraConfig`, or another method"),
+    ("products", "no LoRA factors", "use a `LoraConfig`, or another method"),
+    ("products", "uneven adapter", "it needs one rank and scale everywhere: leave these out"),
+    ("products", "moved weights", "products hold a part of the weights: use another initialisation"),
+    ("changed base", "anchor transfer", 'what other layers have is dropped: set transfer="broadcast" or "split"'),
+    ("changed base", "quantised base", "it adds to the weights: use a base that is not quantised"),
+    ("changed base", "ZeRO-3", "it adds to the weights, which are not whole: use ZeRO-2"),
+    ("changed base", "adapted embeddings", "it cannot add to embeddings: leave them out of `target_modules`"),
+    ("FFA-LoRA", "adapted embeddings", "it freezes A, which is zero there: leave them out of `target_modules`"),
+    ("DropPEFT", "not one stack of tokens", "it leaves out layers of one stack that tokens go through: use another"),
+    ("recorded gradients", "not FedIT", "it corrects the gradients of all that travels: join it with fedit"),
+    ("recorded gradients", "smaller batches", "it adds up gradients, also of steps that are taken again: leave one out"),
+    ("server optimiser", "not optimisable", "it steps from one round's adapter to the next: leave one out"),
+    ("late updates", "no late updates", "none can come late: use another `client_selection`, or method"),
+    ("parts in turns", "decay under DeepSpeed", "parts that are frozen would decay: set weight_decay=0"),
+    ("keep_last", "not FedIT", 'it takes updates of other depths: use "fedit", or beyond_capacity="sit_out"'),
+    ("keep_last", "correction", 'it takes updates of other depths: leave it out, or set beyond_capacity="sit_out"'),
+    ("keep_last", "temporary head", 'it takes updates of other depths: leave it out, or set "sit_out"'),
+    ("keep_last", "DeepSpeed", 'it trains two submodels in turns, each on one process: set "sit_out"'),
+    ("keep_last", "shared batches", 'it trains two submodels in turns, each on one process: set "sit_out"'),
+    ("DeepSpeed", "client_parallel", 'it trains each client on all processes: set client_placement="data_parallel"'),
+    ("DeepSpeed", "own optimizer", "each client starts a fresh one: leave it out, and set `optim`"),
+    ("DeepSpeed", "own scheduler", "a schedule counts rounds: leave it out, and set `lr_scheduler_type`"),
+    (
+        "smaller batches",
+        "processes in step",
+        "processes run out of memory one by one: lower `per_device_train_batch_size` and raise "
+        "`gradient_accumulation_steps`",
+    ),
+    (
+        "smaller batches",
+        "mean over rows",
+        "a batch is cut in uneven parts: use a model that takes `num_items_in_batch`, or pass `compute_loss_func`",
+    ),
+    (
+        "shared batches",
+        "mean over rows",
+        "a batch is cut in uneven parts: use a model that takes `num_items_in_batch`, or pass `compute_loss_func`",
+    ),
+    ("generated answers", "no prompts", "only causal language models answer prompts: turn it off"),
+    ("generated answers", "nothing to evaluate", "it answers evaluation rows: pass `eval_dataset`, `processing_class`"),
+    ("TRL", "temporary head", "its losses read the weights of the head, not its adapter: leave it out"),
+    ("TRL", "calibrated", "it measures the loss of text, which TRL prepares: use another rule"),
+    ("TRL", "client_parallel processes", 'all add up metrics in every step: set client_placement="data_parallel"'),
+    ("DPO", "several processes", "a batch of pairs cannot be cut: use one process"),
+    ("DPO", "data_parallel", "a batch of pairs cannot be cut: use one process"),
+    ("DPO", "smaller batches", "a batch of pairs cannot be cut: leave it out"),
+    ("DPO", "moved weights", "no reference is left where the adapter is taken off: use another initialisation"),
+    ("DPO", "generated answers", "it compares with one answer, and pairs have two: turn it off"),
+]
+
+
+def check_compatibility(setup: Setup) -> None:
+    """Refuse what cannot go together, as far as it is known.
+
+    Raises:
+        ValueError: the first of `CONFLICTS` that the run has, in one line.
+    """
+    for one, other, why in CONFLICTS:
+        if FACTS[one].holds(setup) and FACTS[other].holds(setup):
+            raise ValueError(f"{FACTS[one].describe(setup)} cannot go with {FACTS[other].describe(setup)}: {why}.")

@@ -1,0 +1,175 @@
+"""`StageConfig`: the record of one stage, and the stages of a run."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from transformers.utils import PushToHubMixin
+
+from hf_devft.models.layer_stack import STACKS
+
+
+STAGE_CONFIG_NAME = "stage_config.json"
+
+
+@dataclass
+class StageConfig(PushToHubMixin):
+    """The record of one stage, saved beside its adapter as `stage_config.json`.
+
+    Attributes:
+        stage, num_stages: this stage (from 1) of how many.
+        num_layers, full_layers: layers of the submodel (L_s) and of the base (L).
+        rounds, learning_rate: communication rounds, and the learning rate before the schedule.
+        grouping, fusion, fusion_beta, transfer, adapter_fusion, stack: the rules; see `DevFTConfig`.
+        task: what the model is for; see `DevFTConfig`. labels: of its classes, in order.
+        federated_method: how updates were combined.
+        healing_steps: those that the submodel's layers were healed in; where there are some, their weights are in
+            `submodel/healed-N.safetensors`.
+        groups: the layers of the base in each group, as they were found.
+        base_model_name_or_path, base_model_revision: the base.
+        rounds_done: rounds that ran; fewer than `rounds` where the stage ended early.
+        metrics: evaluation of the round that the stage handed on: of the submodel (`eval_*`), where there was one
+            then, and at full depth (`eval_full_*`).
+        totals: the ledger's totals of this stage (bytes, tokens, FLOPs, seconds, peak memory), and beside them
+            `setup_seconds` (grouping, calibration, fusion, healing, distillation), `setup_flops` (healing and
+            distillation, on the server) and `base_bytes` (the submodel's base weights).
+    """
+
+    stage: int
+    num_stages: int
+    num_layers: int
+    full_layers: int
+    rounds: int
+    learning_rate: float
+    grouping: str = "deconfliction"
+    fusion: str = "anchor"
+    fusion_beta: float = 0.1
+    transfer: str = "broadcast"
+    adapter_fusion: str = "anchor"
+    stack: str | None = None
+    task: str = "text-generation"
+    labels: list[str] | None = None
+    federated_method: str = "fedit"
+    healing_steps: int = 0
+    groups: list[list[int]] | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    rounds_done: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write `stage_config.json` into a folder. What `push_to_hub` passes on for models is ignored."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{STAGE_CONFIG_NAME}.tmp"
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        temporary.replace(folder / STAGE_CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> "StageConfig":
+        """Read `stage_config.json` from a folder or a Hub repository. Keys of newer versions are ignored.
+
+        Raises:
+            OSError: the file is not there.
+            ValueError: it is not a stage's record.
+        """
+        if Path(name_or_path).is_dir():
+            path = Path(name_or_path) / (subfolder or "") / STAGE_CONFIG_NAME
+        else:
+            path = hf_hub_download(
+                str(name_or_path), STAGE_CONFIG_NAME, subfolder=subfolder, revision=revision, token=token
+            )
+        try:
+            content = json.loads(Path(path).read_text())
+            known = {item.name for item in fields(cls)}
+            config = cls(**{key: value for key, value in content.items() if key in known})
+            config._check()
+            return config
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is not a stage's record: {error}") from error
+
+    def _check(self) -> None:
+        """Refuse what no run writes, before anything is built from it."""
+        for name in ("stage", "num_stages", "num_layers", "full_layers", "rounds"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ValueError(f"{name}={value!r} is not a positive number")
+        if type(self.fusion_beta) not in (int, float) or not isinstance(self.metrics, dict):
+            raise ValueError("fusion_beta or metrics are of another type")
+        if self.stack not in (None, *STACKS) or not isinstance(self.labels, list | None):
+            raise ValueError(f"stack={self.stack!r} or labels={self.labels!r} are none")
+        if self.groups is None:
+            return
+        layers = sorted(layer for group in self.groups for layer in group)
+        if (
+            len(layers) != self.full_layers
+            or layers != list(range(len(layers)))
+            or len(self.groups) != self.num_layers
+            or not all(self.groups)
+        ):
+            raise ValueError(f"groups={self.groups!r} are not {self.num_layers} groups of {self.full_layers} layers")
+
+
+def derive_layers(num_layers: int, first: int, growth: float) -> list[int]:
+    """Layers of each stage: from `first`, times `growth` (and 1 more at least) each time, up to `num_layers`."""
+    layers, size = [], float(min(first, num_layers))
+    while round(size) < num_layers:
+        layers.append(round(size))
+        size = max(size * growth, size + 1)
+    return [*layers, num_layers]
+
+
+def plan_stages(
+    layers: list[int],
+    rounds: int | list[int],
+    learning_rates: float | list[float],
+    healing_steps: int,
+    **common: Any,
+) -> list[StageConfig]:
+    """The stages of a run.
+
+    Args:
+        layers: of each stage; of the last one the model's. rounds, learning_rates: one value, or one per stage.
+        healing_steps: of all stages that have fewer layers than the model.
+        common: what is the same in all stages.
+
+    Raises:
+        ValueError: see `DevFTConfig.resolve_stages`.
+    """
+    rounds = _one_per_stage("stage_rounds", rounds, len(layers))
+    rates = _one_per_stage("stage_learning_rates", learning_rates, len(layers))
+    if min(rounds) < 1:
+        raise ValueError(f"stage_rounds={rounds}: give each stage 1 round or more.")
+    if min(rates) <= 0:
+        raise ValueError(f"stage_learning_rates={rates}: give each stage a rate above 0.")
+    return [
+        StageConfig(
+            stage=index + 1,
+            num_stages=len(layers),
+            num_layers=layers[index],
+            full_layers=layers[-1],
+            rounds=rounds[index],
+            learning_rate=rates[index],
+            healing_steps=healing_steps if layers[index] < layers[-1] else 0,
+            **common,
+        )
+        for index in range(len(layers))
+    ]
+
+
+def _one_per_stage(option: str, value: Any, count: int) -> list:
+    """`value` as a list of one entry per stage."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(values) not in (1, count):
+        raise ValueError(
+            f"{option}={values} has {len(values)} entries: give one for all, or one for each of {count} stages."
+        )
+    return values * count if len(values) == 1 else values

@@ -1,0 +1,1 @@
+"""A client's local training: one after another, or several clients in a batch."""

@@ -1,0 +1,60 @@
+"""What local training asks of a `transformers.Trainer`, and of the model that it trains."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from hf_devft.models.layout import AdapterLayout
+
+
+class TrainingHooks(Protocol):
+    """The hooks of a `Trainer` by which a client's steps are taken, so that a user's overrides hold there.
+
+    Attributes:
+        args: its config, with `local_steps`.
+        current_gradient_accumulation_steps: read by `training_step`.
+    """
+
+    args: TrainingArguments
+    current_gradient_accumulation_steps: int
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """See `Trainer.get_batch_samples`: micro-batches of a step, and what its loss is divided by."""
+        ...
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """See `Trainer.training_step`: forward and backward pass of a micro-batch."""
+        ...
+
+    def clip_gradients(self, module: nn.Module) -> torch.Tensor | float | None:
+        """Clip the gradients of a module's parameters to `max_grad_norm`; returns their norm before."""
+        ...
+
+
+class TrainableModel(Protocol):
+    """A model whose adapter is trained; see `hf_devft.models.engines.Engine`.
+
+    Attributes:
+        model: what the forward pass goes through. optimizer: its optimiser.
+        parameters: the adapter's, in the order of `layout`; adapter: a module of just these.
+        lengths: of the sequences that went through each stack of layers last.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    parameters: Sequence[nn.Parameter]
+    adapter: nn.Module
+    layout: AdapterLayout
+    lengths: Sequence[int]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        ...
+
+    def gradient_sync(self, last: bool) -> AbstractContextManager:
+        """For a backward pass: processes add their gradients up in the `last` one of a step."""
+        ...

@@ -1,0 +1,139 @@
+"""A client's local training, through the Trainer's own hooks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import nn
+
+from hf_devft.federation.clients.gradient_tap import GradientTap
+from hf_devft.federation.clients.hooks import TrainableModel, TrainingHooks
+from hf_devft.federation.turns import LocalResult
+from hf_devft.tasks.metrics import IGNORED
+
+
+class LocalTraining:
+    """Takes `local_steps` optimiser steps on a client's batches, as `Trainer`'s own loop takes them.
+
+    Callbacks are not called, as a step of theirs is a round. With `auto_find_batch_size`, a step that runs out of
+    memory is taken again in twice as many pieces, which are accumulated: it is the same step, so that the result does
+    not depend on the memory (our choice: `Trainer` starts anew with smaller batches).
+
+    Args:
+        hooks: the trainer.
+        shares_batches: whether several processes train a client together, each on its share of every batch.
+
+    Attributes:
+        pieces: of each micro-batch, so far.
+    """
+
+    def __init__(self, hooks: TrainingHooks, shares_batches: bool):
+        self.hooks, self.shares_batches = hooks, shares_batches
+        self.pieces = 1
+
+    def __call__(self, engine: TrainableModel, batches: Iterator[Any], tap: GradientTap | None = None) -> LocalResult:
+        """Train `engine`'s adapter with its optimiser, which must be fresh; `tap` is entered, where gradients are
+        tapped."""
+        with _in_training(engine.model):
+            return self._take_steps(engine, batches, tap)
+
+    def _take_steps(self, engine: TrainableModel, batches: Iterator[Any], tap: GradientTap | None) -> LocalResult:
+        hooks, args = self.hooks, self.hooks.args
+        total = torch.zeros((), device=args.device)
+        positions: tuple[int, ...] = ()
+        seen, grad_norm = 0, None
+        for _ in range(args.local_steps):
+            micro_batches, num_items = hooks.get_batch_samples(batches, args.gradient_accumulation_steps, args.device)
+            if tap is not None:
+                tap.begin_step()
+            loss, passed = self._backward_in_pieces(engine, micro_batches, num_items, tap)
+            total += loss
+            positions = tuple(map(sum, zip(positions, passed, strict=True))) if positions else passed
+            if args.max_grad_norm > 0:
+                grad_norm = hooks.clip_gradients(engine.adapter)
+            engine.optimizer.step()
+            engine.zero_grad()
+            seen += sum(
+                count_seen(args.include_num_input_tokens_seen, engine.model, inputs)
+                for inputs in micro_batches
+                if not self._is_empty(inputs)
+            )
+        return LocalResult(total / args.local_steps, positions, seen, grad_norm)
+
+    def _is_empty(self, inputs: dict[str, torch.Tensor]) -> bool:
+        """Whether a batch stands in for an empty share."""
+        return self.shares_batches and not bool(inputs["labels"].ne(IGNORED).any())
+
+    def _backward_in_pieces(
+        self, engine: TrainableModel, micro_batches: list, num_items: Any, tap: GradientTap | None
+    ) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """`_backward` of a step, in as many pieces as the memory asks for."""
+        while True:
+            pieces = [piece for inputs in micro_batches for piece in _cut(inputs, self.pieces)]
+            try:
+                return self._backward(engine, pieces, num_items, tap)
+            except Exception as error:
+                if not (self.hooks.args.auto_find_batch_size and should_reduce_batch_size(error)):
+                    raise
+                if all(len(next(iter(piece.values()))) == 1 for piece in pieces):
+                    raise  # a single row does not fit
+            engine.zero_grad()
+            clear_device_cache(garbage_collection=True)
+            self.pieces *= 2
+
+    def _backward(
+        self, engine: TrainableModel, pieces: list, num_items: Any, tap: GradientTap | None
+    ) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Gradients of one optimiser step; processes add theirs up in the last piece. Returns its loss, and the
+        positions that went through each stack of layers."""
+        positions = np.zeros(len(engine.lengths), dtype=int)
+        self.hooks.current_gradient_accumulation_steps = len(pieces)
+        losses = []
+        for index, inputs in enumerate(pieces):
+            last = index == len(pieces) - 1
+            if tap is not None:
+                tap.corrects = last
+            with engine.gradient_sync(last):
+                losses.append(self.hooks.training_step(engine.model, inputs, num_items))
+            if not self._is_empty(inputs):
+                positions += len(next(iter(inputs.values()))) * np.array(engine.lengths)
+        return torch.stack(losses).sum(), tuple(positions.tolist())
+
+
+@contextmanager
+def _in_training(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in training mode, and being asked for the mode that it is in costs nothing
+    (`training_step` asks in every step, which goes through all modules: a fortieth of a step of a small model)."""
+    set_mode, current = model.train, True
+    set_mode()
+
+    def train(mode: bool = True) -> nn.Module:
+        nonlocal current
+        if mode != current:
+            set_mode(mode)
+            current = mode
+        return model
+
+    model.train = train
+    try:
+        yield
+    finally:
+        del model.train
+
+
+def _cut(inputs: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Tensor]]:
+    """A batch's rows in up to `pieces` batches."""
+    if pieces == 1:
+        return [inputs]
+    parts = {name: tensor.chunk(pieces) for name, tensor in inputs.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+def count_seen(what: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """What `include_num_input_tokens_seen` counts of a batch, "no", "all" or "non_padding"."""
+    if what == "non_padding" and "attention_mask" in inputs:
+        return int(inputs["attention_mask"].sum())
+    return 0 if what == "no" else inputs[getattr(model, "main_input_name", "input_ids")].numel()

@@ -1,0 +1,84 @@
+"""What of a run goes to the Hub, and when: `Trainer`'s Hub options, for stages."""
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import CommitInfo
+from transformers.trainer_utils import HubStrategy
+
+from hf_devft.hub.push import HubPusher, Push, finished_stages, left_over, push_stages, stage_push
+
+
+logger = logging.getLogger(__name__)
+
+
+class RunPublisher:
+    """Pushes a run's stages and checkpoints beside the training.
+
+    Args:
+        pusher: commits, in order.
+        output_dir: of the run.
+        strategy: each stage when it is finished, or all at the end ("end"); with "checkpoint" the newest checkpoint,
+            too, as `last-checkpoint/`, with "all_checkpoints" every one.
+        always: push a checkpoint also while the one before is under way.
+    """
+
+    def __init__(self, pusher: HubPusher, output_dir: str | Path, strategy: HubStrategy, always: bool):
+        self.pusher, self.output_dir = pusher, Path(output_dir)
+        self._strategy, self._always = strategy, always
+
+    @property
+    def pushes_each_stage(self) -> bool:
+        """Whether a stage is pushed when it is finished."""
+        return self._strategy != HubStrategy.END
+
+    def submit_stage(self, stage: int) -> None:
+        """Push a finished stage beside what comes next."""
+        self.pusher.submit(stage_push(self.output_dir, stage))
+
+    def submit_checkpoint(self, folder: Path, round_number: int) -> None:
+        """Push a checkpoint beside what comes next, where the strategy asks for it."""
+        names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        name = names.get(self._strategy)
+        if name is None or (self.pusher.pending and not self._always):
+            return
+        # Linked, so that the checkpoint can be rotated away while it is pushed.
+        copy = tempfile.TemporaryDirectory(prefix=".push-", dir=self.output_dir)
+        shutil.copytree(folder, copy.name, copy_function=os.link, dirs_exist_ok=True)
+        self.pusher.submit(Push(f"Round {round_number}, checkpoint", {name: Path(copy.name)}, keep=copy))
+
+    def finish(self) -> None:
+        """Wait for what is under way, with all stages where they are pushed at the end; a warning says what could not
+        be pushed, and how to."""
+        if not self.pushes_each_stage:
+            submit_all(self.pusher, self.output_dir, "Adapter")
+        if self.pusher.finish():
+            logger.warning(left_over(self.pusher, self.output_dir))
+
+
+def submit_all(pusher: HubPusher, output_dir: Path, title: str) -> None:
+    """Push every finished stage beside what comes next; where there is none, the adapter as it is."""
+    for push in [stage_push(output_dir, stage) for stage in finished_stages(output_dir)] or [_adapter(output_dir, title)]:
+        pusher.submit(push)
+
+
+def push_all(pusher: HubPusher, output_dir: Path, title: str) -> CommitInfo | None:
+    """Push every finished stage that is not there yet, at once; where there is none, the adapter as it is.
+
+    Returns:
+        The last commit; None where all was there.
+
+    Raises:
+        HfHubHTTPError, OSError: as `huggingface_hub` says.
+    """
+    pusher.finish()  # what training has pushed comes first
+    if not finished_stages(output_dir):
+        return pusher.push(_adapter(output_dir, title))
+    return next(reversed(push_stages(pusher, output_dir)), None)
+
+
+def _adapter(output_dir: Path, title: str) -> Push:
+    return Push(title, {"": output_dir})

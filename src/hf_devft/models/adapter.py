@@ -1,0 +1,111 @@
+"""Put a LoRA adapter on a base, and take it off again."""
+
+import copy
+import warnings
+from collections.abc import Sequence
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils import ModulesToSaveWrapper
+from transformers import PreTrainedModel
+
+from hf_devft.models.initialisation import without_weight_based_init
+from hf_devft.models.layout import State
+from hf_devft.models.weights import gathered, stand_ins
+
+
+def new_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """`base` (changed in place) with a new adapter, as `get_peft_model`."""
+    with warnings.catch_warnings(), stand_ins(base):  # PEFT puts an adapter where its layer is
+        # PEFT still reads an alias that transformers 5 has renamed.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        return get_peft_model(base, config)
+
+
+def attach_adapter(base: PreTrainedModel, config: LoraConfig, state: State, grows: bool = False) -> PeftModel:
+    """`base` (changed in place) with a trainable adapter that holds `state`. Leaves the random state as it is.
+
+    Args:
+        grows: whether tensors that `state` lacks are as a new adapter has them.
+
+    Raises:
+        ValueError: the adapter's tensors are not those of this base and config.
+    """
+    config = without_weight_based_init(config)
+    config.inference_mode = False
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # Of a head that is tied to the embeddings; where it is the user's, the trainer's own adapter has said so.
+        warnings.filterwarnings("ignore", message="Model (with|has) `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        model = new_adapter(base, config)
+    load_adapter_state(model, adapter_state(model) | state if grows else state)
+    return model
+
+
+def remap_layers_to_transform(config: PeftConfig, kept: Sequence[int]) -> PeftConfig:
+    """The config of an adapter on a model that has only the layers `kept`: `layers_to_transform` by the numbers that
+    layers have there."""
+    chosen = getattr(config, "layers_to_transform", None)
+    if chosen is None:
+        return config
+    chosen = {chosen} if isinstance(chosen, int) else set(chosen)
+    config = copy.deepcopy(config)
+    config.layers_to_transform = [index for index, layer in enumerate(kept) if layer in chosen]
+    return config
+
+
+def with_head(config: LoraConfig, base: PreTrainedModel) -> tuple[LoraConfig, str]:
+    """The config of an adapter that is on the output embeddings, too, and their name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    head = base.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"temporary_head adapts output embeddings, which {type(base).__name__} does not have.")
+    name = next(name for name, module in base.named_modules() if module is head).rpartition(".")[2]
+    config = copy.deepcopy(config)
+    if isinstance(config.target_modules, str):
+        config.target_modules = rf"(?:{config.target_modules})|(?:.*\.)?{name}"
+    else:
+        config.target_modules = {*config.target_modules, name}
+    return config, name
+
+
+def detach_adapter(model: PeftModel) -> PreTrainedModel:
+    """The base as it was before `attach_adapter`; `model` is of no use afterwards."""
+    wrapped = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    base = model.unload()
+    for name, module in wrapped.items():  # PEFT leaves the trained copies
+        base.set_submodule(name.removeprefix("base_model.model."), module.original_module)
+    return base
+
+
+def adapter_state(model: PeftModel) -> State:
+    """A copy of the active adapter on the CPU: {PEFT key: tensor}."""
+    with gathered(parameter for parameter in model.parameters() if parameter.requires_grad):
+        state = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+        return {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
+
+
+def load_adapter_state(model: PeftModel, state: State) -> None:
+    """Write `state` into the model's adapter, in place.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wrong = sorted(set(expected) ^ set(state)) or [key for key in state if state[key].shape != expected[key].shape]
+    if wrong:
+        raise ValueError(
+            f"the adapter does not fit the model: {len(wrong)} tensors differ in name or shape, such as {wrong[0]!r}. "
+            "Use the base and the LoRA config that it was made with."
+        )
+    set_peft_model_state_dict(model, state)

@@ -1,0 +1,247 @@
+"""Find a model's stack of layers, and put in a shorter one."""
+
+import copy
+import re
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_devft.models.weights import shape_of
+
+
+# The stacks of an encoder-decoder model.
+STACKS = ("encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """How the layers of a stack are named: in one module list, or in an encoder's and a decoder's, counted through.
+
+    Attributes:
+        lists: {dotted name of a module list, such as "model.layers": its number of layers}, in order.
+    """
+
+    lists: dict[str, int]
+
+    def __len__(self) -> int:
+        return sum(self.lists.values())
+
+    def split(self, key: str) -> tuple[int, tuple[str, str]] | None:
+        """(number of the layer that a tensor belongs to, its name without that), or None outside of the stack."""
+        first = 0
+        for path, count in self.lists.items():
+            if match := re.fullmatch(rf"((?:.*\.)?){re.escape(path)}\.(\d+)(\..*)", key):
+                return first + int(match[2]), (match[1], match[3])
+            first += count
+        return None
+
+    def join(self, layer: int, rest: tuple[str, str]) -> str:
+        """The name that `split` takes apart."""
+        for path, count in self.lists.items():
+            if layer < count:
+                return f"{rest[0]}{path}.{layer}{rest[1]}"
+            layer -= count
+        raise IndexError(f"there is no layer {layer} in {self.lists}")
+
+    def keeping(self, kept: Sequence[int]) -> "LayerNames":
+        """With only the layers `kept`, renumbered in each list."""
+        ends = list(accumulate(self.lists.values()))
+        spans = zip([0, *ends], ends, strict=False)
+        counts = [sum(start <= layer < end for layer in kept) for start, end in spans]
+        return LayerNames(dict(zip(self.lists, counts, strict=True)))
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        """The layers of a model whose lists have these names."""
+        return [layer for path in self.lists for layer in model.get_submodule(path)]
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """A model's stack of L layers.
+
+    Attributes:
+        names: where they are.
+        layers: the L layers, in order.
+        kinds: one value per layer; only layers of equal kind have the same parameters and the same type.
+    """
+
+    names: LayerNames
+    layers: list[nn.Module]
+    kinds: tuple[Hashable, ...]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def find_layer_stack(model: PreTrainedModel, which: str | None = None) -> LayerStack:
+    """The one `nn.ModuleList` that has as many members as the model's config has hidden layers, or that of the encoder
+    and that of the decoder, one after the other.
+
+    Found by structure, so that no model needs an entry in a list of names.
+
+    Args:
+        which: "encoder" or "decoder", for that stack alone.
+
+    Raises:
+        ValueError: no such list, or more than one.
+    """
+    sections = _sections(model.config)
+    if which is not None and which not in sections:
+        raise ValueError(f'{type(model).__name__} has no encoder and decoder: leave out stack="{which}".')
+    found = {
+        part: _find_list(model, part, getattr(config, name))
+        for part, (config, name) in sections.items()
+        if which in (None, part)
+    }
+    layers, kinds = [], []
+    for part, (path, members) in found.items():
+        types = getattr(sections[part][0], "layer_types", None) or [None] * len(members)
+        layers += members
+        kinds += [(path, *_kind(layer, layer_type)) for layer, layer_type in zip(members, types, strict=True)]
+    return LayerStack(LayerNames({path: len(members) for path, members in found.values()}), layers, tuple(kinds))
+
+
+def encoders_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that positions of their own go through, beside those of the last stack of layers."""
+    *first, _ = find_layer_stack(model).names.lists
+    return [model.get_submodule(path.rpartition(".")[0]) for path in first]
+
+
+def watch_lengths(model: PreTrainedModel) -> tuple[list[int], list[RemovableHandle]]:
+    """The lengths of the sequences that went through each stack of a model's layers last: a list that is kept up to
+    date, and what ends that."""
+    stacks = [model.get_submodule(path) for path in find_layer_stack(model).names.lists]
+    lengths = [0] * len(stacks)
+
+    def watch(stack: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        lengths[stack] = (args[0] if args else kwargs["hidden_states"]).shape[1]
+
+    # On all layers, as some are left out at random.
+    return lengths, [
+        layer.register_forward_pre_hook(partial(watch, index), with_kwargs=True)
+        for index, layers in enumerate(stacks)
+        for layer in layers
+    ]
+
+
+def _sections(config: PretrainedConfig) -> dict[str, tuple[PretrainedConfig, str]]:
+    """{part of the model: (its config, name of its depth there)}; the part of a model of one stack is ""."""
+    if not config.is_encoder_decoder:
+        return {"": (config.get_text_config(decoder=True), "num_hidden_layers")}
+    found = {}
+    for part in STACKS:
+        own = getattr(config, part, None)
+        if isinstance(own, PretrainedConfig):
+            found[part] = (own.get_text_config(decoder=True), "num_hidden_layers")
+        else:
+            names = (f"{part}_layers", f"num_{part}_layers", "num_hidden_layers")
+            found[part] = (config, next(name for name in names if hasattr(config, name)))
+    return found
+
+
+def _part(path: str) -> str:
+    """Whose a module is, of an encoder-decoder model."""
+    return next((name for name in path.split(".") if name in STACKS), "")
+
+
+def _find_list(model: PreTrainedModel, part: str, depth: int) -> tuple[str, nn.ModuleList]:
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    found = [name for name, module in lists.items() if len(module) == depth and part in ("", _part(name))]
+    # A list inside a layer (the experts of a mixture, say) is part of that layer.
+    found = [name for name in found if not any(name.startswith(f"{outer}.") for outer in lists if outer != name)]
+    # One of convolutions, as before an audio encoder's layers, is no stack.
+    found = [name for name in found if any(len(shape_of(weight)) == 2 for weight in lists[name].parameters())]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} module lists of num_hidden_layers={depth} members "
+            f"({', '.join(found) or 'none'}; all lists: { {name: len(module) for name, module in lists.items()} }): "
+            "stages need one stack of layers, or an encoder's and a decoder's. A model whose layers share their "
+            "weights or stand in blocks of different sizes has none."
+        )
+    return found[0], lists[found[0]]
+
+
+def _kind(layer: nn.Module, layer_type: str | None) -> tuple:
+    """The same with an adapter and without."""
+    parameters = [(name, weight) for name, weight in layer.named_parameters() if not re.search(r"\.(lora|ia3)_", name)]
+    shapes = tuple((name.replace(".base_layer", ""), tuple(shape_of(weight))) for name, weight in parameters)
+    return type(layer).__name__, layer_type, shapes
+
+
+@torch.no_grad()
+def returns_tuple(model: nn.Module, layers: Sequence[nn.Module]) -> bool:
+    """Whether the layers return a tuple, as some architectures' do, by one token through the model."""
+    seen = []
+    handle = layers[0].register_forward_hook(lambda layer, inputs, output: seen.append(isinstance(output, tuple)))
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@contextmanager
+def without_layers(layers: Sequence[nn.Module], skipped: Sequence[int], in_tuple: bool = False) -> Iterator[None]:
+    """Within this context, the layers `skipped` hand on what they are given; `in_tuple`, see `returns_tuple`."""
+    for index in skipped:
+        layers[index].forward = _pass_on_in_tuple if in_tuple else _pass_on
+    try:
+        yield
+    finally:
+        for index in skipped:
+            del layers[index].forward
+
+
+def _pass_on(hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    return hidden_states
+
+
+def _pass_on_in_tuple(hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor]:
+    return (hidden_states,)
+
+
+def with_layers(model: PreTrainedModel, stack: LayerStack, kept: Sequence[int]) -> PreTrainedModel:
+    """A second model that shares every tensor with `model` but has only the layers `kept`, renumbered from 0.
+
+    Modules are new, parameters and buffers are the same objects, so nothing is copied but Python structure.
+    The config is a copy with the shorter depth; its per-layer lists (`layer_types`, ...) are shortened alike,
+    so generation, the KV cache and attention masks see a model of `len(kept)` layers.
+    """
+    memo = {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    config = copy.deepcopy(model.config, memo)
+    sections, names = _sections(config), stack.names.keeping(kept)
+    first = 0
+    for path, depth in stack.names.lists.items():
+        own = [layer - first for layer in kept if first <= layer < first + depth]
+        section, name = sections.get(_part(path)) or sections[""]
+        if section is not config or len(sections) == 1:  # in one for both, a list may be of either
+            _shorten_lists(section, depth, own)
+        setattr(section, name, len(own))
+        old = model.get_submodule(path)
+        memo[id(old)] = nn.ModuleList(copy.deepcopy(old[index], memo) for index in own)
+        first += depth
+    shorter = copy.deepcopy(model, memo)
+    for path in names.lists:
+        for index, layer in enumerate(shorter.get_submodule(path)):
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = index
+        inner = getattr(shorter.get_submodule(path.rpartition(".")[0]), "config", config)
+        if not any(inner is known for known in (config, *(section for section, _ in sections.values()))):
+            inner.num_hidden_layers = names.lists[path]  # T5 gives each stack a config of its own
+    return shorter
+
+
+def _shorten_lists(config: PretrainedConfig, depth: int, kept: Sequence[int]) -> None:
+    """Those with a value for each layer."""
+    others = ("token_id", "architectures", "conv_dim", "conv_stride", "conv_kernel")  # convolutions before the stack
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == depth and not key.endswith(others):
+            setattr(config, key, [value[index] for index in kept])

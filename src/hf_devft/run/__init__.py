@@ -1,0 +1,1 @@
+"""What a run leaves and shows: checkpoints, artifacts, tables, plots, the plan."""

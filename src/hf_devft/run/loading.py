@@ -1,0 +1,79 @@
+"""Load what a run has left: a stage's compact submodel, from a folder or the Hub; and see whether it fits."""
+
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from hf_devft.configuration import StageConfig
+from hf_devft.configuration.stage_folder import SUBMODEL
+from hf_devft.embedded import resolve_model_name
+from hf_devft.hub.download import fetch_adapter
+from hf_devft.models.adapter import attach_adapter
+from hf_devft.models.adapter_files import load_adapter
+from hf_devft.models.base_difference import BaseDifference, base_difference
+from hf_devft.models.layer_files import healed_path, read_healed
+from hf_devft.models.layer_stack import find_layer_stack
+from hf_devft.models.streaming import load_base
+from hf_devft.stages.fusion import FUSIONS
+from hf_devft.stages.submodel import build_submodel, layers_of
+from hf_devft.stages.teaching.healing import load_healed_state
+from hf_devft.tasks import TASKS
+
+
+def load_submodel(
+    base: str | PreTrainedModel,
+    name_or_path: str | Path,
+    stage: int,
+    revision: str | None = None,
+    token: str | None = None,
+) -> PeftModel:
+    """The submodel that a stage trained, with the adapter it trained, for devices that run only the small one.
+
+    `.merge_and_unload()` makes it a plain transformers model, whose `save_pretrained` needs no code of ours to load.
+
+    Args:
+        base: the run's base, as a model or by name (then only the layers of the submodel's groups are read); give it
+            in the dtype it was trained in.
+        name_or_path: the run's `output_dir`, or its repository.
+        stage: from 1.
+        revision, token: of the repository.
+
+    Raises:
+        OSError: there is no such stage.
+        ValueError: its record, its adapter or its healed layers are broken, or of another base.
+    """
+    config = StageConfig.from_pretrained(name_or_path, subfolder=f"stage-{stage}", revision=revision, token=token)
+    if config.groups is None or config.fusion not in FUSIONS or config.task not in TASKS:
+        raise ValueError(
+            f"stage {stage} of {name_or_path} has groups {config.groups}, fusion {config.fusion!r} and task "
+            f"{config.task!r}."
+        )
+    if isinstance(base, str):
+        head = {"id2label": dict(enumerate(config.labels))} if config.labels else {}
+        base = load_base(resolve_model_name(base), TASKS[config.task].auto_class, config.stack, **head)
+    stack = find_layer_stack(base, config.stack)
+    if len(stack) != config.full_layers:
+        raise ValueError(
+            f"the base has {len(stack)} layers, but stage {stage} of {name_or_path} was made from one of "
+            f"{config.full_layers} ({config.base_model_name_or_path}): give that."
+        )
+    folder = fetch_adapter(name_or_path, f"stage-{stage}/{SUBMODEL}", revision, token)
+    adapter = load_adapter(folder)
+    submodel = build_submodel(base, stack, config.groups, config.fusion, config.fusion_beta)
+    if config.healing_steps:
+        load_healed_state(layers_of(submodel, stack, config.groups), read_healed(healed_path(folder, stage)))
+    return attach_adapter(submodel, *adapter).requires_grad_(False).eval()
+
+
+def compare_bases(old: str | PreTrainedModel, new: str | PreTrainedModel) -> BaseDifference:
+    """How far a base is from the one that an adapter was made on, before the adapter is put on it or trained further.
+
+    An adapter is a change of weights: it is worth as much on another base as that has kept of the old one's. Bases
+    given by name are read parameter by parameter.
+
+    Raises:
+        ValueError: their shapes differ, so that no adapter fits both.
+    """
+    old, new = (load_base(resolve_model_name(base)) if isinstance(base, str) else base for base in (old, new))
+    return base_difference(old, new)

@@ -1,0 +1,43 @@
+"""The highest memory that a piece of work has taken."""
+
+import ctypes
+import gc
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import torch
+
+
+class PeakMemory:
+    """Peak memory in bytes since `reset`: allocated tensors on a GPU, else the process's resident memory (libraries
+    and all)."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif (clear := Path("/proc/self/clear_refs")).exists():
+            with suppress(OSError):  # not every container may
+                clear.write_text("5")  # Linux: forget the peak resident size
+
+    def release(self) -> None:
+        """Give freed memory back, so that what an evaluation took does not count as a round's."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif sys.platform == "linux":
+            with suppress(OSError, AttributeError):  # a libc other than glibc keeps what it has
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+    def read(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        status = Path("/proc/self/status")
+        if not status.exists():
+            return psutil.Process().memory_info().rss
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024

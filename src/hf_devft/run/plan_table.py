@@ -1,0 +1,47 @@
+"""The table of what a run will cost."""
+
+import math
+
+from rich.console import Console
+
+from hf_devft.run.plan import RunPlan, StagePlan
+from hf_devft.run.tables import make_table
+
+
+# Title of a column -> its value for a planned stage.
+_PLANNED = {
+    "stage": lambda plan: plan.stage,
+    "layers": lambda plan: str(plan.num_layers),
+    "rounds": lambda plan: str(plan.rounds),
+    "values": lambda plan: _si(plan.trainable),
+    "down\nB": lambda plan: _si(plan.bytes_down),
+    "up\nB": lambda plan: _si(plan.bytes_up),
+    "sent\nB": lambda plan: _si(plan.bytes),
+    "FLOPs": lambda plan: _si(plan.flops),
+    "client\nB": lambda plan: _si(plan.client_memory),
+    "server\nB": lambda plan: _si(plan.server_memory),
+}
+
+
+def _si(value: float) -> str:
+    """Three digits and a prefix, such as "1.25G"."""
+    power = min(int(math.log10(value)) // 3, 6) if value >= 1 else 0
+    digits = value / 1000**power
+    places = max(0, 2 - int(math.log10(max(digits, 1))))
+    return f"{digits:.{places}f}{' kMGTPE'[power]}".rstrip()
+
+
+def print_plan(plan: RunPlan) -> None:
+    """Print what a run will cost."""
+    rows: list[StagePlan] = [*plan.stages, plan.total, plan.without_stages]
+    Console().print(make_table("plan", list(_PLANNED), [[value(row) for value in _PLANNED.values()] for row in rows]))
+    Console().print(
+        "values: that a client trains; down, up: to and from it in a round;\n"
+        "sent, FLOPs: by all in all rounds; client, server: peak memory, estimated.\n"
+        f"none: as many rounds without stages: {plan.without_stages.bytes / plan.total.bytes:.2f}x the bytes, "
+        f"{plan.without_stages.flops / plan.total.flops:.2f}x the FLOPs."
+    )
+    if plan.total.setup_flops:
+        Console().print(f"Healing and distillation on the server take about {_si(plan.total.setup_flops)} FLOPs more.")
+    if not plan.measured:
+        Console().print("Rows were not measured: FLOPs and memory are as if each had `max_length` tokens.")

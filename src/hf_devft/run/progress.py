@@ -1,0 +1,56 @@
+"""The progress bar of a run: one bar over all rounds."""
+
+import math
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+
+from hf_devft.configuration import StageConfig
+
+
+class RoundProgressCallback(TrainerCallback):
+    """A bar over all rounds that names stage and round and shows the newest losses. Logs are not printed."""
+
+    def __init__(self, stages: list[StageConfig]):
+        self.stages = stages
+        self.bar = None
+        self.prediction_bar = None
+        self.shown = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="round", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            stage = self.stages[max(math.ceil(state.epoch), 1) - 1]
+            done = round((state.epoch - stage.stage + 1) * stage.rounds)
+            self.bar.set_description(
+                f"stage {stage.stage}/{stage.num_stages} ({stage.num_layers} layers) round {done}/{stage.rounds}",
+                refresh=False,
+            )
+            self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is not None and logs:
+            self.shown |= {key: f"{logs[key]:.3f}" for key in ("loss", "eval_loss") if key in logs}
+            self.bar.set_postfix(self.shown)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if state.is_world_process_zero and has_length(eval_dataloader):
+            if self.prediction_bar is None:
+                self.prediction_bar = tqdm(total=len(eval_dataloader), desc="evaluating", leave=False)
+            self.prediction_bar.update(1)
+
+    def _close_prediction_bar(self, *args, **kwargs):
+        if self.prediction_bar is not None:
+            self.prediction_bar.close()
+            self.prediction_bar = None
+
+    on_evaluate = on_predict = _close_prediction_bar
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,166 @@
+"""What a finished stage leaves behind: its folder, card, plot and table."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from transformers import PretrainedConfig
+
+from hf_devft.configuration import DevFTConfig, StageConfig
+from hf_devft.configuration.stage_folder import PLOT
+from hf_devft.federation.ledger import Ledger
+from hf_devft.federation.partition import ClientData
+from hf_devft.hub.model_card import CardContext, model_card
+from hf_devft.models.initialisation import moves_weights
+from hf_devft.models.layout import State
+from hf_devft.run.artifacts import save_stage
+from hf_devft.run.plots import plot_run
+from hf_devft.run.tables import stage_table
+from hf_devft.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage came to: all that its folder, its card, plot and tables are made from.
+
+    Attributes:
+        record: its record, with metrics and totals.
+        full, compact: its full-depth adapter and its submodel's, as plain PEFT has them.
+    """
+
+    record: StageConfig
+    full: tuple[PeftConfig, State]
+    compact: tuple[PeftConfig, State]
+
+
+@dataclass
+class RunReport:
+    """Writes and shows the results of a run's stages.
+
+    Attributes:
+        output_dir: of the run.
+        processor: tokenizer or the like, saved beside the adapters.
+        base_name, base_revision: of the base, where it has a name.
+        setup: {what: value} of the federation, see `describe_setup`.
+        evaluation_rows: how many the metrics were measured on.
+        labels: of the model's classes, in order; None where there are none.
+        repo_id: the repository that is pushed to, or None.
+        metadata: of the card: license, language, datasets.
+    """
+
+    output_dir: str
+    processor: Any
+    base_name: str | None
+    base_revision: str | None
+    setup: dict[str, Any]
+    evaluation_rows: int
+    labels: list[str] | None = None
+    repo_id: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, args: DevFTConfig, base: PretrainedConfig, **others: Any) -> "RunReport":
+        """The report of a run on the base with this config.
+
+        Args:
+            others: the attributes that neither says.
+        """
+        has_classes = TASKS[args.task or "text-generation"].classes is not None
+        return cls(
+            output_dir=args.output_dir,
+            base_name=base.name_or_path or None,
+            base_revision=getattr(base, "_commit_hash", None),
+            labels=[base.id2label[index] for index in range(base.num_labels)] if has_classes else None,
+            metadata={name: getattr(args, f"card_{name}") for name in ("license", "language", "datasets")},
+            **others,
+        )
+
+    def write(
+        self,
+        result: StageResult,
+        rows: list[StageConfig],
+        log_history: list[dict],
+        ledger: Ledger,
+        save_state: Callable[[Path], None],
+    ) -> None:
+        """Write a stage's folder, `stage-N/`, and the root anew.
+
+        Args:
+            result: of the newest stage.
+            rows: of the table: the finished stages' records, see `table_rows`.
+            log_history: the Trainer's, for the plot.
+            save_state: writes what a run needs to go on with the next stage, ledger included.
+        """
+        stage = result.record
+        stage.base_model_name_or_path, stage.base_model_revision = self.base_name, self.base_revision
+        stage.labels = self.labels
+        finished = [row for row in rows if row.stage]
+        figure = plot_run(log_history, ledger, finished)
+        imports, load = TASKS[stage.task].snippet(self.base_name, self.labels)
+        context = CardContext(
+            model_name=Path(self.output_dir).name,
+            source=self.repo_id or self.output_dir,
+            plot=PLOT,
+            setup=self.setup,
+            table=stage_table(rows),
+            evaluation=f"{self.evaluation_rows} held-out rows" if self.evaluation_rows else "no data",
+            imports=imports,
+            load=load,
+            **self.metadata,
+        )
+
+        def write_extras(folder: Path) -> None:
+            figure.savefig(folder / PLOT, dpi=120)
+            save_state(folder)
+
+        def write_card(folder: Path, location: str) -> None:
+            # On the Hub, the root at the stage's tag is the stage, and so is the copy in its folder.
+            where = f'"{location}"' if self.repo_id is None else f'"{self.repo_id}", revision="stage-{stage.stage}"'
+            model_card(finished, context, where).save(folder / "README.md")
+
+        save_stage(self.output_dir, stage, result.full, result.compact, self.processor, write_extras, write_card)
+
+
+def table_rows(finished: list[StageConfig], start_metrics: dict[str, float] | None) -> list[StageConfig]:
+    """The finished stages, after a stage 0 that stands for the start where that was evaluated."""
+    if start_metrics is None:
+        return finished
+    none = {"stage": 0, "num_layers": finished[-1].full_layers, "rounds_done": 0, "totals": Ledger().totals()}
+    return [replace(finished[-1], metrics=start_metrics, **none), *finished]
+
+
+def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: PeftConfig) -> dict[str, Any]:
+    """The federation's set-up, as a card shows it."""
+    sizes = [len(rows) for rows in clients.rows.values()]
+    options = ", ".join(f"{name} {value}" for name, value in (args.federated_method_kwargs or {}).items())
+    special = {
+        "what travels": None if args.wire_dtype == "fp32" and args.upload_fraction == 1 else
+        f"{args.wire_dtype}, {args.upload_fraction:.0%} of a client's changes",
+        "submodels": f"healed in {args.healing_steps} steps on the server's texts" if args.healing_steps else None,
+        "where layers come back": f"{args.distillation_steps} steps of distillation on the server's texts"
+        if args.distillation_steps else None,
+        "participants": None if args.client_selection == "uniform" else args.client_selection,
+    }  # fmt: skip
+    return {
+        "federated method": args.federated_method + (f" ({options})" if options else ""),
+        "clients": len(sizes),
+        "clients per round": args.clients_per_round,
+        "partition": args.partition,
+        "examples per client": f"{min(sizes)} to {max(sizes)}",
+        "local steps": args.local_steps,
+        "batch size": args.train_batch_size * args.gradient_accumulation_steps,
+        "adapter": _adapter(peft_config),
+        "seed": args.seed,
+    } | {name: value for name, value in special.items() if value is not None}
+
+
+def _adapter(config: PeftConfig) -> str:
+    """In a few words."""
+    if not isinstance(config, LoraConfig):
+        return config.peft_type.value
+    kind = "DoRA" if config.use_dora else "LoRA"
+    whole = f", with {', '.join(sorted(set(config.modules_to_save)))} trained whole" if config.modules_to_save else ""
+    start = f", from {config.init_lora_weights}" if moves_weights(config) else ""
+    return f"{kind} of rank {config.r}, alpha {config.lora_alpha}{start}{whole}"

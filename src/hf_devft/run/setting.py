@@ -1,0 +1,89 @@
+"""What a resumed run must have in common with the one that it continues."""
+
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import PeftConfig
+
+from hf_devft.configuration import DevFTConfig, StageConfig
+from hf_devft.configuration.devft_config import RENAMED
+from hf_devft.federation.partition import ClientData
+from hf_devft.models.layout import State
+
+
+_RULES = ("grouping", "fusion", "fusion_beta", "transfer", "adapter_fusion", "stack", "temporary_head")
+_FEDERATION = (
+    "federated_method", "federated_method_kwargs", "wire_dtype", "upload_fraction", "client_selection",
+    "client_selection_kwargs", "client_max_layers", "client_resources", "beyond_capacity", "clients_per_round",
+    "local_steps", "seed", "data_seed",
+)  # fmt: skip
+_ANSWERING = ("calibration_samples", "generation_max_new_tokens")
+
+
+def run_setting(
+    args: DevFTConfig,
+    stages: Sequence[StageConfig],
+    adapter: PeftConfig,
+    initialisation: str | None,
+    clients: ClientData,
+) -> dict[str, Any]:
+    """{what: its value}, as it is saved with every checkpoint.
+
+    Args:
+        initialisation: the one that takes a part of the base's weights into the adapter, or None.
+    """
+
+    def of(*options: str) -> list[Any] | None:
+        """The values of options of which the first turns the others on."""
+        return [getattr(args, option) for option in options] if getattr(args, options[0]) else None
+
+    return {option: getattr(args, option) for option in (*_RULES, *_FEDERATION)} | {
+        "stage_layers": [stage.num_layers for stage in stages],
+        "lora_alpha": getattr(adapter, "lora_alpha", None),
+        "init_lora_weights": initialisation,
+        "distillation": of("distillation_steps", *_ANSWERING),
+        "healing": of("healing_steps", "healing_learning_rate", *_ANSWERING),
+        "num_clients": len(clients.rows),
+        "rows of the clients (checksum)": zlib.crc32(np.concatenate([*clients.rows.values()]).tobytes()),
+    }
+
+
+def check_same_setting(saved: dict[str, Any], setting: dict[str, Any], folder: str | Path) -> None:
+    """Refuse a checkpoint in `folder` of another run.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    wanted = json.loads(json.dumps(setting))  # lists for tuples, as saved
+    differing = [
+        f"{name} {saved.get(name)} (now {wanted[name]})" for name in wanted if saved.get(name) != wanted[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} is of a run with {', '.join(differing)}: resume with the same, or start anew in another "
+            "`output_dir`."
+        )
+
+
+def check_same_adapter(adapter: State, own: State, where: str = "") -> None:
+    """Refuse an adapter that has other tensors than the run's own.
+
+    Args:
+        where: the adapter is, as an error has it.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    shapes = [{key: tensor.shape for key, tensor in state.items()} for state in (adapter, own)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the adapter{where} is not one of this base and LoRA config: names or shapes differ. Resume with the "
+            "same."
+        )
+
+
+__all__ = ["RENAMED", "check_same_adapter", "check_same_setting", "run_setting"]

@@ -1,0 +1,60 @@
+"""The submodels of one base: which layers share a group, and the model that the groups make."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_devft.models.layer_stack import LayerStack, find_layer_stack
+from hf_devft.models.layout import State
+from hf_devft.stages.grouping import GroupingTask, Groups, group_layers, layer_similarity
+from hf_devft.stages.submodel import build_submodel, build_whole, layers_of
+from hf_devft.stages.transfer import kinds_by_adapter
+
+
+class SubmodelBuilder:
+    """Groups the layers of a base, and makes submodels of the groups.
+
+    Args:
+        base: the full model, without adapter; stays as it is.
+        which: see `find_layer_stack`.
+        adapter: a full-depth adapter that is not on all layers, whose layers then share no group with the others.
+    """
+
+    def __init__(self, base: PreTrainedModel, which: str | None = None, adapter: State | None = None):
+        self.base, self.which = base, which
+        self.stack = layer_stack(base, which, adapter)
+
+    @cached_property
+    def _similarity(self) -> torch.Tensor:
+        return layer_similarity(self.stack)
+
+    def group(
+        self, rule: str, capacity: int, seed: int, loss_of: Callable[[list[int]], float] | None = None
+    ) -> Groups:
+        """`capacity` groups by a rule of `GROUPINGS`; see `GroupingTask`."""
+        task = GroupingTask(self.stack.kinds, capacity, seed, lambda: self._similarity, loss_of)
+        return group_layers(task, rule)
+
+    def build(self, groups: Groups, fusion: str, beta: float) -> PreTrainedModel:
+        """The submodel of these groups; see `build_submodel`."""
+        return build_submodel(self.base, self.stack, groups, fusion, beta)
+
+    def whole(self) -> PreTrainedModel:
+        """The base itself, with what is still in its checkpoint read."""
+        return build_whole(self.base, self.which)
+
+    def layers_of(self, submodel: PreTrainedModel, groups: Groups) -> list[nn.Module]:
+        """The layers of a submodel of these groups."""
+        return layers_of(submodel, self.stack, groups)
+
+
+def layer_stack(base: PreTrainedModel, which: str | None, adapter: State | None) -> LayerStack:
+    """The stack that stages shorten; with an `adapter`, layers that have one are of another kind than those without."""
+    stack = find_layer_stack(base, which)
+    if adapter is None:
+        return stack
+    return replace(stack, kinds=kinds_by_adapter(adapter, stack.names, stack.kinds))

@@ -1,0 +1,6 @@
+"""What a model is for: its rows, how they become batches, what is measured, what it answers."""
+
+from hf_devft.tasks.task import TASKS, Encoding, Task, answers_prompts, label_options, task_of
+
+
+__all__ = ["TASKS", "Encoding", "Task", "answers_prompts", "label_options", "task_of"]

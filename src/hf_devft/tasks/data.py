@@ -1,0 +1,256 @@
+"""Rows of text -> token ids with labels on what is to be learned; and the files that rows come from."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from hf_devft.tasks.metrics import IGNORED
+
+
+def _from_instruction(row: dict, answer: str) -> dict[str, str]:
+    context = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+    prompt = f"### Instruction:\n{row['instruction']}{context}\n\n### Response:\n"
+    return {"prompt": prompt, "completion": row[answer]}
+
+
+def _from_question(row: dict, answer: str) -> dict[str, str]:
+    return {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row[answer]}"}
+
+
+def _from_conversations(row: dict, answer: str) -> dict[str, list]:
+    """ShareGPT's names for what chat templates call role and content."""
+    roles = {"human": "user", "gpt": "assistant"}
+    return {
+        "messages": [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in row[answer]]
+    }
+
+
+def _from_chat_prompt(row: dict, answer: str) -> dict[str, list]:
+    return {"messages": [*row["prompt"], *row[answer]]}
+
+
+# (columns that must be there) -> how to make one of the first three formats of them; the last column is the answer.
+_FORMATS = {
+    ("messages",): None,
+    ("prompt", "completion"): None,
+    ("conversations",): _from_conversations,
+    ("instruction", "output"): _from_instruction,
+    ("instruction", "response"): _from_instruction,
+    ("question", "answer"): _from_question,
+    ("text",): None,
+}
+
+
+def to_known_columns(dataset: Dataset) -> Dataset:
+    """Rows with a column `messages` (chat), columns `prompt` and `completion`, or `text` (all of it is learned).
+
+    Made from these, or from ShareGPT's `conversations`, instruction/(input)/output, instruction/(input)/response and
+    question/answer; prompt and completion may be messages, too. Other columns are kept.
+
+    Raises:
+        ValueError: none of these.
+    """
+    for columns, convert in _FORMATS.items():
+        if not set(columns) <= set(dataset.column_names):
+            continue
+        if columns == ("prompt", "completion") and len(dataset) and isinstance(dataset[0]["prompt"], list):
+            convert = _from_chat_prompt
+        if convert is None:
+            return dataset
+        return dataset.map(convert, fn_kwargs={"answer": columns[-1]}, desc="Formatting")
+    known = ", ".join("/".join(columns) for columns in _FORMATS)
+    raise ValueError(f"the dataset has columns {dataset.column_names}, but needs one of: {known}.")
+
+
+# Ending of a file's name -> (builder of `datasets`, its options).
+_BUILDERS = {
+    ".json": ("json", {}), ".jsonl": ("json", {}), ".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}), ".txt": ("text", {}),
+}  # fmt: skip
+
+
+def load_files(files: Sequence[str], to_columns: Callable[[Dataset], Dataset] = to_known_columns) -> Dataset:
+    """Local JSON, JSONL, CSV, TSV, Parquet or text files (a row a line) as one dataset with a column `source` (the
+    file's stem). Columns are kept where every file has them, once `to_columns` has made what a task reads.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: unknown endings or columns, unreadable files, or files of which no column is common to all.
+    """
+    datasets = {}
+    for path in map(Path, files):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file: give the paths of {', '.join(_BUILDERS)} files.")
+        if path.suffix not in _BUILDERS:
+            raise ValueError(f"{path} ends in {path.suffix!r}: known are {', '.join(_BUILDERS)}.")
+        builder, options = _BUILDERS[path.suffix]
+        try:
+            datasets[str(path)] = load_dataset(builder, data_files=str(path), split="train", **options)
+        except Exception as error:
+            raise ValueError(f"{path} could not be read as {builder.upper()}: {error.__cause__ or error}") from error
+    return _joined(datasets, to_columns)
+
+
+def load_datasets(
+    names: Sequence[str],
+    config: str | None = None,
+    split: str = "train",
+    to_columns: Callable[[Dataset], Dataset] = to_known_columns,
+) -> Dataset:
+    """Datasets on the Hub or in local folders as one, as `load_files` does.
+
+    Raises:
+        ValueError: see `load_files`; no such dataset, configuration or split.
+    """
+    datasets = {}
+    for name in names:
+        try:
+            datasets[name] = load_dataset(name, config, split=split)
+        except Exception as error:
+            raise ValueError(f"the dataset {name!r} could not be read: {error.__cause__ or error}") from error
+    return _joined(datasets, to_columns)
+
+
+def _joined(datasets: dict[str, Dataset], to_columns: Callable[[Dataset], Dataset]) -> Dataset:
+    """One dataset of all, with the stem of each name as `source`, unless it has that."""
+    converted = []
+    for name, dataset in datasets.items():
+        try:
+            dataset = to_columns(dataset)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if "source" not in dataset.column_names:
+            dataset = dataset.add_column("source", [Path(name).stem] * len(dataset))
+        converted.append(dataset)
+    shared = [name for name in converted[0].column_names if all(name in d.column_names for d in converted)]
+    if shared == ["source"]:
+        raise ValueError(
+            f"the datasets have no column in common ({'; '.join(', '.join(d.column_names) for d in converted)}): "
+            "convert them to one format."
+        )
+    return concatenate_datasets([dataset.select_columns(shared) for dataset in converted])
+
+
+def tokenize(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, max_length: int, num_proc: int | None = None
+) -> Dataset:
+    """Add `input_ids` and `labels`, which are -100 on what is not to be learned.
+
+    Learned are the completion with the end of sequence, the assistant's turns of a chat, or a whole text. Of rows of
+    more than `max_length` tokens, a prompt loses its start first and then the completion its end, a text its end and a
+    chat its start, so that every row keeps something to learn. Prompt and completion are tokenised apart, so that
+    generation from the prompt sees the tokens of training. A dataset that has `input_ids` is returned as it is.
+
+    Args:
+        num_proc: processes that share the work.
+
+    Raises:
+        ValueError: text without a tokenizer, a tokenizer that cannot end a sequence, or a chat without a template.
+    """
+    if "input_ids" in dataset.column_names:
+        return dataset
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the dataset holds text: pass a tokenizer with an `eos_token` as `processing_class`, or rows of "
+            "`input_ids` and `labels`."
+        )
+    dataset = to_known_columns(dataset)
+    if "messages" in dataset.column_names:
+        if tokenizer.chat_template is None:
+            raise ValueError("the dataset holds `messages`, but the tokenizer has no `chat_template`: set one.")
+        encode = _encode_chat
+    else:
+        encode = _encode_pair if "prompt" in dataset.column_names else _encode_text
+    options = {"tokenizer": tokenizer, "max_length": max_length}
+    return dataset.map(encode, fn_kwargs=options, batched=True, num_proc=num_proc, desc="Tokenising")
+
+
+Encoded = dict[str, list[list[int]]]
+
+
+def _refuse_missing(texts: list[str | None]) -> None:
+    if None in texts:
+        raise ValueError("a row has no text where there should be one (an empty field of a CSV, say): leave it out.")
+
+
+def _encode_pair(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    _refuse_missing([*rows["prompt"], *rows["completion"]])
+    prompts = tokenizer(rows["prompt"], truncation=False).input_ids
+    completions = tokenizer(rows["completion"], add_special_tokens=False).input_ids
+    encoded = {"input_ids": [], "labels": []}
+    for prompt, completion in zip(prompts, completions, strict=True):
+        completion = (completion + [tokenizer.eos_token_id])[: max_length - 1]
+        prompt = prompt[max(0, len(prompt) + len(completion) - max_length) :]
+        encoded["input_ids"].append(prompt + completion)
+        encoded["labels"].append([IGNORED] * len(prompt) + completion)
+    return encoded
+
+
+def _encode_text(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    _refuse_missing(rows["text"])
+    texts = [(tokens + [tokenizer.eos_token_id])[:max_length] for tokens in tokenizer(rows["text"]).input_ids]
+    return {"input_ids": texts, "labels": [list(text) for text in texts]}
+
+
+def _encode_chat(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    encoded = {"input_ids": [], "labels": []}
+    for messages in rows["messages"]:
+        tokens, labels = _chat_tokens(messages, tokenizer)
+        end = 1 + max((place for place, label in enumerate(labels) if label != IGNORED), default=-1)
+        if end == 0:
+            raise ValueError(f"a chat of {len(messages)} messages has no assistant's turn to learn: leave it out.")
+        kept = slice(max(0, end - max_length), end)
+        encoded["input_ids"].append(tokens[kept])
+        encoded["labels"].append(labels[kept])
+    return encoded
+
+
+def _chat_tokens(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """A chat by the tokenizer's template; labels are on the assistant's turns, with what ends them.
+
+    A turn is what the template adds to the chat before it with its prompt to answer (templates need not mark it).
+
+    Raises:
+        ValueError: a template that changes earlier turns.
+    """
+
+    def template(count: int, prompt: bool) -> list[int]:
+        return tokenizer.apply_chat_template(messages[:count], add_generation_prompt=prompt, return_dict=False)
+
+    tokens = template(len(messages), prompt=False)
+    labels = [IGNORED] * len(tokens)
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = template(index, prompt=True) if index else []
+        after = template(index + 1, prompt=False)
+        if tokens[: len(before)] != before or tokens[: len(after)] != after:
+            raise ValueError(
+                "the tokenizer's chat template changes earlier turns of a chat (it may leave out their reasoning), so "
+                "it is not known which tokens are the assistant's: pass chats of one answer, or another template."
+            )
+        labels[len(before) : len(after)] = tokens[len(before) : len(after)]
+    return tokens, labels
+
+
+def each(datasets: Any, function: Callable[[Dataset], Any]) -> Any:
+    """`function` of a dataset, of each in a dict of datasets, or of nothing.
+
+    Raises:
+        ValueError: a streaming dataset.
+    """
+    if datasets is None:
+        return None
+    if isinstance(datasets, dict):
+        return {name: each(dataset, function) for name, dataset in datasets.items()}
+    if isinstance(datasets, IterableDataset):
+        raise ValueError("a streaming dataset has no length and no rows to choose: pass a `datasets.Dataset`.")
+    return function(datasets)
+
+
+def first_rows(datasets: Any, count: int | None) -> Any:
+    """The first `count` rows of a dataset or of each in a dict; all where it is None."""
+    return each(datasets, lambda rows: rows if count is None else rows.select(range(min(count, len(rows)))))

@@ -1,0 +1,295 @@
+"""`DevFTTrainer`: the mixin on `Trainer`, with loading by name, an adapter and encoded rows."""
+
+import copy
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer, set_seed
+
+from hf_devft.configuration import DevFTConfig, Setup, check_compatibility
+from hf_devft.embedded import resolve_model_name
+from hf_devft.federation.partition import ClientData
+from hf_devft.hub.download import fetch_adapter
+from hf_devft.models.adapter import attach_adapter, new_adapter
+from hf_devft.models.adapter_files import load_adapter
+from hf_devft.models.base_difference import base_difference
+from hf_devft.models.layout import State
+from hf_devft.models.streaming import load_base, where_from
+from hf_devft.models.supported import check_adapter
+from hf_devft.tasks import TASKS, Encoding, Task, label_options, task_of
+from hf_devft.tasks.data import each, first_rows
+from hf_devft.tasks.metrics import IGNORED
+from hf_devft.trainer.mixin import DevFTMixin
+from hf_devft.trainer.preparation import clients_of, prepare_peft_config
+
+
+logger = logging.getLogger(__name__)
+
+
+class DevFTTrainer(DevFTMixin, Trainer):
+    """Developmental federated tuning of a model with LoRA or IA3.
+
+    Args:
+        model: a model, a name or path for `from_pretrained` (whose layers are then read from the checkpoint only as
+            stages need them, so that `trainer.model` can run from the first `train` or `evaluate` on), "embedded" for
+            the small base that ships with the package, or a `PeftModel` whose adapter is the start.
+        args: the run. What the model is for says `args.task`, else `task_type` of the adapter, else the model's class;
+            a causal language model where none does.
+        peft_config: of a new adapter, or the folder or Hub name of one to start from; not with a `PeftModel`.
+        train_dataset: one dataset to partition, or {client: dataset}; encoded (`input_ids` and `labels`, say), or as
+            docs/data.md shows for the task: prompt/completion, `messages`, `text` and `label`, ...
+        eval_dataset: of the same form, held by the server.
+        calibration_dataset: the server's own rows, of the same form; see `DevFTMixin`.
+        processing_class: tokenizer, image processor, feature extractor or processor; loaded with the model where that
+            is a name. A tokenizer without a padding token pads with its end of sequence.
+        data_collator: default: the task's; text is padded to a multiple of 8.
+        partitioner: any object with flwr-datasets' `Partitioner` interface, instead of `args.partition`.
+        **kwargs: see `transformers.Trainer`.
+
+    Raises:
+        ValueError: see `DevFTMixin`; a model or tokenizer that does not fit the arguments.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel | str,
+        args: DevFTConfig,
+        *,
+        peft_config: PeftConfig | str | None = None,
+        train_dataset: Dataset | dict[str, Dataset] | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        calibration_dataset: Dataset | None = None,
+        processing_class: Any = None,
+        data_collator: Callable | None = None,
+        partitioner: Any = None,
+        **kwargs,
+    ):
+        given = given_adapter(model, args, peft_config)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        args.task = task_of(
+            None if isinstance(base, str) else base, getattr(given.config, "task_type", None), args.task
+        )
+        check_compatibility(Setup(args, adapter=given.config))
+        task = TASKS[args.task]
+        # The data first: a mistake in it is found before a large model is loaded.
+        if isinstance(train_dataset, dict):  # clients may hold different formats
+            train_dataset = each(train_dataset, functools.partial(_as_rows, task))
+        clients = clients_of(args, train_dataset, partitioner)
+        set_seed(args.seed)
+        if isinstance(model, str):
+            base, processing_class = _load(task, model, args, clients.dataset, given, processing_class)
+            model = base
+        model = _with_adapter(model, given, args, task)
+        _settle_padding(processing_class, base.config)
+        encoding = Encoding(processing_class, base.config, args.max_length, args.dataset_num_proc)
+
+        def prepare(datasets: Any) -> Any:
+            with args.main_process_first(desc="encoding of the rows"):  # the others read what it has cached
+                return each(datasets, lambda rows: rows if _is_encoded(rows) else _encode(task, rows, encoding))
+
+        eval_dataset = prepare(first_rows(eval_dataset, args.max_eval_samples))
+        if args.predict_with_generate:
+            each(eval_dataset, _check_prompts)
+        calibration_dataset = first_rows(calibration_dataset, args.calibration_samples)
+        super().__init__(
+            model,
+            args,
+            train_dataset=ClientData(prepare(clients.dataset), clients.rows),
+            eval_dataset=eval_dataset,
+            calibration_dataset=prepare(add_placeholder_answers(task, calibration_dataset, args)),
+            processing_class=processing_class,
+            data_collator=data_collator or task.collator(processing_class, base.config),
+            initialisation=given.initialisation,
+            **kwargs,
+        )
+
+
+@dataclass(frozen=True)
+class GivenAdapter:
+    """The adapter that a trainer is given.
+
+    Attributes:
+        config: of it; None where there is none.
+        state: its tensors, where it was read from a folder or the Hub.
+        on_model: whether it is on the model already.
+        initialisation: see `prepare_peft_config`.
+    """
+
+    config: PeftConfig | None
+    state: State | None = None
+    on_model: bool = False
+    initialisation: str | None = None
+
+
+def given_adapter(model: Any, args: DevFTConfig, peft_config: PeftConfig | str | None) -> GivenAdapter:
+    """What `model` and `peft_config` say of the adapter.
+
+    Raises:
+        ValueError: there are two of them or none, or one that cannot be trained.
+    """
+    if isinstance(model, PeftModel) == (peft_config is not None):
+        raise ValueError(
+            "pass `peft_config` with a plain model, and a `PeftModel` without it: there must be one adapter."
+        )
+    if isinstance(peft_config, str):
+        config, state = load_adapter(fetch_adapter(peft_config, token=args.hub_token))
+        return GivenAdapter(config, state)
+    if peft_config is not None:
+        config, initialisation = prepare_peft_config(peft_config, args)
+        return GivenAdapter(config, initialisation=initialisation)
+    config = model.peft_config[model.active_adapter]
+    check_adapter(config)
+    return GivenAdapter(config, on_model=True)
+
+
+def _with_adapter(model: Any, given: GivenAdapter, args: DevFTConfig, task: Task) -> PeftModel:
+    """The model with the adapter, a new one or that of a folder, unless it is there."""
+    if given.on_model:
+        return model
+    if given.state is None:
+        return new_adapter(model, train_missing_modules(given.config, model))
+    if task.classes is None:  # a classifier's bases differ in their new heads
+        _compare_with_the_adapters_base(given.config, model, args, task)
+    return attach_adapter(model, given.config, given.state)
+
+
+def _settle_padding(processor: Any, config: PretrainedConfig) -> None:
+    """A tokenizer without a padding token pads with its end of sequence, and classifiers know by what."""
+    if getattr(processor, "pad_token", "") is None:
+        processor.pad_token = processor.eos_token
+    if config.is_encoder_decoder is False and getattr(config, "pad_token_id", 0) is None:
+        config.pad_token_id = getattr(processor, "pad_token_id", None)
+
+
+def _load(
+    task: Task, name: str, args: DevFTConfig, rows: Dataset, adapter: GivenAdapter, processor: Any
+) -> tuple[PreTrainedModel, Any]:
+    """Model and, unless given, what goes with it, of one name, at one revision.
+
+    Args:
+        rows: the clients', whose labels the model may be for.
+    """
+    options = args.model_init_kwargs or {}
+    if task.classes is not None:
+        options = labels_of(task, rows, name, options) | options
+    path = resolve_model_name(name)
+    # Both look at the weights of every layer.
+    whole = getattr(adapter.config, "use_dora", False) or adapter.initialisation is not None
+    model = load_base(path, task.auto_class, args.stack, whole, **options)
+    return model, processor or task.processor_class.from_pretrained(path, **where_from(options))
+
+
+def train_missing_modules(config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
+    """An adapter's config by which modules that the checkpoint lacks (a pooler, say) are trained whole: whoever loads
+    the adapter would have other random values there.
+
+    Raises:
+        ValueError: `exclude_modules` is a pattern, so that they cannot be added.
+    """
+    known = {"classifier", "score"} if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else set()
+    known |= set(getattr(config, "modules_to_save", None) or [])
+    new = getattr(model, "missing_modules", set())
+    new = sorted(name for name in new if not any(f".{own}." in f".{name}." for own in known))
+    if not new:
+        return config
+    config = copy.deepcopy(config)
+    config.modules_to_save = [*(config.modules_to_save or []), *new]
+    excluded = config.exclude_modules or []
+    if isinstance(excluded, str):
+        raise ValueError(f"the checkpoint lacks {', '.join(new)}: give `exclude_modules` as a list, with these.")
+    config.exclude_modules = [*excluded, *new]
+    return config
+
+
+def _compare_with_the_adapters_base(config: PeftConfig, model: PreTrainedModel, args: DevFTConfig, task: Task) -> None:
+    """Say how far `model` is from the base that an adapter was made on, where it is another one.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    old, new = config.base_model_name_or_path, model.config.name_or_path
+    if not old or (resolve_model_name(old), config.revision) == (resolve_model_name(new), _revision(model, config)):
+        return
+    try:
+        options = {"revision": config.revision} if config.revision else {}
+        other = load_base(resolve_model_name(old), task.auto_class, args.stack, local_files_only=True, **options)
+    except OSError:
+        logger.warning(
+            f"the adapter was made on {old}, which is not on this machine, so it is not known how far {new} is from "
+            "it: see `hf_devft.compare_bases`."
+        )
+        return
+    difference = base_difference(other, model)  # on every process: parameters may be cut over them
+    if difference.overall and args.process_index == 0:
+        logger.warning(f"the adapter was made on {old}; {new} differs from it by {difference}.")
+
+
+def _revision(model: PreTrainedModel, config: PeftConfig) -> str | None:
+    """The commit that the model is of, where the adapter's config names one."""
+    return getattr(model.config, "_commit_hash", None) if config.revision else None
+
+
+# What models read; rows that have one of these are encoded.
+_INPUTS = {"input_ids", "pixel_values", "input_features", "input_values"}
+
+
+def _is_encoded(dataset: Dataset) -> bool:
+    return not _INPUTS.isdisjoint(dataset.column_names)
+
+
+def labels_of(task: Task, dataset: Dataset, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The model's options for the labels of these rows; none where its checkpoint has been trained on them."""
+    column = "labels" if _is_encoded(dataset) else task.classes
+    found = label_options(dataset if _is_encoded(dataset) else task.to_columns(dataset), column)
+    trained = AutoConfig.from_pretrained(resolve_model_name(name), **where_from(options))
+    names, known = set(found["label2id"]), set(trained.id2label.values())
+    if (trained.architectures or [""])[0] in task.model_names.values() and (
+        names <= known or (all(map(str.isdigit, names)) and len(names) <= len(known))
+    ):
+        return {}
+    return found
+
+
+def _check_prompts(rows: Dataset) -> None:
+    """Refuse rows that nothing can be generated for."""
+    if any(IGNORED not in labels for labels in rows["labels"]):
+        raise ValueError(
+            "predict_with_generate answers prompts, but some evaluation rows have none (a whole `text`, say): turn it "
+            "off."
+        )
+
+
+def add_placeholder_answers(task: Task, rows: Any, args: DevFTConfig) -> Any:
+    """Give the server's rows an answer that counts for nothing, where they have none and need none, as teaching only
+    asks them."""
+    asked = args.healing_steps or args.distillation_steps
+    only = asked and args.grouping != "calibrated"  # which measures the loss of answers
+    if not (only and isinstance(rows, Dataset)) or _is_encoded(rows):
+        return rows
+    names, count = set(rows.column_names), len(rows)
+    if task.classes == "label" and names.isdisjoint(("label", "labels")):
+        return rows.add_column("label", [IGNORED] * count)
+    if task is TASKS["text-generation"] and "prompt" in names and "completion" not in names:
+        return rows.add_column("completion", [""] * count)
+    return rows
+
+
+def _as_rows(task: Task, dataset: Any) -> Any:
+    """Clients may hold different formats: each is converted before they are put together."""
+    if not isinstance(dataset, Dataset) or _is_encoded(dataset) or not len(dataset):
+        return dataset
+    return task.to_columns(dataset)
+
+
+def _encode(task: Task, dataset: Dataset, encoding: Encoding) -> Dataset:
+    if encoding.processor is None:
+        raise ValueError(
+            f"the dataset has columns {dataset.column_names}: pass what encodes them (a tokenizer, say) as "
+            f"`processing_class`, or rows with one of {', '.join(sorted(_INPUTS))}, and `labels`."
+        )
+    return task.encode(task.to_columns(dataset), encoding)

@@ -1,0 +1,77 @@
+"""The full model's evaluation at a stage's end, and metrics over several evaluation sets, such as the clients'."""
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset
+
+from hf_devft.configuration import DevFTConfig
+from hf_devft.tasks.generation import exact_match
+
+
+if TYPE_CHECKING:
+    from hf_devft.trainer.mixin import DevFTMixin
+
+
+def over_the_sets(metrics: Mapping[str, float], prefix: str, names: Collection[str]) -> dict[str, float]:
+    """The mean and the worst of what was measured on several evaluation sets.
+
+    Args:
+        metrics: {"{prefix}_{name of a set}_{metric}": value}.
+        names: of the sets.
+    """
+    found = {}
+    for name, worst in (("loss", max), ("exact_match", min), ("accuracy", min)):
+        keys = [f"{prefix}_{of}_{name}" for of in names]
+        if values := [metrics[key] for key in keys if key in metrics]:
+            found |= {f"{prefix}_{name}": float(np.mean(values)), f"{prefix}_worst_{name}": worst(values)}
+    return found
+
+
+def named_sets(datasets: Any) -> dict[str, Dataset]:
+    """Evaluation sets by their names; that of a single one is empty."""
+    return datasets if isinstance(datasets, dict) else {"": datasets}
+
+
+def number_of_rows(datasets: Any) -> int:
+    """Of all evaluation sets together; 0 where there are none."""
+    return 0 if datasets is None else sum(map(len, named_sets(datasets).values()))
+
+
+def evaluation_share(args: DevFTConfig) -> tuple[int, int]:
+    """(index, count) of processes that share what is evaluated: one, where all hold only a part of the model."""
+    sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    return (0, 1) if sharded else (args.process_index, args.world_size)
+
+
+def evaluate_full_depth(trainer: "DevFTMixin", stage: int) -> dict[str, float]:
+    """Measure the model in use, which is the full one, on every evaluation set, and log it as of a stage.
+
+    Returns:
+        {"eval_full_...": value}.
+    """
+    args, metrics = trainer.args, {}
+    for name, dataset in named_sets(trainer.eval_dataset).items():
+        prefix = f"eval_full_{name}" if name else "eval_full"
+        output = trainer.evaluation_loop(
+            trainer.get_eval_dataloader(dataset),
+            description="Evaluation at full depth",
+            prediction_loss_only=True if trainer.compute_metrics is None else None,
+            metric_key_prefix=prefix,
+        )
+        metrics |= {key: value for key, value in output.metrics.items() if not key.endswith("preparation_time")}
+        if args.predict_with_generate:
+            metrics[f"{prefix}_exact_match"] = exact_match(
+                trainer.model,
+                trainer.processing_class,
+                dataset,
+                args.generation_max_new_tokens,
+                args.eval_batch_size,
+                evaluation_share(args),
+            )
+        trainer.control = trainer.callback_handler.on_predict(args, trainer.state, trainer.control, output.metrics)
+    if isinstance(trainer.eval_dataset, dict):
+        metrics |= over_the_sets(metrics, "eval_full", trainer.eval_dataset)
+    trainer.log(metrics | {"stage": stage})
+    return metrics

@@ -1,0 +1,168 @@
+"""A run between two rounds: its stages, its adapters, its ledger; what is written of it, and read again."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+
+from hf_devft.configuration import DevFTConfig, StageConfig
+from hf_devft.configuration.stage_folder import SUBMODEL
+from hf_devft.federation.heterogeneity.capacity import Capacities
+from hf_devft.federation.ledger import Ledger
+from hf_devft.federation.partition import ClientData
+from hf_devft.federation.rounds import Federation
+from hf_devft.models.adapter_files import load_adapter, save_adapter
+from hf_devft.models.layout import State
+from hf_devft.models.residual import without_residual
+from hf_devft.run.checkpoint import Checkpoint, RunState, load_federation
+from hf_devft.run.healed_layers import HealedLayers
+from hf_devft.run.report import StageResult
+from hf_devft.run.setting import check_same_adapter, check_same_setting, run_setting
+from hf_devft.stages.global_adapter import GlobalAdapter
+from hf_devft.trainer.active_stage import ActiveStage
+
+
+@dataclass
+class FederatedRun:
+    """The state of a run.
+
+    Attributes:
+        args: its config.
+        clients: who has which rows.
+        stages: the records of all stages; those that are finished have groups, metrics and totals.
+        adapter: the full-depth adapter, as it was when the running stage began.
+        initialisation: the one that has taken a part of the base's weights into the adapter, or None.
+        healed: keeps the layers that were healed.
+        capacities: which stage's submodel each client trains.
+        ledger: what the rounds so far have cost.
+        federation: runs the rounds; None before the first `train`.
+        active: the stage that is being trained, or None.
+        start_metrics: of the full model before the first round, where it was evaluated.
+    """
+
+    args: DevFTConfig
+    clients: ClientData
+    stages: list[StageConfig]
+    adapter: GlobalAdapter
+    initialisation: str | None
+    healed: HealedLayers
+    capacities: Capacities
+    ledger: Ledger = field(default_factory=Ledger)
+    federation: Federation | None = None
+    active: ActiveStage | None = None
+    start_metrics: dict[str, float] | None = None
+
+    @property
+    def residual(self) -> State:
+        """What the method adds to the weights beside the adapter, at the depth where it stands."""
+        return {} if self.federation is None else self.federation.residual()
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter that is trained; 0 where it has none."""
+        return self.adapter.config.r if isinstance(self.adapter.config, LoraConfig) else 0
+
+    @property
+    def num_rounds(self) -> int:
+        """Of all stages, or fewer where `max_steps` says so."""
+        planned = sum(stage.rounds for stage in self.stages)
+        return planned if self.args.max_steps < 0 else min(self.args.max_steps, planned)
+
+    # --- a stage is over ------------------------------------------------------------------------------------
+
+    def hand_on(self, best: Path | None) -> tuple[PeftConfig, State]:
+        """End the active stage: its adapter, and what is remembered, are at full depth from here on.
+
+        Args:
+            best: the checkpoint whose round the stage hands on; None for the last round.
+
+        Returns:
+            The submodel's adapter as plain PEFT has it.
+        """
+        active, federation = self.active, self.federation
+        assert active is not None
+        assert federation is not None
+        sub = active.state
+        if best is not None:
+            sub = without_residual(load_adapter(best / SUBMODEL)[1], self.rank)
+            federation.memory.load_state_dict(load_federation(best))
+        compact = active.to_peft(sub, self.residual)
+        self.adapter = active.expand(sub)
+        federation.end_stage(active.expand_part)
+        self.active = None
+        active.record.rounds_done = active.done
+        active.record.totals = self.ledger.totals(active.record.stage) | active.setup
+        return compact
+
+    def result(self, record: StageConfig, compact: tuple[PeftConfig, State]) -> StageResult:
+        """What a stage that was handed on came to."""
+        return StageResult(record, self.adapter.to_peft(self.residual), compact)
+
+    # --- files ----------------------------------------------------------------------------------------------
+
+    def save_adapters(self, folder: Path, state: State | None = None) -> None:
+        """Write the full-depth adapter, and within a stage also the submodel's, with the healed layers it is for.
+
+        Args:
+            state: the full-depth adapter's, where the model in use has it; default: as the run stands.
+        """
+        if (active := self.active) is not None:
+            full = active.expand(active.state)
+            save_adapter(folder, *full.to_peft(active.expand_part(self.residual)))
+            save_adapter(folder / SUBMODEL, *active.to_peft(active.state, self.residual))
+            self.healed.copy_into(folder / SUBMODEL, active.record.stage)
+        elif state is not None:
+            save_adapter(folder, *replace(self.adapter, state=state).to_peft({}))
+        else:
+            save_adapter(folder, *self.adapter.to_peft(self.residual))
+
+    def save_state(self, folder: Path, stage: int, done: int, is_over: bool) -> None:
+        """Write what the run needs to go on with the round after `done` of `stage`, but for adapters and schedule.
+
+        Args:
+            is_over: whether the stage was told to end.
+        """
+        remembered = {} if self.federation is None else self.federation.state_dict()
+        setting, metrics = self._setting(), self.start_metrics
+        RunState(self.stages, stage, done, is_over, setting, self.ledger, remembered, metrics).save(folder)
+
+    def load(self, folder: str) -> Checkpoint:
+        """Read a checkpoint, or a finished stage's folder, and take up what is known of the stages.
+
+        Raises:
+            ValueError: it is neither, of another run, or of one that is over.
+        """
+        checkpoint = Checkpoint.load(folder, self.rank)
+        check_same_setting(checkpoint.run.setting, self._setting(), folder)
+        check_same_adapter(checkpoint.full, self.adapter.state, f" in {folder}")
+        if checkpoint.run.stage > len(self.stages):
+            raise ValueError(
+                f"{folder} is the last stage's: nothing is left to do. To train further, start a new run from its "
+                "adapter."
+            )
+        for stage, old in zip(self.stages, checkpoint.run.stages, strict=True):
+            for name in ("groups", "metrics", "totals", "rounds_done"):
+                setattr(stage, name, getattr(old, name))
+        return checkpoint
+
+    def begin(self, adapter: State, folder: str | None, checkpoint: Checkpoint | None) -> None:
+        """Stand at the start, with this full-depth adapter; or where the checkpoint in a folder has left the run.
+
+        Raises:
+            ValueError: the adapter is another one, or healed layers that are needed are not in the folder.
+        """
+        self.federation = self.active = None
+        if checkpoint is None:
+            check_same_adapter(adapter, self.adapter.state)
+            self.ledger, self.start_metrics = Ledger(), None
+            self.adapter = replace(self.adapter, state=adapter)
+            return
+        within = checkpoint.sub is not None
+        if within or self.args.distillation_steps or self.args.client_max_layers:
+            self.healed.take_from(folder or "", checkpoint.run.stage - (not within))
+        self.ledger, self.start_metrics = checkpoint.run.ledger, checkpoint.run.start_metrics
+        self.adapter = replace(self.adapter, state=checkpoint.full)
+
+    def _setting(self) -> dict[str, Any]:
+        return run_setting(self.args, self.stages, self.adapter.config, self.initialisation, self.clients)

@@ -1,0 +1,106 @@
+"""The federation that a config asks for."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_devft.configuration import DevFTConfig
+from hf_devft.federation.batches import ClientBatches, FederatedBatchSampler
+from hf_devft.federation.heterogeneity.resources import ClientResources, load_resources, make_resources
+from hf_devft.federation.memory import Memory
+from hf_devft.federation.methods import Clients, make_methods
+from hf_devft.federation.partition import ClientData
+from hf_devft.federation.rounds import Federation
+from hf_devft.federation.sampling import Placement, local_trainings
+from hf_devft.federation.selection import SELECTIONS, ClientSelection
+from hf_devft.federation.wire import Wire
+from hf_devft.models.layout import State
+
+
+def build_federation(
+    args: DevFTConfig,
+    clients: ClientData,
+    placement: Placement,
+    batches_of: Callable[[Iterable[tuple[int, int]]], ClientBatches],
+    label_counts: Callable[[], np.ndarray],
+    add_up: Callable[[torch.Tensor], None],
+    gather: Callable[[Any], list],
+    remembered: State | None = None,
+) -> Federation:
+    """The federation of all rounds to come.
+
+    Args:
+        placement: this process's share of the work.
+        batches_of: (round, client) of local trainings -> their batches.
+        label_counts: see `label_counts`; asked for by methods that need it.
+        add_up, gather: see `Federation`.
+        remembered: what a run that goes on has kept; see `Federation.state_dict`.
+
+    Raises:
+        ValueError: options of the selection or resources that are refused; a method that refuses the clients.
+    """
+    memory = Memory()
+    if remembered is not None:
+        memory.load_state_dict(remembered)
+    examples = [len(rows) for rows in clients.rows.values()]
+    method, correction, optimizer = make_methods(args.federated_method, args.federated_method_kwargs)
+    taking_part = Clients(examples=examples, seed=args.seed, label_counts=label_counts, memory=memory)
+    method.begin_run(taking_part)
+    if correction is not None:
+        correction.begin_run(taking_part, method)
+    selection = build_selection(args, examples, clients.names)
+    return Federation(
+        method=method,
+        correction=correction,
+        optimizer=optimizer,
+        wire=Wire(args.wire_dtype, args.upload_fraction, memory),
+        memory=memory,
+        selection=selection,
+        placement=placement,
+        names=clients.names,
+        quorum=args.round_quorum,
+        retries=args.round_retries,
+        batches_of=lambda rounds, attempt: batches_of(local_trainings(selection, placement, rounds, attempt)),
+        add_up=add_up,
+        gather=gather,
+        device=args.device,
+    )
+
+
+def build_selection(args: DevFTConfig, examples: list[int], names: list[str]) -> ClientSelection:
+    """The selection of clients, with their resources where a clock is asked for."""
+    try:
+        selection = SELECTIONS[args.client_selection](**args.client_selection_kwargs or {})
+    except TypeError as error:
+        raise ValueError(f"client_selection_kwargs={args.client_selection_kwargs}: {error}") from error
+    resources: list[ClientResources] | None = None
+    if args.client_resources == "simulated" or (selection.needs_resources and args.client_resources is None):
+        resources = make_resources(len(examples), args.seed)
+    elif args.client_resources is not None:
+        resources = load_resources(args.client_resources, names)
+    selection.begin_run(args.clients_per_round, examples, args.client_dropout_rate, args.seed, resources)
+    return selection
+
+
+def make_sampler(
+    args: DevFTConfig, clients: ClientData, order: Iterable[tuple[int, int]], placement: Placement
+) -> FederatedBatchSampler:
+    """The batches of local trainings, (round, client), in this order, as rows."""
+    return FederatedBatchSampler(
+        rows=list(clients.rows.values()),
+        turns=order,
+        batches_per_client=args.local_steps * args.gradient_accumulation_steps,
+        batch_size=args.train_batch_size,
+        drop_last=args.dataloader_drop_last,
+        data_seed=args.seed if args.data_seed is None else args.data_seed,
+        placement=placement,
+    )
+
+
+def gradient_obstacle(args: DevFTConfig, federation: Federation) -> str | None:
+    """Why the method needs each client's own gradients, so that clients cannot share a batch; or None."""
+    if federation.method.corrects or federation.correction is not None:
+        return f"federated_method={args.federated_method!r} looks at each client's gradients"
+    return None

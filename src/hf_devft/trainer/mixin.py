@@ -1,0 +1,404 @@
+"""`DevFTMixin`: stages -> rounds -> artifacts on top of any `Trainer` subclass, and nothing below that."""
+
+import functools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from huggingface_hub import CommitInfo
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_devft.configuration import DevFTConfig, StageConfig
+from hf_devft.federation.batches import ClientBatches, client_loader
+from hf_devft.federation.ledger import Ledger
+from hf_devft.federation.partition import ClientData
+from hf_devft.federation.rounds import RoundOutcome
+from hf_devft.federation.sampling import Placement
+from hf_devft.hub.publisher import RunPublisher, push_all, submit_all
+from hf_devft.hub.push import finished_stages
+from hf_devft.models.adapter import adapter_state
+from hf_devft.models.weights import is_stored
+from hf_devft.run.checkpoint import Checkpoint
+from hf_devft.run.progress import RoundProgressCallback
+from hf_devft.run.report import table_rows
+from hf_devft.run.tables import print_stages
+from hf_devft.trainer.active_stage import ActiveStage
+from hf_devft.trainer.evaluation import evaluate_full_depth, over_the_sets
+from hf_devft.trainer.federation_builder import make_sampler
+from hf_devft.trainer.model_in_use import ModelInUse
+from hf_devft.trainer.preparation import check_arguments, check_run, clients_and_evaluation, prepare_run
+from hf_devft.trainer.resuming import download_last_stage, make_pusher, rotate
+from hf_devft.trainer.session import TrainingSession
+
+
+class DevFTMixin:
+    """Federated rounds in developmental stages, for a `Trainer` subclass that ends its `__init__` with a LoRA model.
+
+        class DevFTSFTTrainer(DevFTMixin, SFTTrainer): ...
+
+    The step is a round, the epoch a stage (see `DevFTConfig`). Evaluation between rounds measures the stage's submodel
+    (`eval_*`); at a stage's end the transferred adapter is also measured on the full model (`eval_full_*`). A callback
+    that asks to stop during an evaluation (`EarlyStoppingCallback`) ends the running stage, at any other time the run.
+    The best metric is tracked within each stage, and with `load_best_model_at_end` each stage hands on its best
+    checkpointed round.
+
+    Args:
+        train_dataset: one dataset to partition as `args` says, or {client: dataset}.
+        partitioner: any object with flwr-datasets' `Partitioner` interface, instead of `args.partition`.
+        calibration_dataset: the server's own rows, in the form of `eval_dataset`, for `args.healing_steps`,
+            `args.distillation_steps` and `grouping="calibrated"` (whose default is `eval_dataset`).
+        initialisation: the second value of `prepare_peft_config`, where the adapter was made by the first.
+
+    Attributes:
+        clients: who has which rows of `train_dataset`.
+        run: where the run stands; also as `stages`, the records of all of them, and `ledger`, what rounds have cost.
+        models: the model in use, and the base.
+
+    Raises:
+        ValueError: data, adapter or options that cannot be trained this way; before any work is spent.
+    """
+
+    kind = "devft"  # as `check_compatibility` knows it
+    publisher: RunPublisher | None = None  # on the main process, with `push_to_hub`
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: DevFTConfig | None = None,
+        *,
+        train_dataset: Dataset | dict[str, Dataset] | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        partitioner: Any = None,
+        calibration_dataset: Dataset | None = None,
+        initialisation: str | None = None,
+        **kwargs,
+    ):
+        check_arguments(args, kwargs)
+        self.clients, eval_dataset = clients_and_evaluation(args, train_dataset, eval_dataset, partitioner)
+        super().__init__(
+            model=model, args=args, train_dataset=self.clients.dataset, eval_dataset=eval_dataset, **kwargs
+        )
+        self.clients = self.remap_client_rows(self.clients)
+        if args.task not in (None, "text-generation"):
+            # Most of these models take `num_items_in_batch` and ignore it: their losses are means over the batch.
+            self.model_accepts_loss_kwargs = False
+        self.placement = Placement(args.client_placement, args.process_index, args.world_size)
+        self.calibration_dataset = calibration_dataset
+        self.run, patched = prepare_run(self.model, args, self.clients, initialisation)
+        self.models = ModelInUse(self, patched)
+        check_run(self)
+        self._session: TrainingSession | None = None
+        self._checkpoint: Checkpoint | None = None
+        for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
+            self.remove_callback(callback)
+        if not args.disable_tqdm:
+            self.add_callback(RoundProgressCallback(self.stages))
+
+    @property
+    def stages(self) -> list[StageConfig]:
+        """The records of all stages."""
+        return self.run.stages
+
+    @property
+    def ledger(self) -> Ledger:
+        """What the rounds so far have cost."""
+        return self.run.ledger
+
+    # --- what a trainer that prepares its data or model may override -----------------------------------------
+
+    def remap_client_rows(self, clients: ClientData) -> ClientData:
+        """The clients' rows in what the trainer has made of their dataset."""
+        if len(self.train_dataset) != len(clients.dataset):
+            raise ValueError(
+                f"the trainer made {len(self.train_dataset)} rows of the clients' {len(clients.dataset)}, so it is "
+                "not known whose they are: turn off packing and filtering."
+            )
+        return clients
+
+    def prepare_model_in_use(self, model: PeftModel) -> None:
+        """Called with every submodel, and with the full model, before it is trained or evaluated."""
+
+    # --- the loop: stages, rounds ---------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`; also goes on with the stage after a finished one, whose folder is given, and, with
+        `args.resume_from_hub` and no checkpoint, after the last one that was pushed there.
+
+        Args:
+            resume_from_checkpoint: "last" is the newest checkpoint in `output_dir`, or the start where there is none,
+                so that one command starts a run and goes on with it.
+        """
+        if resume_from_checkpoint == "last":
+            folder = Path(self.args.output_dir)
+            resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+        if not resume_from_checkpoint and self.args.resume_from_hub:
+            resume_from_checkpoint = download_last_stage(self.args)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _inner_training_loop(
+        self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
+    ):
+        """`Trainer`'s loop, with rounds for steps and stages for epochs."""
+        checkpoint = self._begin_training(batch_size, resume_from_checkpoint, trial)
+        session, start_time = self._session, time.time()
+        log_how = (trial, ignore_keys_for_eval, start_time)
+        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        if args.eval_on_start and checkpoint is None:
+            self.use_whole_model()
+            self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+            self.run.start_metrics = evaluate_full_depth(self, stage=0)
+        for record in self.stages[checkpoint.run.stage - 1 if checkpoint else 0 :]:
+            active = self.run.active = session.enter(record, checkpoint)
+            checkpoint, runner = None, session.runner(active)
+            self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
+            self.control.should_epoch_stop |= active.is_over
+            while active.done < record.rounds:
+                if self.control.should_epoch_stop or self.control.should_training_stop:
+                    break
+                self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
+                learning_rate = session.schedule.rate(record.learning_rate)
+                outcome = session.run_round(active, runner, learning_rate)
+                self._count(outcome)
+                session.schedule.step()
+                active.done += 1
+                self.state.global_step += 1
+                session.seed_round()
+                self.state.epoch = record.stage - 1 + active.done / record.rounds
+                self.control = self.callback_handler.on_step_end(args, self.state, self.control)
+                self._log_save_evaluate(outcome.grad_norm if args.max_grad_norm > 0 else None, learning_rate, *log_how)
+            self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
+            self._log_save_evaluate(None, session.schedule.rate(record.learning_rate), *log_how)
+            self._finish_stage(active)
+            if self.control.should_training_stop:
+                break
+        self.use_whole_model()
+        if args.should_save and args.save_strategy != "no":
+            # A run that was killed between its last save and the rotation has left one more than it keeps.
+            rotate(Path(self._get_output_dir(trial=trial)), args, self.state)
+        num_samples = self.run.num_rounds * args.clients_per_round * args.local_steps * args.train_batch_size
+        return self._finalize_training(trial, num_samples * args.gradient_accumulation_steps, start_time)
+
+    def _begin_training(self, batch_size: int, resume_from_checkpoint: str | None, trial: Any) -> Checkpoint | None:
+        """Make the run's state that of its start, or of the checkpoint that it goes on from."""
+        args, run = self.args, self.run
+        if batch_size != self._train_batch_size:
+            raise RuntimeError(
+                "out of memory outside of local training, whose steps `auto_find_batch_size` cuts: lower "
+                "`per_device_eval_batch_size`, or train fewer layers."
+            )
+        if resume_from_checkpoint is not None and self._checkpoint is None:
+            self._load_from_checkpoint(resume_from_checkpoint)  # `train` leaves it out under DeepSpeed
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is None and run.residual:
+            raise ValueError(
+                f"federated_method={args.federated_method!r} has changed the base beside the adapter, and another "
+                "`train` would begin without that: resume from a checkpoint, or start a new trainer from the adapter "
+                "in `output_dir`."
+            )
+        run.healed.delete()
+        if self.models.base is not None:
+            run.federation = run.active = None
+            self.use_whole_model()  # where a run was interrupted
+        run.begin(adapter_state(self.model), resume_from_checkpoint, checkpoint)
+        self._init_training_state(run.num_rounds, run.num_rounds, len(self.stages), resume_from_checkpoint, trial)
+        self._session = TrainingSession(self, checkpoint)
+        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
+        self._initial_global_step = self._globalstep_last_logged = self.state.global_step
+        self._tr_loss, self._total_loss_scalar = torch.zeros((), device=args.device), 0.0
+        self._session.seed_round()
+        return checkpoint
+
+    def _count(self, outcome: RoundOutcome) -> None:
+        """Add a round to the Trainer's own sums."""
+        if np.isfinite(outcome.loss) or not self.args.logging_nan_inf_filter:
+            self._tr_loss += outcome.loss
+        self.state.num_input_tokens_seen += outcome.seen
+
+    def _log_save_evaluate(self, grad_norm, learning_rate, trial, ignore_keys, start_time) -> None:
+        self._maybe_log_save_evaluate(
+            self._tr_loss, grad_norm, self.model, trial, self.state.epoch, ignore_keys, start_time, learning_rate
+        )
+
+    def _finish_stage(self, active: ActiveStage) -> None:
+        """Submodel's adapter -> full depth, measured, written, shown, pushed."""
+        run, record, session = self.run, active.record, self._session
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        compact = run.hand_on(Path(best) if best is not None else None)
+        self.models.release()
+        if self.eval_dataset is not None:
+            self.use_whole_model()
+            record.metrics |= evaluate_full_depth(self, record.stage)
+        if self.is_world_process_zero():
+            rows = table_rows(self.stages[: record.stage], run.start_metrics)
+            save_state = functools.partial(session.save_finished, record.stage)
+            session.report().write(run.result(record, compact), rows, self.state.log_history, run.ledger, save_state)
+            if self.publisher is not None and self.publisher.pushes_each_stage:
+                self.callback_handler.on_push_begin(self.args, self.state, self.control)
+                self.publisher.submit_stage(record.stage)
+            if not self.args.disable_tqdm:
+                print_stages(rows)
+        self.accelerator.wait_for_everyone()
+
+    def use_whole_model(self) -> None:
+        """Make the full model with the full-depth adapter the one in use, unless it is."""
+        if self.models.is_whole:
+            return
+        if self.models.base is None:  # whoever has the trainer may have changed it
+            self.run.adapter = replace(self.run.adapter, state=adapter_state(self.model))
+        self.models.use_whole(self.run.adapter, self.run.residual)
+
+    # --- evaluation -----------------------------------------------------------------------------------------
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        """As `Trainer`'s; a stop that it brings about ends the stage, and the run only in the last one."""
+        stopping = self.control.should_training_stop
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if isinstance(self.eval_dataset, dict):
+            metrics |= over_the_sets(metrics, "eval", self.eval_dataset)
+        if self.control.should_training_stop and not stopping:
+            self.control.should_training_stop = False
+            self.control.should_epoch_stop = True
+        self._session.peak_memory.release()
+        return metrics
+
+    def _determine_best_metric(self, metrics, trial):
+        """As `Trainer`'s; the stage's record has the metrics of the round that the stage will hand on."""
+        is_new_best = super()._determine_best_metric(metrics, trial)
+        if self.run.active is not None and (is_new_best or not self.args.load_best_model_at_end):
+            self.run.active.record.metrics = {
+                key: value for key, value in metrics.items() if key.startswith("eval_") and "_worst_" not in key
+            }
+        return is_new_best
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As `Trainer`'s, but a batch's loss never depends on what other processes evaluate at the time."""
+        if self.run.active is None:
+            self.use_whole_model()
+        averaging, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices = averaging
+
+    # --- logs and files -------------------------------------------------------------------------------------
+
+    def store_flos(self) -> None:
+        """`total_flos` is the ledger's count."""
+        self.state.total_flos = self.ledger.flops
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`, with the running stage and the bytes sent so far."""
+        if self.run.active is not None:
+            logs = logs | {"stage": self.run.active.record.stage, "bytes": self.ledger.bytes}
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The full-depth adapter, and within a stage also the submodel's as it travels."""
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            between = self.models.base is not None and (not self.models.is_whole or self.run.residual)
+            is_own = self.run.active is not None or between
+            self.run.save_adapters(folder, None if is_own else adapter_state(self.model))
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A whole `checkpoint-N/` in one move, by the main process."""
+        run_dir = Path(self._get_output_dir(trial=trial))
+        target = run_dir / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            best = run_dir / f"checkpoint-{self.state.best_global_step}"
+            if best == target or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self._session.save_checkpoint(target)
+            if self.publisher is not None:
+                self.publisher.submit_checkpoint(target, self.state.global_step)
+            rotate(run_dir, self.args, self.state)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Read and check a checkpoint; the stage it stopped in takes it up."""
+        self._checkpoint = self.run.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Nothing at the end of training: each stage has already taken up its best round."""
+
+    # --- the Hub --------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Settle where to push. The repository is made by the first push, so that no run waits or dies for the Hub."""
+        args = self.args
+        self.hub_model_id = args.hub_model_id or Path(args.output_dir).absolute().name
+        if self.is_world_process_zero():
+            pusher = make_pusher(args, token, None, private)
+            self.publisher = RunPublisher(pusher, args.output_dir, args.hub_strategy, args.hub_always_push)
+
+    def push_to_hub(
+        self, commit_message=None, blocking=True, token=None, revision=None, private=None
+    ) -> CommitInfo | None:
+        """Push every finished stage, each as a commit and a tag; where there is none, the adapter as it is.
+
+        A stage that is there already is not pushed again.
+
+        Args:
+            commit_message: where there is no stage; a stage's commit has its name.
+            blocking: wait for it, and raise what goes wrong; else push beside what comes next, as training does.
+
+        Returns:
+            The last commit; None where all was there, on other processes than the main one, and if not waited for.
+        """
+        if not finished_stages(self.args.output_dir):
+            self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.publisher is None or (token, revision, private) != (None, None, None):
+            pusher = make_pusher(self.args, token, revision, private)
+        else:
+            pusher = self.publisher.pusher
+        push = push_all if blocking else submit_all
+        return push(pusher, Path(self.args.output_dir), commit_message or "Adapter")
+
+    def _finish_current_push(self) -> None:
+        if self.publisher is not None:
+            self.publisher.finish()
+
+    # --- what the parts are given ---------------------------------------------------------------------------
+
+    def client_batches(self, order: Iterable[tuple[int, int]]) -> ClientBatches:
+        """The batches of local trainings, (round, client), in this order."""
+        dataset, collator = self.train_dataset, self.data_collator
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description="Training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="Training")
+        return client_loader(dataset, collator, make_sampler(self.args, self.clients, order, self.placement), self.args)
+
+    def server_batches(self, rows: Dataset, size: int, sampler: Sampler | None = None) -> Iterator[dict[str, Any]]:
+        """Batches of the server's own rows, on the device."""
+        rows = self._remove_unused_columns(rows, description="The server's texts")
+        return map(self._prepare_inputs, DataLoader(rows, size, sampler=sampler, collate_fn=self.data_collator))
+
+    def clip_gradients(self, module: nn.Module) -> torch.Tensor | float | None:
+        """Clip a module's gradients to `max_grad_norm`; returns their norm before."""
+        return self._clip_grad_norm(module)
+
+    def _move_model_to_device(self, model, device) -> None:
+        """As `Trainer`'s, but for layers that are still in the checkpoint."""
+        if not any(map(is_stored, model.parameters())):
+            return super()._move_model_to_device(model, device)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(device)

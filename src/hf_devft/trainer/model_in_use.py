@@ -1,0 +1,99 @@
+"""The model that a trainer trains or evaluates: a stage's submodel or the full model, and the base that they share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from hf_devft.models.adapter import detach_adapter
+from hf_devft.models.engines import Engine, make_engine, shard
+from hf_devft.models.layout import State
+from hf_devft.models.residual import PatchedBaseWeights
+from hf_devft.models.weights import is_stored
+from hf_devft.stages.global_adapter import GlobalAdapter
+from hf_devft.stages.submodel import build_whole
+
+
+if TYPE_CHECKING:
+    from hf_devft.trainer.mixin import DevFTMixin
+
+
+class ModelInUse:
+    """Sets a trainer's `model`, `model_wrapped`, `optimizer` and those of its callbacks, together.
+
+    Args:
+        trainer: whose model is the full one with its adapter, or has layers that are still in the checkpoint.
+        patched: the weights that the adapter's initialisation has changed, or None.
+
+    Attributes:
+        base: the full model without adapter, from the first `release` on.
+        engine: of the model in use; None at first, and between two models.
+        is_whole: whether the model in use is the full one with the full-depth adapter.
+    """
+
+    def __init__(self, trainer: "DevFTMixin", patched: PatchedBaseWeights | None):
+        self._trainer, self._patched = trainer, patched
+        self.base: PreTrainedModel | None = None
+        self.engine: Engine | None = None
+        self.is_whole = not any(map(is_stored, trainer.model.parameters()))
+
+    def build_engine(self, model: PeftModel, train: bool = True) -> Engine:
+        """An engine for a model, with the trainer's optimiser where it is to be trained; the model in use stays."""
+        trainer = self._trainer
+        before = trainer.model, trainer.optimizer
+        trainer.prepare_model_in_use(model)
+        trainer.model, trainer.optimizer = model, None  # which the optimiser is made for
+        try:
+            return make_engine(
+                trainer.accelerator,
+                model,
+                trainer.create_optimizer if train else None,
+                trainer.args.learning_rate,
+                skip_ddp=trainer.args.client_placement == "client_parallel",
+            )
+        finally:
+            trainer.model, trainer.optimizer = before
+
+    def use(self, engine: Engine) -> None:
+        """Make an engine's model the one that is trained and evaluated."""
+        trainer, self.engine = self._trainer, engine
+        trainer.model, trainer.model_wrapped, trainer.optimizer = engine.peft_model, engine.model, engine.optimizer
+        if trainer.is_deepspeed_enabled:
+            trainer.deepspeed = trainer.model_wrapped
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(trainer.callback_handler, name, getattr(trainer, name))
+
+    @contextmanager
+    def using(self, engine: Engine) -> Iterator[None]:
+        """Within this context, an engine's model is the one in use; what was before is afterwards."""
+        before = self.engine
+        assert before is not None  # a stage is being trained
+        self.use(engine)
+        try:
+            yield
+        finally:
+            self.use(before)
+
+    def release(self) -> PreTrainedModel:
+        """Give up what was built on the base, which is the model for the moment; the first time, take the adapter
+        off."""
+        trainer = self._trainer
+        if self.engine is not None:
+            self.engine.close()
+        self.is_whole = False
+        if self.base is None:
+            self.base = detach_adapter(trainer.model)
+            if self._patched is not None:
+                self._patched.close()
+            shard(trainer.accelerator, trainer.args, self.base)
+        self.engine = trainer.optimizer = trainer.callback_handler.optimizer = None
+        trainer.model = trainer.model_wrapped = trainer.callback_handler.model = self.base
+        return self.base
+
+    def use_whole(self, adapter: GlobalAdapter, residual: State) -> None:
+        """Make the full model, with the full-depth adapter, the one that is evaluated."""
+        model = adapter.attach(build_whole(self.release(), self._trainer.args.stack), residual)
+        self.use(self.build_engine(model, train=False))
+        self.is_whole = True

@@ -1,0 +1,206 @@
+"""What is settled before a trainer is built on its model: clients, adapter, stages. All of it raises before any work
+is spent."""
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+
+from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compatibility
+from hf_devft.federation.heterogeneity.capacity import Capacities
+from hf_devft.federation.partition import ClientData, hold_out, make_clients
+from hf_devft.models.adapter import adapter_state
+from hf_devft.models.initialisation import initialise, moves_weights, without_weight_based_init
+from hf_devft.models.layer_stack import LayerStack
+from hf_devft.models.layout import AdapterLayout, lora_scaling
+from hf_devft.models.residual import PatchedBaseWeights
+from hf_devft.models.supported import check_adapter
+from hf_devft.models.weights import keep_readable
+from hf_devft.run.healed_layers import HealedLayers
+from hf_devft.stages.builder import layer_stack
+from hf_devft.stages.global_adapter import GlobalAdapter
+from hf_devft.stages.grouping import GroupingTask, group_layers
+from hf_devft.stages.transfer import check_alike
+from hf_devft.tasks.data import first_rows
+from hf_devft.trainer.federated_run import FederatedRun
+from hf_devft.trainer.session import federation_of
+
+
+if TYPE_CHECKING:
+    from hf_devft.trainer.mixin import DevFTMixin
+
+
+def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -> ClientData:
+    """The clients that `args` asks for; see `make_clients`."""
+    return make_clients(
+        train_dataset,
+        partitioner,
+        num_clients=args.num_clients,
+        kind=args.partition,
+        column=args.partition_column,
+        alpha=args.dirichlet_alpha,
+        seed=args.seed,
+    )
+
+
+def clients_and_evaluation(
+    args: DevFTConfig, train_dataset: Any, eval_dataset: Any, partitioner: Any
+) -> tuple[ClientData, Dataset | dict[str, Dataset] | None]:
+    """The clients, and the rows to evaluate on, which may be held out of theirs.
+
+    Args:
+        train_dataset: the clients' rows, or `ClientData`.
+
+    Raises:
+        ValueError: held-out rows beside given ones, or fewer clients than a round asks.
+    """
+    clients = train_dataset if isinstance(train_dataset, ClientData) else clients_of(args, train_dataset, partitioner)
+    if args.client_eval_size is not None:
+        if eval_dataset is not None:
+            raise ValueError("client_eval_size holds the clients' own rows out: leave `eval_dataset` out.")
+        clients, eval_dataset = hold_out(clients, args.client_eval_size, args.seed)
+    if args.clients_per_round > len(clients.rows):
+        raise ValueError(
+            f"clients_per_round={args.clients_per_round}, but there are {len(clients.rows)} clients: lower it."
+        )
+    return clients, first_rows(eval_dataset, args.max_eval_samples)
+
+
+def prepare_peft_config(
+    config: PeftConfig, args: DevFTConfig, trainer: str = "devft"
+) -> tuple[PeftConfig, str | None]:
+    """The config by which PEFT is to make a new adapter, and the initialisation that is left to us because it takes a
+    part of the base's weights (PiSSA, OLoRA), or None.
+
+    Raises:
+        ValueError: an adapter that cannot be trained; before the model is loaded.
+    """
+    check_adapter(config, new=True)
+    check_compatibility(Setup(args, trainer=trainer, adapter=config))
+    return without_weight_based_init(config), config.init_lora_weights if moves_weights(config) else None
+
+
+def adapter_config_of(model: Any, initialisation: str | None) -> PeftConfig:
+    """A copy of the config of a model's one adapter.
+
+    Raises:
+        ValueError: there is none, or there are several; or one that stages cannot carry.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`.")
+    if len(model.peft_config) != 1:
+        raise ValueError(f"the model has several adapters {list(model.peft_config)}: leave one.")
+    config = copy.deepcopy(model.peft_config[model.active_adapter])
+    config.inference_mode = False
+    check_adapter(config)
+    if initialisation is not None:
+        config.init_lora_weights = initialisation
+    return config
+
+
+def check_stages(
+    args: DevFTConfig, stages: Sequence[StageConfig], stack: LayerStack, capacities: Capacities
+) -> None:
+    """Refuse stages that no groups can be made for, or that too few clients can hold.
+
+    Raises:
+        ValueError: says which.
+    """
+    for stage in stages:
+        if (able := len(capacities.taking_part(stage.stage))) < args.clients_per_round:
+            raise ValueError(
+                f"stage {stage.stage} has {stage.num_layers} layers, which only {able} clients can hold by "
+                f"client_max_layers={args.client_max_layers}, but a round asks {args.clients_per_round}: let more "
+                "clients hold more."
+            )
+        if stage.num_layers < len(set(stack.kinds)):
+            group_layers(GroupingTask(stack.kinds, stage.num_layers))  # raises, and says why
+
+
+def check_arguments(args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of `Trainer` that federated rounds have no use for.
+
+    Raises:
+        ValueError: says what to do instead.
+    """
+    if not isinstance(args, DevFTConfig):
+        raise ValueError(f"args must be a DevFTConfig, not {type(args).__name__}.")
+    if kwargs.get("optimizers", (None, None)) != (None, None):
+        raise ValueError(
+            "optimizers cannot be passed: each client starts a fresh one. Set `optim` and `learning_rate`, pass "
+            "`optimizer_cls_and_kwargs`, or override `create_optimizer`."
+        )
+    if kwargs.get("model_init") is not None:
+        raise ValueError("model_init is not supported: pass `model`.")
+
+
+def prepare_run(
+    model: Any, args: DevFTConfig, clients: ClientData, initialisation: str | None
+) -> tuple[FederatedRun, PatchedBaseWeights | None]:
+    """A run that has not begun, on a model with its new adapter; and the weights that the adapter's initialisation has
+    changed, where it has.
+
+    Raises:
+        ValueError: an adapter that stages cannot carry, or stages that the model, or its clients, cannot have.
+    """
+    config = adapter_config_of(model, initialisation)
+    keep_readable(model)
+    check_compatibility(Setup(args, adapter=config))
+    patched = None if initialisation is None else initialise(model, initialisation)
+    state = adapter_state(model)
+    chooses = getattr(config, "layers_to_transform", None) is not None
+    stack = layer_stack(model.get_base_model(), args.stack, state if chooses else None)
+    check_alike(state, stack.names, stack.kinds)
+    stages = args.resolve_stages(len(stack))
+    depths = [stage.num_layers for stage in stages]
+    capacities = Capacities(len(clients.rows), args.client_max_layers, depths, args.beyond_capacity)
+    check_stages(args, stages, stack, capacities)
+    run = FederatedRun(
+        args=args,
+        clients=clients,
+        stages=stages,
+        adapter=GlobalAdapter(config, state, stack.names, {} if patched is None else state),
+        initialisation=initialisation,
+        healed=HealedLayers(args.output_dir, stages, bool(args.client_max_layers), args.process_index == 0),
+        capacities=capacities,
+    )
+    return run, patched
+
+
+def check_run(trainer: "DevFTMixin") -> None:
+    """Refuse what cannot be trained, now that all of it is known.
+
+    Raises:
+        ValueError: another launch than DeepSpeed's, where that was asked for; see `check_compatibility`; options of the
+            method that do not fit the adapter.
+    """
+    args, run, accelerator = trainer.args, trainer.run, trainer.accelerator
+    if args.deepspeed_plugin is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"DeepSpeed was asked for, but Accelerate runs {accelerator.distributed_type.value}: launch by "
+            "`accelerate launch` with a config like recipes/accelerate/zero3.yaml."
+        )
+    state, config = run.adapter.state, run.adapter.config
+    shapes = tuple(tensor.shape for tensor in state.values())
+    layout = AdapterLayout(tuple(state), shapes, lora_scaling(config))
+    given = trainer.calibration_dataset
+    check_compatibility(
+        Setup(
+            args,
+            trainer=trainer.kind,
+            adapter=config,
+            layout=layout,
+            base=trainer.model.get_base_model(),
+            num_stages=len(run.stages),
+            mixed_precision=accelerator.mixed_precision,
+            mean_over_tokens=bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func),
+            has_processor=trainer.processing_class is not None,
+            has_evaluation=trainer.eval_dataset is not None,
+            server_rows=False if given is None else given,
+        )
+    )
+    federation_of(trainer).method.begin_stage(layout, torch.zeros(sum(layout.sizes)))  # raises, and says why

@@ -1,0 +1,47 @@
+"""Where a run goes on from, and where it pushes to."""
+
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
+from transformers import TrainerState
+from transformers.trainer_utils import rotate_checkpoints
+
+from hf_devft.configuration import DevFTConfig
+from hf_devft.hub.download import download_stage, newest_commit
+from hf_devft.hub.push import HubPusher
+
+
+def download_last_stage(args: DevFTConfig) -> str:
+    """The local folder of the newest stage in `args.resume_from_hub`; all processes take the same commit.
+
+    Raises:
+        ValueError: the repository cannot be read.
+    """
+    assert args.resume_from_hub is not None
+    commit = None
+    if args.process_index == 0:  # another run may push meanwhile
+        commit = newest_commit(args.resume_from_hub, args.hub_revision, args.hub_token)
+    commit = broadcast_object_list([commit])[0]
+    with args.main_process_first(desc="download of the last stage"):
+        return download_stage(args.resume_from_hub, commit, args.hub_token, healed=bool(args.healing_steps))
+
+
+def make_pusher(args: DevFTConfig, token: str | None, revision: str | None, private: bool | None) -> HubPusher:
+    """What commits to the run's repository; arguments that are None are those of the config."""
+    return HubPusher(
+        args.hub_model_id or Path(args.output_dir).absolute().name,
+        HfApi(token=args.hub_token if token is None else token),
+        args.hub_private_repo if private is None else private,
+        revision or args.hub_revision,
+    )
+
+
+def rotate(run_dir: Path, args: DevFTConfig, state: TrainerState) -> None:
+    """Delete the oldest checkpoints beyond `save_total_limit`, but not the best."""
+    rotate_checkpoints(
+        output_dir=str(run_dir),
+        save_total_limit=args.save_total_limit,
+        best_model_checkpoint=state.best_model_checkpoint,
+        use_mtime=True,
+    )

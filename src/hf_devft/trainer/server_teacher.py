@@ -1,0 +1,162 @@
+"""What the server teaches on its own texts: a submodel, to stand for the whole base (healing); a larger submodel, what
+the smaller one before it answers (distillation)."""
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast, broadcast_object_list, set_seed
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import RandomSampler, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_devft.configuration import DevFTConfig, StageConfig
+from hf_devft.models.adapter import adapter_state, load_adapter_state
+from hf_devft.models.flops import flops_per_token, forward_flops
+from hf_devft.models.layer_files import read_healed, save_healed
+from hf_devft.run.healed_layers import HealedLayers
+from hf_devft.stages.builder import SubmodelBuilder
+from hf_devft.stages.teaching.distillation import distil
+from hf_devft.stages.teaching.healing import heal, healed_state, load_healed_state
+from hf_devft.tasks import answers_prompts
+from hf_devft.tasks.generation import continuations, prompt_and_answer
+from hf_devft.tasks.metrics import IGNORED
+
+
+Inputs = dict[str, Any]
+# (rows, rows of a batch, which rows in which order; default: as they are) -> what a model reads of them.
+BatchesOf = Callable[[Dataset, int, Sampler | None], Iterable[Inputs]]
+
+
+class ServerTeacher:
+    """Heals and distils on the server's own texts, of which no label is used. The main process does it, and what it
+    has made is everyone's, as machines may differ in their last bits.
+
+    A federated precedent is FedDF (Lin et al. 2020, arXiv 2006.07242), which distils many clients' models into one.
+
+    Args:
+        args: the run's.
+        rows: the server's texts, encoded; None where nothing is taught.
+        processor: the tokenizer, where answers are generated.
+        batches_of: makes batches of rows, on the device.
+        autocast: () -> the context of a forward pass in training.
+        healed: where healed layers are kept.
+    """
+
+    def __init__(
+        self,
+        args: DevFTConfig,
+        rows: Dataset | None,
+        processor: PreTrainedTokenizerBase | None,
+        batches_of: BatchesOf,
+        autocast: Callable[[], AbstractContextManager],
+        healed: HealedLayers,
+    ):
+        self.args, self.rows, self.processor = args, rows, processor
+        self.batches_of, self.autocast, self.healed = batches_of, autocast, healed
+        self._base_answers: Dataset | None = None  # to the server's prompts; the base does not change
+
+    def heal(
+        self, record: StageConfig, builder: SubmodelBuilder, submodel: PreTrainedModel, layers: list[nn.Module]
+    ) -> float:
+        """Teach a stage's submodel to predict as the whole base does; what this run has taught before is read again.
+
+        Args:
+            submodel: without adapter; its `layers` get new weights, in place.
+
+        Returns:
+            The FLOPs that it took.
+        """
+        path, flops = self.healed.path(record.stage), 0.0
+        if self.args.process_index == 0:
+            if path.exists():
+                load_healed_state(layers, read_healed(path))
+            else:
+                flops = self._heal(record.stage, builder, submodel, layers)
+                save_healed(path, healed_state(layers))
+        if self.args.world_size > 1:
+            state = {name: tensor.to(self.args.device, copy=True) for name, tensor in healed_state(layers).items()}
+            load_healed_state(layers, broadcast(state))
+        return broadcast_object_list([flops])[0]
+
+    def _heal(
+        self, stage: int, builder: SubmodelBuilder, submodel: PreTrainedModel, layers: list[nn.Module]
+    ) -> float:
+        args, flops = self.args, 0.0
+        set_seed(args.seed + stage)  # collators and dropout may draw
+        teacher = builder.whole().to(args.device).requires_grad_(False)
+        if self._base_answers is None:
+            self._base_answers, flops = self._answered(teacher)
+        positions = heal(
+            teacher,
+            submodel.to(args.device),
+            layers,
+            self._batches(self._base_answers, args.healing_steps, args.seed + stage),
+            args.healing_steps,
+            args.healing_learning_rate,
+            functools.partial(self._half_precision, builder.base.dtype == torch.bfloat16),
+        )
+        return flops + positions * (forward_flops(teacher) + 3 * forward_flops(submodel))
+
+    def distil(self, record: StageConfig, smaller: PeftModel, student: PeftModel) -> float:
+        """Teach `student`, a stage's submodel, what `smaller`, that of the stage before, answers; changes the
+        student's adapter, in place.
+
+        Returns:
+            The FLOPs that it took.
+        """
+        flops, taught = 0.0, None
+        if self.args.process_index == 0:
+            teacher = smaller.to(self.args.device).requires_grad_(False)
+            rows, flops = self._answered(teacher)
+            positions = distil(
+                teacher,
+                student.to(self.args.device),
+                self._batches(rows, self.args.distillation_steps, self.args.seed + record.stage),
+                self.args.distillation_steps,
+                self.args.learning_rate,
+                self.autocast,
+            )
+            flops += positions * (forward_flops(teacher) + sum(flops_per_token(student)))
+            taught = adapter_state(student)
+        taught, flops = broadcast_object_list([taught, flops])
+        load_adapter_state(student, taught)
+        return flops
+
+    def _half_precision(self, is_half: bool) -> AbstractContextManager:
+        """The precision of training, or that of weights that are in bfloat16 already."""
+        return torch.autocast(self.args.device.type, torch.bfloat16) if is_half else self.autocast()
+
+    def _batches(self, rows: Dataset, steps: int, seed: int) -> Iterable[Inputs]:
+        """As many batches as `steps`, without labels."""
+        size = self.args.train_batch_size
+        generator = torch.Generator().manual_seed(seed)
+        sampler = RandomSampler(rows, num_samples=steps * size, generator=generator)
+        for inputs in self.batches_of(rows, size, sampler):
+            yield {name: value for name, value in inputs.items() if name != "labels"}
+
+    def _answered(self, teacher: PreTrainedModel | PeftModel) -> tuple[Dataset, float]:
+        """(the server's rows, FLOPs); the answers to prompts are the teacher's own."""
+        args, rows = self.args, self.rows
+        if not answers_prompts(args.task):
+            return rows, 0.0
+        pairs = list(map(prompt_and_answer, rows))
+        room = args.max_length - args.generation_max_new_tokens
+        asked = {index: prompt[-room:] for index, (prompt, _) in enumerate(pairs) if prompt}
+        with self.autocast():
+            answers = continuations(
+                teacher,
+                self.processor,
+                list(asked.values()),
+                args.generation_max_new_tokens,
+                args.eval_batch_size,
+            )
+        told = {index: prompt + answers[place] for place, (index, prompt) in enumerate(asked.items())}
+        texts = [told.get(index, whole) for index, (_, whole) in enumerate(pairs)]
+        labels = [[IGNORED] * len(text) for text in texts]
+        flops = sum(map(len, told.values())) * forward_flops(teacher)
+        return Dataset.from_dict({"input_ids": texts, "labels": labels}), flops

@@ -1,0 +1,279 @@
+"""One call of `train`: what lives from its start to its end, and how stages and rounds are run with it."""
+
+import functools
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_devft.configuration import StageConfig
+from hf_devft.configuration.stage_folder import SUBMODEL
+from hf_devft.federation.clients.local_training import LocalTraining
+from hf_devft.federation.heterogeneity.label_features import label_counts
+from hf_devft.federation.heterogeneity.resources import expected_flops
+from hf_devft.federation.processes import add_up, gather
+from hf_devft.federation.rounds import Federation, RoundOutcome
+from hf_devft.federation.sampling import client_seed
+from hf_devft.models.flops import flops_per_token
+from hf_devft.models.layer_stack import encoders_of
+from hf_devft.models.layout import State
+from hf_devft.run.checkpoint import SCHEDULE, Checkpoint, save_federation
+from hf_devft.run.files import atomic_folder
+from hf_devft.run.peak_memory import PeakMemory
+from hf_devft.run.report import RunReport, describe_setup
+from hf_devft.stages.builder import SubmodelBuilder
+from hf_devft.stages.transfer import fuse_adapter
+from hf_devft.tasks.data import first_rows
+from hf_devft.trainer.active_stage import ActiveStage
+from hf_devft.trainer.calibration import CalibrationLoss
+from hf_devft.trainer.client_batching import ClientBatching
+from hf_devft.trainer.evaluation import named_sets, number_of_rows
+from hf_devft.trainer.federation_builder import build_federation, gradient_obstacle
+from hf_devft.trainer.schedule import RoundSchedule
+from hf_devft.trainer.server_teacher import ServerTeacher
+from hf_devft.trainer.stage_factory import StageFactory
+from hf_devft.trainer.stage_runner import StageRunner
+
+
+if TYPE_CHECKING:
+    from hf_devft.trainer.mixin import DevFTMixin
+
+
+class TrainingSession:
+    """Runs a trainer's stages and rounds.
+
+    Args:
+        trainer: whose `state` is that of the start, or of the checkpoint.
+        checkpoint: what the run goes on from, or None.
+
+    Attributes:
+        schedule: of the learning rate. peak_memory: of the work under way.
+    """
+
+    def __init__(self, trainer: "DevFTMixin", checkpoint: Checkpoint | None):
+        args, run = trainer.args, trainer.run
+        self.trainer, self.run, self.federation = trainer, run, federation_of(trainer, checkpoint)
+        run.federation = self.federation
+        self.schedule = RoundSchedule(
+            trainer, run.num_rounds, trainer.state.global_step, checkpoint.schedule if checkpoint else None
+        )
+        self.peak_memory = PeakMemory(args.device)
+        self._local_training = LocalTraining(trainer, trainer.placement.shares_batches)
+        most = len(trainer.placement.clients(range(args.clients_per_round)))
+        self._batching = ClientBatching(trainer, most, gradient_obstacle(args, self.federation))
+        self._factory: StageFactory | None = None
+
+    def seed_round(self) -> None:
+        """Make whatever is drawn between rounds the same on all processes, and in a resumed run."""
+        index, nobody = self.trainer.state.global_step, len(self.run.clients.rows)
+        set_seed(client_seed(self.trainer.args.seed, index, nobody))
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of training, for a model that no engine has prepared."""
+        is_half = self.trainer.accelerator.mixed_precision == "bf16"
+        return torch.autocast(self.trainer.args.device.type, torch.bfloat16, enabled=is_half)
+
+    # --- into a stage ---------------------------------------------------------------------------------------
+
+    def enter(self, record: StageConfig, checkpoint: Checkpoint | None) -> ActiveStage:
+        """Enter a stage: full model and adapter -> submodel and its adapter, ready to train. Goes on where a
+        checkpoint has left it."""
+        started, trainer, run = time.perf_counter(), self.trainer, self.run
+        self.peak_memory.release()
+        self.peak_memory.reset()
+        factory = self._stage_factory()
+        goes_on = checkpoint is not None and checkpoint.sub is not None
+        sub = checkpoint.sub if goes_on else self._begin_anew(record, factory)
+        active = factory.enter(
+            record,
+            run.adapter,
+            sub,
+            distil=bool(trainer.args.distillation_steps) and record.stage > 1 and not goes_on,
+            patched=self.federation.method.modifies_base_weights,
+        )
+        trainer.models.use(active.engine)
+        if checkpoint is not None:
+            active.done, active.is_over = checkpoint.run.done, checkpoint.run.stage_over
+        active.setup = {
+            "setup_seconds": time.perf_counter() - started,
+            "setup_peak_memory": self.peak_memory.read(),
+            "setup_flops": record.totals.get("setup_flops", 0.0),  # of before, in a run that goes on
+            "base_bytes": active.base_bytes,
+        }
+        self._begin_rounds(active)
+        self.peak_memory.release()
+        return active
+
+    def _begin_anew(self, record: StageConfig, factory: StageFactory) -> State:
+        """Group a stage's layers; what is known at full depth, by the groups. Returns the submodel's adapter."""
+        record.totals, record.metrics = {}, {}
+        record.groups = factory.group(record)
+        fuse = functools.partial(
+            fuse_adapter,
+            names=self.run.adapter.names,
+            groups=record.groups,
+            fusion=record.adapter_fusion,
+            beta=record.fusion_beta,
+        )
+        self.federation.memory.carry(lambda name, state: fuse(state))
+        state = self.trainer.state
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        return fuse(self.run.adapter.state)
+
+    def _begin_rounds(self, active: ActiveStage) -> None:
+        state, record = self.trainer.state, active.record
+        begin = state.global_step - active.done
+        taking_part = self.run.capacities.taking_part(record.stage)
+        self.federation.begin_stage(
+            active.engine.layout,
+            active.adapter,
+            rounds=range(begin, min(begin + record.rounds, state.max_steps)),
+            done=active.done,
+            shares={client: active.share_of(stage) for client, stage in taking_part.items()},
+            flops=self._expected_flops(active),
+        )
+        active.add_to_weights(self.run.residual)
+
+    def _expected_flops(self, active: ActiveStage) -> list[float]:
+        """What a round of a stage asks of each client; nothing without a clock."""
+        if self.federation.selection.resources is None:
+            return []
+        args, per_token = self.trainer.args, flops_per_token(
+            active.model, encoders=encoders_of(active.model.get_base_model())
+        )
+        rows = args.local_steps * args.gradient_accumulation_steps * args.train_batch_size
+        clients = self.run.clients
+        return expected_flops(self.trainer.train_dataset, list(clients.rows.values()), rows, per_token)
+
+    def _stage_factory(self) -> StageFactory:
+        """The factory of all stages, on the base, which the trainer's model is for the moment."""
+        trainer, run, args = self.trainer, self.run, self.trainer.args
+        base = trainer.models.release()
+        if self._factory is None:
+            chooses = getattr(run.adapter.config, "layers_to_transform", None) is not None
+            rows = server_rows(trainer)
+            self._factory = StageFactory(
+                args=args,
+                stages=run.stages,
+                builder=SubmodelBuilder(base, args.stack, run.adapter.state if chooses else None),
+                teacher=ServerTeacher(
+                    args, rows, trainer.processing_class, trainer.server_batches, self.autocast, run.healed
+                ),
+                calibration=CalibrationLoss(
+                    lambda: trainer.server_batches(rows, args.eval_batch_size),
+                    trainer.compute_loss,
+                    self.autocast,
+                    args.device,
+                    args.process_index,
+                    args.world_size,
+                ),
+                capacities=run.capacities,
+                batching=self._batching,
+                build_engine=trainer.models.build_engine,
+                reseed=self.seed_round,
+            )
+        return self._factory
+
+    # --- rounds ---------------------------------------------------------------------------------------------
+
+    def runner(self, active: ActiveStage) -> StageRunner:
+        """What trains a stage's clients."""
+        trainer = self.trainer
+        pad = getattr(trainer.processing_class, "pad_token_id", None)
+        return StageRunner(
+            stage=active,
+            hooks=trainer,
+            local_training=self._local_training,
+            batching=self._batching,
+            placement=trainer.placement,
+            trains=lambda client: self.run.capacities.trains(client, active.record.stage),
+            add_up=add_up,
+            using=trainer.models.using,
+            seed=trainer.args.seed,
+            pad_token=trainer.model.config.pad_token_id or 0 if pad is None else pad,
+        )
+
+    def run_round(self, active: ActiveStage, runner: StageRunner, learning_rate: float) -> RoundOutcome:
+        """Run one round: train the sampled clients, aggregate, record. Changes the stage's adapter."""
+        started, index = time.perf_counter(), self.trainer.state.global_step
+        self.peak_memory.reset()
+        outcome = self.federation.run(index, active.adapter, functools.partial(runner.train, learning_rate))
+        active.adapter = outcome.adapter
+        active.add_to_weights(self.run.residual)
+        active.engine.begin_client(active.adapter, learning_rate)  # nothing of the last client stays
+        if not self.trainer.args.load_best_model_at_end:
+            active.record.metrics = {}  # they were of the round before
+        seconds, peak = time.perf_counter() - started, self.peak_memory.read()
+        self.run.ledger.add(outcome.to_record(index, active.record.stage, self.run.clients.names, seconds, peak))
+        return outcome
+
+    # --- files ----------------------------------------------------------------------------------------------
+
+    def report(self) -> RunReport:
+        """What writes the stages' folders and cards."""
+        trainer, args = self.trainer, self.trainer.args
+        publisher = trainer.publisher
+        return RunReport.of(
+            args,
+            trainer.models.base.config,
+            processor=trainer.processing_class,
+            setup=describe_setup(args, self.run.clients, self.run.adapter.config),
+            evaluation_rows=number_of_rows(trainer.eval_dataset),
+            repo_id=publisher.pusher.full_name() if publisher is not None else None,
+        )
+
+    def save_checkpoint(self, target: Path) -> None:
+        """Write a whole checkpoint in one move."""
+        trainer, active = self.trainer, self.run.active
+        with atomic_folder(target) as folder:
+            trainer.save_model(str(folder), _internal_call=True)
+            if trainer.args.save_only_model:
+                save_federation(folder, self.federation.state_dict())
+            else:
+                self._save_state(folder, active.record.stage, active.done, trainer.control.should_epoch_stop)
+                torch.save(self.schedule.state_dict(), folder / SCHEDULE)
+
+    def save_finished(self, stage: int, folder: Path) -> None:
+        """Write what a finished stage's folder holds beside its adapters, card and plot."""
+        self._save_state(folder, stage + 1, done=0, is_over=False)
+        self.run.healed.copy_into(folder / SUBMODEL, stage)
+
+    def _save_state(self, folder: Path, stage: int, done: int, is_over: bool) -> None:
+        """What a run needs to go on, but for the adapters and the schedule."""
+        self.run.save_state(folder, stage, done, is_over)
+        state = self.trainer.state
+        for callback in (*self.trainer.callback_handler.callbacks, self.trainer.control):
+            if (name := type(callback).__name__) in state.stateful_callbacks:
+                state.stateful_callbacks[name] = callback.state()
+        state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+
+def federation_of(trainer: "DevFTMixin", checkpoint: Checkpoint | None = None) -> Federation:
+    """The federation of a trainer's clients.
+
+    Raises:
+        ValueError: see `build_federation`.
+    """
+    rows: list[Any] = list(trainer.clients.rows.values())
+    return build_federation(
+        trainer.args,
+        trainer.clients,
+        trainer.placement,
+        trainer.client_batches,
+        lambda: label_counts(trainer.train_dataset, rows),
+        add_up,
+        gather,
+        checkpoint and checkpoint.run.federation,
+    )
+
+
+def server_rows(trainer: "DevFTMixin") -> Dataset | None:
+    """The server's own rows, that grouping and teaching may ask."""
+    given, evaluation = trainer.calibration_dataset, trainer.eval_dataset
+    rows = given if given is not None else next(iter(named_sets(evaluation).values()))
+    return first_rows(rows, trainer.args.calibration_samples)

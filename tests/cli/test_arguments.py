@@ -1,0 +1,61 @@
+import pytest
+
+from hf_devft.cli.arguments import parse_arguments
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def default(tmp_path):
+    text = (
+        "output_dir: out\nlearning_rate: 1e-3\nstage_layers: [2, 4]\nlora_r: 4\nmodel_init_kwargs: {dtype: float32}\n"
+    )
+    return write(tmp_path / "default.yaml", text)
+
+
+def test_a_flag_wins_over_the_file(default):
+    recipe, args = parse_arguments(["--lora_r", "16", "--stage_rounds", "3", "5"], default)
+    assert (recipe.lora_r, recipe.lora_config().r) == (16, 16)
+    assert args.stage_rounds == [3, 5]
+    assert args.learning_rate == 1e-3
+    assert args.model_init_kwargs == {"dtype": "float32"}
+
+
+def test_another_config_replaces_the_default(default, tmp_path):
+    other = write(tmp_path / "other.yaml", "output_dir: other\nstage_rounds: 9\n")
+    recipe, args = parse_arguments(["--config", str(other), "--seed", "3"], default)
+    assert (args.output_dir, args.stage_rounds, args.seed, args.stage_layers) == ("other", [9], 3, None)
+    assert recipe.model_name_or_path == "embedded"
+
+
+def test_values_mean_what_they_say(tmp_path):
+    text = "output_dir: out\nstage_layers: 16\ntrain_file: a.jsonl\neval_strategy: no\nlora_target_modules: q_proj\n"
+    recipe, args = parse_arguments([f"--config={write(tmp_path / 'c.yaml', text)}"], tmp_path / "unused.yaml")
+    assert (recipe.train_file, args.stage_layers, args.eval_strategy) == (["a.jsonl"], [16], "no")
+    assert recipe.lora_config().target_modules == {"q_proj"}
+
+
+@pytest.mark.parametrize("argv", [["--stage_layer", "2"], ["--stage_layer=2"]])
+def test_an_unknown_flag_names_the_nearest(default, argv):
+    with pytest.raises(ValueError, match=r"stage_layer.* command line\. Did you mean 'stage_layers'\?"):
+        parse_arguments(argv, default)
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path):
+    path = write(tmp_path / "typo.yaml", "output_dir: out\nlerning_rate: 1e-3\n")
+    with pytest.raises(ValueError, match=r"'lerning_rate' in .*typo\.yaml\. Did you mean 'learning_rate'"):
+        parse_arguments([], path)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just text", "\x00"])
+def test_an_unreadable_yaml_is_an_error(tmp_path, text):
+    with pytest.raises(ValueError, match=r"broken\.yaml"):
+        parse_arguments([], write(tmp_path / "broken.yaml", text))
+
+
+def test_a_missing_config_is_an_error(default):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml cannot be read"):
+        parse_arguments(["--config", "nowhere.yaml"], default)

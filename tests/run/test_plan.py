@@ -1,0 +1,125 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate import init_empty_weights
+from conftest import config, lora
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_devft.federation.partition import ClientData
+from hf_devft.run.plan import plan_run
+from hf_devft.run.progress import print_plan
+from hf_devft.models.streaming import empty_base
+
+
+def empty_like(model) -> LlamaForCausalLM:
+    with init_empty_weights():
+        empty = LlamaForCausalLM(model.config)
+    empty.tie_weights()
+    return empty
+
+
+# What each message is in all of a run's rounds, or in turns.
+RUNS = {
+    "fedit": {},
+    "dirichlet": {"partition": "dirichlet", "partition_column": "family", "clients_per_round": 3},
+    "ffa_lora": {"federated_method": "ffa_lora"},
+    "fedsa_lora": {"federated_method": "fedsa_lora+fedprox"},
+    "rolora": {"federated_method": "rolora"},
+    "scaffold": {"federated_method": "scaffold"},
+    "wire": {"wire_dtype": "int8", "wire_top_k": 0.1},
+    "accumulation": {"gradient_accumulation_steps": 2, "stage_layers": [1, 2, 4]},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_ledger_counts_what_was_planned(make_trainer, tmp_path, name):
+    trainer = make_trainer(**RUNS[name])
+    base = empty_like(trainer.model.get_base_model())
+    clients = ClientData(trainer.train_dataset, trainer.clients.rows)
+    plan = plan_run(trainer.args, base, trainer.peft_config, clients)
+    trainer.train()
+    for planned, stage in zip(plan.stages, trainer.stages, strict=True):
+        assert planned.bytes == stage.totals["bytes"]
+        assert planned.tokens == stage.totals["tokens"]
+        assert planned.flops == pytest.approx(stage.totals["flops"], rel=0.05)
+        assert planned.base_bytes == stage.totals["base_bytes"]
+    assert plan.total.bytes == trainer.ledger.bytes
+
+
+def test_what_distillation_takes_of_the_server_is_planned(make_trainer):
+    trainer = make_trainer(distillation_steps=4, calibration_samples=8, generation_max_new_tokens=12)
+    base = empty_like(trainer.model.get_base_model())
+    plan = plan_run(trainer.args, base, trainer.peft_config, ClientData(trainer.train_dataset, trainer.clients.rows))
+    trainer.train()
+    first, second = trainer.stages
+    assert plan.stages[0].setup_flops == first.totals["setup_flops"] == 0
+    assert plan.total.setup_flops == pytest.approx(second.totals["setup_flops"], rel=0.3)
+    assert plan.without_stages.setup_flops == 0
+
+
+def test_what_healing_takes_of_the_server_is_planned(make_trainer):
+    trainer = make_trainer(healing_steps=4, calibration_samples=8, generation_max_new_tokens=12)
+    base = empty_like(trainer.model.get_base_model())
+    clients = ClientData(trainer.train_dataset, trainer.clients.rows)
+    plan, plain = (plan_run(args, base, trainer.peft_config, clients) for args in (trainer.args, make_trainer().args))
+    trainer.train()
+    first, second = trainer.stages
+    assert plan.stages[0].setup_flops == pytest.approx(first.totals["setup_flops"], rel=0.3)
+    assert plan.stages[1].setup_flops == second.totals["setup_flops"] == 0
+    assert plan.stages[0].server_memory > plain.stages[0].server_memory
+    assert plan.stages[1] == plain.stages[1]
+
+
+# Beside the submodels' clients, the process holds the whole base; a server that does not teach only sums up.
+@pytest.mark.parametrize(("who", "options"), [
+    ("clients", {"stage_layers": [4]}),
+    ("server", {"stage_layers": [2, 4], "distillation_steps": 4, "healing_steps": 4}),
+])  # fmt: skip
+def test_memory_is_what_a_run_takes(who, options):
+    command = [sys.executable, Path(__file__).parent / "planned_memory.py", json.dumps(options)]
+    # So that glibc gives freed memory back: its heap may otherwise hold twice what the tensors need.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
+    output = subprocess.check_output(command, env=environment, text=True, timeout=300)
+    for planned, measured in json.loads(output.splitlines()[-1])[who]:
+        assert planned == pytest.approx(measured, rel=0.2)
+
+
+def test_a_plan_is_printed_whole(tmp_path, capsys):
+    LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=64, num_hidden_layers=4).save_pretrained(
+        tmp_path
+    )
+    args = config(
+        tmp_path, stage_layers=[2, 4], stage_rounds=[75], num_clients=20, per_device_train_batch_size=16,
+        distillation_steps=10,
+    )  # fmt: skip
+    print_plan(plan_run(args, empty_base(str(tmp_path)), lora(r=32)))
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert "not measured" in printed
+    assert "on the server take" in printed
+
+
+def test_the_recipe_plans_without_weights(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=2048, hidden_size=64, intermediate_size=64, num_hidden_layers=16).save_pretrained(tmp_path)
+    recipe = Path(__file__).parents[1] / "recipes" / "devft.py"
+    command = [sys.executable, recipe, "--plan_json", "--model_name_or_path", tmp_path]
+    plan = json.loads(subprocess.check_output(command, text=True, timeout=300))
+    assert [stage["num_layers"] for stage in plan["stages"]] == [4, 8, 16]
+    assert plan["measured"]
+
+
+def test_checkpointing_keeps_less(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 2}
+    with init_empty_weights():
+        base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    plans = [
+        plan_run(config(tmp_path, stage_layers=[2, 8], activation_checkpointing=on), base, lora())
+        for on in (False, True)
+    ]
+    assert plans[1].total.client_memory < 0.5 * plans[0].total.client_memory
+    assert plans[1].total.flops == plans[0].total.flops

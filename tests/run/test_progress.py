@@ -1,0 +1,35 @@
+from rich.console import Console
+from test_configuration import stage_config
+
+from hf_devft.run.progress import print_stages, stage_rows
+
+
+TOTALS = {
+    "bytes": 47.84e6,
+    "flops": 1.77e12,
+    "seconds": 129.2,
+    "peak_memory": 957e6,
+    "setup_seconds": 1.0,
+    "base_bytes": 4e6,
+}
+METRICS = {"eval_loss": 0.203, "eval_full_loss": 0.207, "eval_full_exact_match": 1.0}
+
+
+def stages():
+    return [stage_config(stage=stage, totals=TOTALS, metrics=METRICS) for stage in (1, 2)]
+
+
+def test_the_table_fits_a_terminal_of_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    print_stages(stages())
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert "100.0%" in printed
+    assert Console().width == 80
+
+
+def test_columns_without_values_are_left_out():
+    titles, rows = stage_rows([stage_config(totals=TOTALS, metrics={})])
+    assert "exact\nmatch" not in titles
+    assert len(rows) == 1
+    assert len(rows[0]) == len(titles)

@@ -1,0 +1,58 @@
+import json
+
+import pytest
+from datasets import Dataset
+
+from hf_devft.tasks.data import load_files, to_known_columns, tokenize
+
+
+@pytest.mark.parametrize(("row", "prompt", "completion"), [
+    ({"prompt": "a", "completion": "b"}, "a", "b"),
+    ({"instruction": "a", "input": "", "output": "b"}, "### Instruction:\na\n\n### Response:\n", "b"),
+    ({"instruction": "a", "input": "c", "response": "b"},
+     "### Instruction:\na\n\n### Input:\nc\n\n### Response:\n", "b"),
+    ({"instruction": "a", "response": "b"}, "### Instruction:\na\n\n### Response:\n", "b"),
+    ({"question": "a", "answer": "b"}, "Question: a\nAnswer:", " b"),
+])  # fmt: skip
+def test_known_formats(row, prompt, completion):
+    converted = to_known_columns(Dataset.from_list([row]))[0]
+    assert (converted["prompt"], converted["completion"]) == (prompt, completion)
+
+
+def test_unknown_columns_name_the_known_ones():
+    with pytest.raises(ValueError, match="question/answer"):
+        to_known_columns(Dataset.from_dict({"body": ["a"]}))
+
+
+def test_labels_are_on_the_completion_only(tokenizer):
+    row = tokenize(Dataset.from_list([{"prompt": "Hello there:", "completion": " blue"}]), tokenizer, 32)[0]
+    labelled = [label for label in row["labels"] if label != -100]
+    assert tokenizer.decode(labelled) == " blue<|endoftext|>"
+    assert row["input_ids"][: -len(labelled)] == tokenizer("Hello there:").input_ids
+    assert row["labels"][: -len(labelled)] == [-100] * (len(row["labels"]) - len(labelled))
+
+
+@pytest.mark.parametrize("max_length", [2, 5, 10])
+def test_long_rows_keep_something_to_learn(tokenizer, max_length):
+    rows = Dataset.from_list(
+        [{"prompt": "a b c d e f g h", "completion": " " + "x y " * 9}, {"prompt": "a " * 50, "completion": "b"}]
+    )
+    for row in tokenize(rows, tokenizer, max_length):
+        assert len(row["input_ids"]) == len(row["labels"]) <= max_length
+        assert any(label != -100 for label in row["labels"])
+
+
+def test_files_of_several_formats(tmp_path):
+    (tmp_path / "maths.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "2"}) + "\n")
+    (tmp_path / "code.json").write_text(json.dumps([{"instruction": "add", "input": "", "response": "+"}]))
+    rows = load_files([tmp_path / "maths.jsonl", tmp_path / "code.json"])
+    assert rows["source"][:] == ["maths", "code"]
+    assert set(rows.column_names) == {"prompt", "completion", "source"}
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_files([tmp_path / "nowhere.json"])
+    (tmp_path / "broken.json").write_text("{not json")
+    with pytest.raises(ValueError, match=r"broken\.json"):
+        load_files([tmp_path / "broken.json"])

@@ -1,0 +1,147 @@
+"""Layers of a submodel are taught to stand for the whole base before anything is learned on them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import lora, tiny_llama
+from datasets import Dataset
+from test_loading import submodel_loss
+from test_trainer import assert_equal, final_adapter
+
+from hf_devft import DevFTTrainer, load_submodel, teaching
+from hf_devft.embedded import task_dataset
+from hf_devft.stages.teaching.distillation import divergence
+from hf_devft.stages.teaching.healing import healed_path, read_healed
+from hf_devft.stages.submodel import build_submodel, build_whole
+
+
+OPTIONS = {"healing_steps": 20, "healing_learning_rate": 1e-2, "generation_max_new_tokens": 4}
+
+
+class Watched(DevFTTrainer):
+    """Notes how far submodels are from the whole base, unhealed and healed."""
+
+    def _submodel(self, stage, base, stack):
+        healed = super()._submodel(stage, base, stack)
+        plain = build_submodel(base, stack, stage.groups, stage.fusion, stage.fusion_beta)
+        ids = torch.tensor([self.calibration_dataset[0]["input_ids"]])
+        with torch.no_grad():
+            said = build_whole(base).eval()(ids).logits
+            self.distances = getattr(self, "distances", []) + [
+                [divergence(said, model.eval()(ids).logits).item() for model in (plain, healed)]
+            ]
+        return healed
+
+
+@pytest.mark.parametrize("fusion", ["anchor", "differential"])
+def test_a_submodel_says_what_the_base_says(make_trainer, fusion):
+    trainer = make_trainer(cls=Watched, fusion=fusion, **OPTIONS | {"healing_steps": 100})
+    trainer.train()
+    (plain, healed), whole = trainer.distances
+    assert healed < 0.8 * plain
+    assert whole == [0, 0], "all layers are the base's own"
+    first, second = (stage.totals for stage in trainer.stages)
+    assert first["setup_flops"] > 0 == second["setup_flops"]
+    assert trainer.ledger.flops == first["flops"] + second["flops"], "the clients' alone"
+    card = Path(trainer.args.output_dir, "README.md").read_text()
+    assert "healed in 100 steps" in card
+    assert "| server TFLOPs |" in card
+
+
+def test_the_healed_submodel_is_the_one_that_was_trained(make_trainer, eval_tasks, tokenizer, tmp_path):
+    trainer = make_trainer(eval_dataset=eval_tasks, eval_strategy="epoch", **OPTIONS)
+    trainer.train()
+    run = Path(trainer.args.output_dir)
+    model = load_submodel(tiny_llama(), run, stage=1)
+    loss = submodel_loss(model, eval_tasks, tokenizer, tmp_path, make_trainer)
+    assert loss == pytest.approx(trainer.stages[0].metrics["eval_loss"], rel=1e-6)
+    assert not list((run / "stage-2").rglob("healed*"))
+    healed_path(run / "stage-1" / "submodel", 1).unlink()
+    with pytest.raises(ValueError, match="was healed"):
+        load_submodel(tiny_llama(), run, stage=1)
+
+
+@pytest.mark.parametrize(
+    ("point", "known"), [("checkpoint-1", 1), ("checkpoint-3", 2), ("stage-1", 1), ("stage-2", 2)]
+)
+def test_a_run_that_goes_on_has_the_layers_that_it_had(make_trainer, tmp_path, point, known):
+    """Elsewhere, with nothing but the folder that it goes on from, and once more from there."""
+    options = OPTIONS | {
+        "stage_layers": [1, 2, 4], "distillation_steps": 2, "client_max_layers": [1, 4],
+        "beyond_capacity": "keep_last", "save_strategy": "steps", "save_steps": 1,
+        "peft_config": lora(lora_dropout=0.3),
+    }  # fmt: skip
+    whole = make_trainer(output_dir=tmp_path / "whole", **options)
+    whole.train()
+    folder = Path(shutil.move(tmp_path / "whole" / point, tmp_path / "moved" / point))
+    texts = task_dataset(8, seed=7)  # that other layers would be healed on
+    resumed = make_trainer(output_dir=tmp_path / "resumed", **options, calibration_dataset=texts)
+    resumed.train(resume_from_checkpoint=str(folder))
+    for stage in (1, 2):
+        at = (healed_path(tmp_path / run / "stage-3" / "submodel", stage) for run in ("whole", "resumed"))
+        before, after = map(read_healed, at)
+        assert all(torch.equal(before[name], after[name]) for name in before) == (stage <= known)
+    if known == 2:
+        healed_path(folder / "submodel", 1).unlink()
+        with pytest.raises(ValueError, match="lacks the healed layers of stage 1"):
+            make_trainer(output_dir=tmp_path / "lacking", **options).train(resume_from_checkpoint=str(folder))
+
+
+def test_a_new_run_takes_nothing_of_an_old_one(make_trainer):
+    first = make_trainer(**OPTIONS)
+    first.train()
+    adapter, spent = final_adapter(first), first.stages[0].totals["setup_flops"]
+    healed_path(Path(first.args.output_dir, ".healed"), 1).write_bytes(b"of something else")
+    second = make_trainer(**OPTIONS)
+    second.train()
+    assert_equal(adapter, final_adapter(second))
+    second.train()
+    assert second.stages[0].totals["setup_flops"] == pytest.approx(spent, rel=0.2), "once"
+
+
+def test_the_base_answers_once(make_trainer, monkeypatch):
+    asked = []
+    original = teaching.continuations
+    monkeypatch.setattr(teaching, "continuations", lambda *args: asked.append(args) or original(*args))
+    trainer = make_trainer(**OPTIONS | {"healing_steps": 1, "stage_layers": [1, 2, 4], "stage_rounds": [1]})
+    trainer.train()
+    assert len(asked) == 1
+    first, second, _ = (stage.totals["setup_flops"] for stage in trainer.stages)
+    assert first > second > 0
+
+
+def test_it_goes_with_a_base_that_is_read_layer_by_layer(make_trainer, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    adapters = []
+    for model in (str(tmp_path / "base"), tiny_llama()):
+        trainer = make_trainer(model=model, output_dir=tmp_path / "run", **OPTIONS)
+        trainer.train()
+        adapters.append(final_adapter(trainer))
+    assert_equal(*adapters)
+
+
+def test_a_base_in_half_precision_stays_that(make_trainer):
+    trainer = make_trainer(model=tiny_llama().to(torch.bfloat16), cls=Watched, **OPTIONS)
+    trainer.train()
+    plain, healed = trainer.distances[0]
+    assert healed < plain
+    state = read_healed(healed_path(Path(trainer.args.output_dir, "stage-1", "submodel"), 1))
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"calibration_dataset": None}, "pass `calibration_dataset`"),
+    ({"calibration_dataset": Dataset.from_dict({"input_ids": [[5, 6]]})}, "where a prompt ends"),
+    ({"stage_layers": [4]}, "but one stage"),
+    ({"generation_max_new_tokens": 64, "max_length": 64}, "lower it"),
+    ({"healing_steps": -1}, "give 0 or more"),
+    ({"healing_learning_rate": 0.0}, "give a rate above 0"),
+    ({"model": tiny_llama().to(torch.float16)}, "load the base in bfloat16"),
+    ({"peft_config": lora(use_dora=True)}, "leave out healing_steps"),
+    ({"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}, "not quantised"),
+])  # fmt: skip
+def test_what_it_cannot_be_joined_with_is_said_first(make_trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**OPTIONS | options)

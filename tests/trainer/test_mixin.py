@@ -1,0 +1,726 @@
+import copy
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import config, lora, tiny_llama
+from datasets import Dataset
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
+
+from hf_devft import DevFTMixin, DevFTTrainer, StageConfig
+from hf_devft.tasks.data import tokenize
+from hf_devft.federation.batches import client_batches
+from hf_devft.federation.partition import partition_dataset
+from hf_devft.federation.rounds import QuorumError
+from hf_devft.federation.sampling import client_seed, sample_clients
+from hf_devft.models.adapter import adapter_state
+
+
+def final_adapter(trainer) -> dict[str, torch.Tensor]:
+    return load_file(f"{trainer.args.output_dir}/adapter_model.safetensors")
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_trains_every_stage_and_writes_it(make_trainer, eval_tasks):
+    trainer = make_trainer(eval_dataset=eval_tasks, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.state.epoch == 2
+    stages = [StageConfig.from_pretrained(trainer.args.output_dir, subfolder=f"stage-{n}") for n in (1, 2)]
+    assert [stage.num_layers for stage in stages] == [2, 4]
+    assert [stage.rounds_done for stage in stages] == [2, 2]
+    assert stages[1].groups == [[0], [1], [2], [3]]
+    assert all(math.isfinite(stage.metrics["eval_full_loss"]) for stage in stages)
+    assert stages[1].metrics["eval_full_loss"] == pytest.approx(stages[1].metrics["eval_loss"])
+    assert StageConfig.from_pretrained(trainer.args.output_dir) == stages[1]
+
+
+def test_losses_fall(make_trainer, eval_tasks):
+    trainer = make_trainer(
+        eval_dataset=eval_tasks, eval_strategy="steps", eval_steps=1, local_steps=5, stage_rounds=[5]
+    )
+    trainer.train()
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_one_stage_of_full_depth_is_plain_fedit_bit_for_bit(make_trainer, tasks, tokenizer):
+    """Against a loop that knows nothing of stages, buffers or the Trainer's own loop."""
+    trainer = make_trainer(stage_layers=[4], stage_rounds=[3], num_clients=3)
+    trainer.train()
+    args = trainer.args
+
+    base = tiny_llama()
+    set_seed(args.seed)
+    model = get_peft_model(base, lora()).train()
+    clients = partition_dataset(tasks, "iid", 3, seed=args.seed)
+    rows = list(clients.rows.values())
+    dataset = tokenize(clients.dataset, tokenizer, args.max_length).select_columns(["input_ids", "labels"])
+    collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    for round_index in range(3):
+        start = [parameter.detach().clone() for parameter in parameters]
+        total, examples = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters], 0
+        for client in sample_clients(range(3), 2, args.seed, round_index):
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.data.copy_(value)
+            optimizer = optimizer_class(parameters, weight_decay=0.0, **options)
+            batches = client_batches(rows[client], 4, False, client_seed(args.seed, round_index, client))
+            for _ in range(args.local_steps):
+                batch = collate([dataset[index] for index in next(batches)])
+                count = (batch["labels"][:, 1:] != -100).sum()
+                model(**batch, num_items_in_batch=count).loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            for sum_, parameter in zip(total, parameters, strict=True):
+                sum_.add_(parameter.detach(), alpha=len(rows[client]))
+            examples += len(rows[client])
+        for parameter, sum_ in zip(parameters, total, strict=True):
+            parameter.data.copy_((sum_ / examples).float())
+    assert_equal(final_adapter(trainer), get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def test_same_seed_same_run(make_trainer, tmp_path):
+    runs = [make_trainer(output_dir=tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    adapters = []
+    for trainer in runs:
+        trainer.train()
+        adapters.append(final_adapter(trainer))
+    assert_equal(adapters[0], adapters[1])
+    assert any(not torch.equal(adapters[0][key], adapters[2][key]) for key in adapters[0])
+
+
+def test_the_base_is_untouched(make_trainer):
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    trainer = make_trainer(model=model, fusion="differential")
+    trainer.train()
+    assert_equal(trainer.model.unload().state_dict(), before)
+
+
+@pytest.mark.parametrize("rules", [
+    {"grouping": "even", "fusion": "mean", "transfer": "split", "adapter_fusion": "sum"},
+    {"grouping": "random", "fusion": "sum", "transfer": "anchor", "adapter_fusion": "anchor"},
+    {"grouping": "calibrated", "fusion": "anchor", "transfer": "anchor"},
+])  # fmt: skip
+def test_every_rule_runs_by_config_alone(make_trainer, eval_tasks, rules):
+    trainer = make_trainer(eval_dataset=eval_tasks, stage_layers=[2, 3, 4], stage_rounds=[1], **rules)
+    trainer.train()
+    assert trainer.stages[-1].rounds_done == 1
+    assert all(torch.isfinite(tensor).all() for tensor in final_adapter(trainer).values())
+
+
+@pytest.mark.parametrize("options", [
+    {"activation_checkpointing": True},
+    {"bf16": True},
+    {"gradient_accumulation_steps": 2},
+    {"dataloader_num_workers": 1},
+    {"label_smoothing_factor": 0.1},
+    {"data_seed": 7},
+    {"torch_compile": True, "torch_compile_backend": "eager"},
+    {"auto_find_batch_size": True},
+    {"client_placement": "data_parallel"},
+    {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
+    {"eval_strategy": "epoch", "logging_strategy": "epoch", "save_strategy": "epoch", "eval_on_start": True},
+    {"predict_with_generate": True, "generation_max_new_tokens": 4, "max_eval_samples": 4},
+])  # fmt: skip
+def test_options_of_the_trainer_work(make_trainer, eval_tasks, options):
+    trainer = make_trainer(eval_dataset=eval_tasks, **options)
+    result = trainer.train()
+    assert result.global_step == 4
+    assert math.isfinite(result.training_loss)
+    if options.get("predict_with_generate"):
+        assert 0 <= trainer.stages[-1].metrics["eval_full_exact_match"] <= 1
+
+
+def test_submodels_checkpoint_their_activations(make_trainer):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            seen.append(model.get_base_model().is_activation_checkpointing)
+
+    make_trainer(activation_checkpointing=True, callbacks=[Look()]).train()
+    assert seen == [True] * 4
+
+
+def test_tokens_and_flops_are_counted(make_trainer):
+    trainer = make_trainer(include_num_input_tokens_seen="all")
+    result = trainer.train()
+    totals = trainer.ledger.totals()
+    assert trainer.state.num_input_tokens_seen == totals["tokens"] > 0
+    assert result.metrics["total_flos"] == totals["flops"]
+
+
+def test_gradient_accumulation_equals_one_large_batch(make_trainer, tmp_path, tasks):
+    small = {"num_clients": 4, "local_steps": 1, "stage_layers": [4], "stage_rounds": [1]}
+    whole = make_trainer(output_dir=tmp_path / "whole", per_device_train_batch_size=30, **small)
+    parts = make_trainer(
+        output_dir=tmp_path / "parts", per_device_train_batch_size=10, gradient_accumulation_steps=3, **small
+    )
+    for trainer in (whole, parts):
+        trainer.train()
+    assert whole.ledger.rounds[0].loss == pytest.approx(parts.ledger.rounds[0].loss, rel=1e-4)
+
+
+def test_a_step_that_does_not_fit_is_taken_in_pieces(make_trainer, tmp_path):
+    class Small(DevFTTrainer):
+        """A trainer on a device that holds two rows."""
+
+        def compute_loss(self, model, inputs, **kwargs):
+            if model.training and len(inputs["input_ids"]) > 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().compute_loss(model, inputs, **kwargs)
+
+    options = {"per_device_train_batch_size": 7, "stage_layers": [4], "optim": "sgd"}
+    large = make_trainer(output_dir=tmp_path / "large", **options)
+    small = make_trainer(cls=Small, auto_find_batch_size=True, **options)
+    for trainer in (large, small):
+        trainer.train()
+    for key, tensor in final_adapter(large).items():
+        torch.testing.assert_close(final_adapter(small)[key], tensor, atol=1e-6, rtol=1e-4)
+    assert not any(record.dropped for record in small.ledger.rounds)
+
+
+def test_schedules_and_stage_rates_give_the_rounds_rate(make_trainer):
+    trainer = make_trainer(lr_scheduler_type="linear", learning_rate=1e-2, stage_learning_rates=[1e-2, 4e-2])
+    trainer.train()
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert rates == pytest.approx([1e-2, 0.75e-2, 0.5 * 4e-2, 0.25 * 4e-2])
+
+
+def test_data_seed_orders_the_rows_of_the_same_clients(make_trainer):
+    class Spy(DevFTTrainer):
+        def __init__(self, *args, **kwargs):
+            self.seen = []
+            super().__init__(*args, **kwargs)
+
+        def get_batch_samples(self, *args):
+            self.seen.append(super().get_batch_samples(*args))
+            return self.seen[-1]
+
+    a, b = (make_trainer(cls=Spy, data_seed=seed, stage_layers=[4], stage_rounds=[1]) for seed in (None, 7))
+    for trainer in (a, b):
+        trainer.train()
+    assert a.ledger.rounds[0].clients == b.ledger.rounds[0].clients
+    texts = []
+    for trainer in (a, b):
+        names = trainer.ledger.rounds[0].clients
+        rows = trainer.train_dataset.select([row for name in names for row in trainer.clients.rows[name]])
+        owned = set(map(tuple, rows["input_ids"]))
+        batches = [samples[0]["input_ids"] for samples, _ in trainer.seen]
+        texts.append([tuple(t for t in row.tolist() if t != 1) for batch in batches for row in batch])
+        assert set(texts[-1]) <= owned
+    assert texts[0] != texts[1]
+
+
+def test_max_steps_limits_the_rounds(make_trainer):
+    trainer = make_trainer(max_steps=3)
+    trainer.train()
+    assert [stage.rounds_done for stage in trainer.stages] == [2, 1]
+
+
+def test_the_ledger_counts_what_is_sent(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    first, last = trainer.ledger.totals(1), trainer.ledger.totals(2)
+    size = sum(tensor.nbytes for tensor in final_adapter(trainer).values())
+    assert last["bytes_up"] == last["bytes_down"] == 2 * 2 * size
+    assert first["bytes"] == last["bytes"] / 2
+    assert 0 < first["flops"] < last["flops"]
+    saved = json.loads((Path(trainer.args.output_dir) / "ledger.json").read_text())
+    assert [record["round"] for record in saved] == [1, 2, 3, 4]
+
+
+# --- the Trainer's hooks hold inside clients -------------------------------------------------------------------
+
+
+def test_overridden_hooks_hold_inside_clients(make_trainer):
+    calls = []
+
+    class Custom(DevFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            calls.append("loss")
+            return super().compute_loss(*args, **kwargs)
+
+        def create_optimizer(self, model=None):
+            calls.append("optimizer")
+            self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
+            return self.optimizer
+
+    trainer = make_trainer(cls=Custom)
+    trainer.train()
+    assert calls.count("loss") == 4 * 2 * 2
+    assert calls.count("optimizer") == 2, "one optimiser per stage, none per client"
+
+
+def test_the_federated_part_goes_on_any_trainer(tmp_path, tasks, tokenizer):
+    class Doubling(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return 2 * super().compute_loss(*args, **kwargs)
+
+    class Federated(DevFTMixin, Doubling):
+        pass
+
+    trainer = Federated(
+        get_peft_model(tiny_llama(), lora()),
+        config(tmp_path),
+        train_dataset=tokenize(tasks, tokenizer, 64),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert trainer.stages[-1].rounds_done == 2
+
+
+def test_callbacks_count_rounds(make_trainer):
+    seen = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(("round", state.global_step))
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            seen.append(("stage", state.epoch))
+
+    make_trainer(callbacks=[Count()]).train()
+    assert seen == [("round", 1), ("round", 2), ("stage", 1), ("round", 3), ("round", 4), ("stage", 2)]
+
+
+def test_a_callback_that_stops_the_run_leaves_a_finished_stage(make_trainer):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    trainer = make_trainer(callbacks=[Stop()])
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert StageConfig.from_pretrained(trainer.args.output_dir).rounds_done == 1
+
+
+def test_early_stopping_ends_the_stage(make_trainer, eval_tasks):
+    trainer = make_trainer(
+        eval_dataset=eval_tasks,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=100.0)],
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="loss",
+        load_best_model_at_end=True,
+        stage_rounds=[4],
+    )
+    trainer.train()
+    assert [stage.rounds_done for stage in trainer.stages] == [2, 2]
+
+
+@pytest.mark.parametrize("save_only_model", [False, True])
+def test_the_best_round_is_handed_on(make_trainer, eval_tasks, save_only_model):
+    trainer = make_trainer(
+        eval_dataset=eval_tasks,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that the best round is not the last
+        save_only_model=save_only_model,
+        stage_layers=[4],
+        stage_rounds=[3],
+    )
+    trainer.train()
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert max(losses) > losses[-1]
+    assert trainer.stages[0].metrics["eval_full_loss"] == pytest.approx(max(losses), rel=1e-5)
+    assert trainer.stages[0].metrics["eval_loss"] == max(losses)
+
+
+# --- stops, resumes, failures --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stopped_at", [1, 2, 3])
+@pytest.mark.parametrize("transfer", ["broadcast", "split"])
+def test_resume_gives_the_same_adapter_bit_for_bit(make_trainer, tmp_path, stopped_at, transfer):
+    options = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine", "transfer": transfer}
+    whole = make_trainer(output_dir=tmp_path / "whole", **options)
+    whole.train()
+
+    class Interrupt(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == stopped_at:
+                raise KeyboardInterrupt
+
+    broken = make_trainer(output_dir=tmp_path / "broken", callbacks=[Interrupt()], **options)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = make_trainer(output_dir=tmp_path / "broken", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal(final_adapter(resumed), final_adapter(whole))
+    ledgers = [[(r.round, r.clients, r.bytes_up, r.loss) for r in t.ledger.rounds] for t in (resumed, whole)]
+    assert ledgers[0] == ledgers[1]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_finished_stages_folder_is_where_a_run_can_go_on(make_trainer, tmp_path, stage):
+    options = {"stage_layers": [2, 3, 4], "lr_scheduler_type": "cosine", "transfer": "split"}
+    whole = make_trainer(output_dir=tmp_path / "whole", **options)
+    whole.train()
+    resumed = make_trainer(output_dir=tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"stage-{stage}"))
+    assert_equal(final_adapter(resumed), final_adapter(whole))
+    ledgers = [[(r.round, r.clients, r.bytes_up, r.loss) for r in t.ledger.rounds] for t in (resumed, whole)]
+    assert ledgers[0] == ledgers[1]
+    assert not (tmp_path / "resumed" / f"stage-{stage}").exists()
+    with pytest.raises(ValueError, match="nothing is left to do"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "stage-3"))
+
+
+@pytest.mark.parametrize("resume", [None, True])
+def test_a_trainer_goes_on_after_an_interruption(make_trainer, tmp_path, resume):
+    class InterruptOnce(TrainerCallback):
+        fired = False
+
+        def on_save(self, args, state, control, **kwargs):
+            if not self.fired:
+                self.fired = True
+                raise KeyboardInterrupt
+
+    options = {"save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(callbacks=[InterruptOnce()], **options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
+    whole = make_trainer(output_dir=tmp_path / "whole", **options)
+    whole.train()
+    assert_equal(final_adapter(trainer), final_adapter(whole))
+
+
+@pytest.mark.parametrize("where", ["hf_devft.staging.make_engine", "hf_devft.mixin.RunReport.write"])
+def test_an_interruption_while_a_stage_is_built_or_finished(make_trainer, tmp_path, monkeypatch, where):
+    trainer = make_trainer()
+    start = adapter_state(trainer.model)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert load_file(tmp_path / "saved" / "adapter_model.safetensors").keys() == start.keys()
+    trainer.train()
+    assert trainer.stages[-1].rounds_done == 2
+
+
+def test_running_out_of_memory_in_an_evaluation_does_not_start_the_run_anew(make_trainer, eval_tasks, monkeypatch):
+    trainer = make_trainer(eval_dataset=eval_tasks, auto_find_batch_size=True)
+
+    def fail(*args):
+        raise RuntimeError("CUDA out of memory.")
+
+    monkeypatch.setattr(trainer, "_evaluate_full_depth", fail)
+    with pytest.raises(RuntimeError, match="per_device_eval_batch_size"):
+        trainer.train()
+    assert [record.round for record in trainer.ledger.rounds] == [1, 2]
+
+
+def test_a_calibrated_run_measures_each_submodel_once(make_trainer, eval_tasks):
+    class Counting(DevFTTrainer):
+        measured = []
+
+        def _loss_of_layers(self, base, kept):
+            self.measured.append(tuple(kept))
+            return super()._loss_of_layers(base, kept)
+
+    make_trainer(
+        cls=Counting, eval_dataset=eval_tasks, grouping="calibrated", stage_layers=[2, 3, 4], stage_rounds=[1]
+    ).train()
+    assert len(set(Counting.measured)) == len(Counting.measured)
+
+
+def test_a_base_by_name_can_be_evaluated_before_it_is_trained(tmp_path, tasks, eval_tasks, tokenizer):
+    tiny_llama().save_pretrained(tmp_path / "models" / "tiny")
+    losses = []
+    for model in (str(tmp_path / "models"), tiny_llama()):
+        options = {"model_init_kwargs": {"subfolder": "tiny"}} if isinstance(model, str) else {}
+        trainer = DevFTTrainer(
+            model,
+            config(tmp_path / "run", **options),
+            peft_config=lora(),
+            train_dataset=tasks,
+            eval_dataset=eval_tasks,
+            processing_class=tokenizer,
+        )
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:  # the adapter may be another one by now
+                parameter.data.fill_(0.1)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
+
+
+def test_a_checkpoint_loads_as_a_plain_adapter(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    trainer.train()
+    PeftModel.from_pretrained(tiny_llama(), f"{trainer.args.output_dir}/checkpoint-1")
+
+
+def test_a_checkpoint_of_another_run_is_refused(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    trainer.train()
+    for other in ({"stage_layers": [3, 4]}, {"fusion": "mean"}, {"seed": 1}, {"num_clients": 5}):
+        with pytest.raises(ValueError, match=f"is of a run with .*{next(iter(other)).removeprefix('num_')}"):
+            make_trainer(**other).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("folder", ["checkpoint-1", "stage-1"])
+def test_a_checkpoint_with_another_adapter_is_refused(make_trainer, folder):
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    trainer.train()
+    path = Path(trainer.args.output_dir) / folder / "adapter_model.safetensors"
+    save_file({key: tensor[..., :-1].clone() for key, tensor in load_file(path).items() if "lora_A" in key}, path)
+    with pytest.raises(ValueError, match="names or shapes differ"):
+        make_trainer().train(resume_from_checkpoint=str(path.parent))
+
+
+def test_an_interrupted_checkpoint_is_never_picked_up(make_trainer, monkeypatch):
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(trainer, "_save_run_state", fail)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.train()
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        make_trainer(save_strategy="steps").train(resume_from_checkpoint=True)
+
+
+class Poisoned(DevFTTrainer):
+    """A trainer whose first `poisoned` local steps have a NaN loss."""
+
+    poisoned = 2
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.poisoned -= self.model.training
+        return loss * float("nan") if self.model.training and self.poisoned >= 0 else loss
+
+
+def test_a_nan_update_is_left_out(make_trainer, caplog):
+    trainer = make_trainer(cls=Poisoned)
+    trainer.train()
+    first = trainer.ledger.rounds[0]
+    assert first.dropped == first.clients[:1]
+    assert first.clients[0] in caplog.text
+    assert all(not record.dropped for record in trainer.ledger.rounds[1:])
+    assert all(torch.isfinite(tensor).all() for tensor in final_adapter(trainer).values())
+
+
+def test_a_client_that_raises_is_left_out_and_the_next_one_gets_its_own_rows(make_trainer, tmp_path, caplog):
+    class Ill(DevFTTrainer):
+        """A trainer on which the first client of the first round fails in its second step."""
+
+        steps = 0
+
+        def compute_loss(self, *args, **kwargs):
+            self.steps += 1
+            if self.steps == 2:
+                raise RuntimeError("no more disk")
+            return super().compute_loss(*args, **kwargs)
+
+    ill, healthy = make_trainer(cls=Ill), make_trainer(output_dir=tmp_path / "healthy")
+    for trainer in (ill, healthy):
+        trainer.train()
+    first = ill.ledger.rounds[0]
+    assert first.dropped == first.clients[:1]
+    assert first.bytes_up == first.bytes_down / 2
+    assert f"client {first.clients[0]} failed and was left out: RuntimeError: no more disk" in caplog.text
+    # Round 2 starts from elsewhere, but with the same rows.
+    assert ill.ledger.rounds[1].clients == healthy.ledger.rounds[1].clients
+    assert ill.ledger.rounds[1].tokens == healthy.ledger.rounds[1].tokens
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_nothing_of_a_failed_client_stays(make_trainer, micro_batch):
+    """Wherever in an accumulated step it fails, the next client learns the same."""
+    updates = []
+
+    class Ill(DevFTTrainer):
+        seen, fails_at = 0, 0
+
+        def compute_loss(self, *args, **kwargs):
+            self.seen += 1
+            if self.seen == self.fails_at:
+                raise RuntimeError("no more disk")
+            return super().compute_loss(*args, **kwargs)
+
+    for fails_at in (1, micro_batch + 1):
+        trainer = make_trainer(cls=Ill, gradient_accumulation_steps=3, stage_layers=[4], stage_rounds=[1])
+        trainer.fails_at = fails_at
+        trainer.train()
+        assert len(trainer.ledger.rounds[0].dropped) == 1
+        updates.append(final_adapter(trainer))
+    assert_equal(*updates)
+
+
+def test_clients_drop_out_by_config(make_trainer):
+    trainer = make_trainer(client_dropout_rate=0.4, clients_per_round=3, stage_rounds=[5])
+    trainer.train()
+    dropped = [len(record.dropped) for record in trainer.ledger.rounds if record.attempts == 1]
+    assert 0 < sum(dropped) < 3 * len(dropped)
+    assert trainer.ledger.totals()["dropped_clients"] >= sum(dropped)
+
+
+def test_a_round_below_its_quorum_is_tried_with_other_clients(make_trainer, caplog):
+    trainer = make_trainer(client_dropout_rate=0.5, round_quorum=2, round_retries=20)
+    trainer.train()
+    retried = [record for record in trainer.ledger.rounds if record.attempts > 1]
+    assert retried
+    assert all(len(record.clients) == 2 * record.attempts for record in trainer.ledger.rounds)
+    assert all(len(record.clients) - len(record.dropped) >= 2 for record in trainer.ledger.rounds)
+    assert "2 are needed" in caplog.text
+
+
+def test_a_round_without_any_finite_update_is_an_error(make_trainer):
+    trainer = make_trainer(cls=Poisoned)
+    trainer.poisoned = 99
+    with pytest.raises(QuorumError, match="resume_from_checkpoint"):
+        trainer.train()
+
+
+def test_a_final_adapter_is_the_start_of_a_new_run(make_trainer, tmp_path, tasks, tokenizer):
+    first = make_trainer()
+    first.train()
+    model = PeftModel.from_pretrained(tiny_llama(), first.args.output_dir)
+    second = DevFTTrainer(
+        model,
+        config(tmp_path / "second", stage_layers=[4], learning_rate=1e-12),
+        train_dataset=tasks,
+        processing_class=tokenizer,
+    )
+    second.train()
+    for key, tensor in final_adapter(second).items():
+        torch.testing.assert_close(tensor, final_adapter(first)[key], atol=1e-6, rtol=0)
+
+
+# --- data in the forms that users have -------------------------------------------------------------------------
+
+
+def test_clients_given_as_datasets(make_trainer, tasks):
+    clients = {"hospital": tasks.select(range(10)), "bank": tasks.select(range(10, 40))}
+    trainer = make_trainer(train_dataset=clients, num_clients=None)
+    trainer.train()
+    assert trainer.ledger.rounds[0].clients == ["hospital", "bank"]
+
+
+def test_clients_of_different_formats(make_trainer):
+    clients = {
+        "maths": Dataset.from_list([{"question": "1+1?", "answer": "2"}] * 4),
+        "code": Dataset.from_list([{"instruction": "add", "output": "+"}] * 4),
+    }
+    rows = make_trainer(train_dataset=clients, num_clients=None).train_dataset
+    assert rows["completion"][:] == [" 2"] * 4 + ["+"] * 4
+
+
+def test_a_tokenizer_without_padding_token_pads_with_its_end(tmp_path, tasks, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    DevFTTrainer(
+        tiny_llama(),
+        config(tmp_path, stage_rounds=[1]),
+        peft_config=lora(),
+        train_dataset=tasks,
+        processing_class=bare,
+    ).train()
+    assert bare.pad_token == bare.eos_token
+
+
+def test_clients_of_a_partitioner(make_trainer):
+    class Halves:
+        """The interface of flwr-datasets' partitioners."""
+
+        num_partitions = 2
+
+        def load_partition(self, index: int) -> Dataset:
+            return self.dataset.shard(2, index)
+
+    trainer = make_trainer(partitioner=Halves(), num_clients=None)
+    assert [len(rows) for rows in trainer.clients.rows.values()] == [60, 60]
+
+
+def test_several_evaluation_sets(make_trainer, eval_tasks):
+    trainer = make_trainer(eval_dataset={"a": eval_tasks, "b": eval_tasks}, eval_strategy="epoch")
+    trainer.train()
+    metrics = trainer.stages[-1].metrics
+    assert metrics["eval_full_a_loss"] == metrics["eval_full_b_loss"] == metrics["eval_full_loss"]
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_full_loss"])
+
+
+def test_evaluate_and_save_after_training(make_trainer, eval_tasks, tmp_path):
+    trainer = make_trainer(eval_dataset=eval_tasks)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.stages[-1].metrics["eval_full_loss"])
+    trainer.save_model(str(tmp_path / "saved"))
+    assert_equal(load_file(tmp_path / "saved" / "adapter_model.safetensors"), final_adapter(trainer))
+
+
+# --- errors before any work is spent ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"stage_layers": [2, 8]}, "end at the model's 4 layers"),
+    ({"stage_layers": [3]}, "end at the model's 4 layers"),
+    ({"num_clients": None, "clients_per_round": 21}, "there are 20 clients"),
+    ({"partition": "natural", "partition_column": "colour", "num_clients": None}, "'colour' is not in the dataset"),
+    ({"num_clients": 500}, "more than the dataset's 120 rows"),
+    ({"grouping": "calibrated"}, "calibration_dataset"),
+    ({"predict_with_generate": True}, "eval_dataset"),
+    ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "optimizers cannot be passed"),
+    ({"model_init": tiny_llama}, "model_init"),
+    ({"peft_config": lora(bias="all")}, "bias"),
+    ({"train_dataset": {}, "num_clients": None}, "no client"),
+    ({"train_dataset": [1, 2]}, "datasets.Dataset"),
+    ({"eval_dataset": Dataset.from_dict({"text": ["a"] * 9}).to_iterable_dataset()}, "streaming dataset"),
+    ({"train_dataset": Dataset.from_dict({"body": ["a"] * 9})}, "needs one of"),
+])  # fmt: skip
+def test_bad_input_is_refused_at_construction(make_trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**options)
+
+
+def test_an_empty_client_is_refused(make_trainer, tasks):
+    clients = {"a": tasks.select(range(5)), "b": tasks.select([])}
+    with pytest.raises(ValueError, match=r"no rows \(b\)"):
+        make_trainer(train_dataset=clients, num_clients=None)
+
+
+def test_an_adapter_of_another_base_says_how_far_it_is(make_trainer, tmp_path, caplog):
+    for name, factor in (("old", 1.0), ("new", 1.5)):
+        model = tiny_llama()
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight *= factor
+        model.save_pretrained(tmp_path / name)
+    trainer = make_trainer(model=str(tmp_path / "old"), stage_layers=[4], stage_rounds=[1])
+    trainer.train()
+    adapter = trainer.args.output_dir
+    make_trainer(model=str(tmp_path / "old"), peft_config=adapter)
+    assert "differs" not in caplog.text
+    make_trainer(model=str(tmp_path / "new"), peft_config=adapter)
+    assert "differs from it by" in caplog.text
+    assert "(layer 1)" in caplog.text
+    caplog.clear()
+    shutil.rmtree(tmp_path / "old")
+    make_trainer(model=str(tmp_path / "new"), peft_config=adapter)
+    assert "is not on this machine" in caplog.text
