@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from hf_devft.arguments import RecipeArguments
-from hf_devft.configuration import UNSUPPORTED, DevFTConfig
+from hf_devft.cli.arguments import RecipeArguments
+from hf_devft.configuration.devft_config import RENAMED, UNSUPPORTED, DevFTConfig
 
 
 PAGE = Path(__file__).with_name("configuration.md")

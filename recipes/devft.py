@@ -51,7 +51,9 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
                 'calibration_file is read for grouping="calibrated", healing_steps and distillation_steps of '
                 "--trainer devft: set one of them, or leave it out."
             )
-        calibration = load_files(recipe.calibration_file, lambda rows: to_columns(add_placeholder_answers(task, rows, args)))
+        calibration = load_files(
+            recipe.calibration_file, lambda rows: to_columns(add_placeholder_answers(task, rows, args))
+        )
     if recipe.train_file or recipe.dataset_name:
         if recipe.train_file:
             train = load_files(recipe.train_file, to_columns)

@@ -5,22 +5,30 @@ from conftest import config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_devft import StageConfig, configuration
-from hf_devft.federation import wire
-from hf_devft.federation.methods import CORRECTIONS, METHODS, SERVER_OPTIMIZERS
-from hf_devft.federation.selection import SELECTIONS
+from hf_devft import StageConfig
+from hf_devft.federation.partition import PARTITIONS
+from hf_devft.stages import FUSIONS, GROUPINGS, TRANSFERS
 
 
 def layers(stages):
     return [stage.num_layers for stage in stages]
 
 
-def test_the_config_names_every_method():
-    assert set(configuration.FEDERATED_METHODS) == set(METHODS)
-    assert set(configuration.LOCAL_CORRECTIONS) == set(CORRECTIONS)
-    assert set(configuration.SERVER_OPTIMIZERS) == set(SERVER_OPTIMIZERS)
-    assert set(configuration.WIRE_DTYPES) == set(wire.BITS)
-    assert set(configuration.CLIENT_SELECTIONS) == set(SELECTIONS)
+@pytest.mark.parametrize(
+    ("option", "registry"),
+    [("grouping", GROUPINGS), ("fusion", FUSIONS), ("transfer", TRANSFERS), ("partition", PARTITIONS)],
+)
+def test_a_registered_rule_is_a_choice(tmp_path, monkeypatch, option, registry):
+    with pytest.raises(ValueError, match=f"{option}='mine' is unknown"):
+        config(tmp_path, **{option: "mine"})
+    monkeypatch.setitem(registry, "mine", next(iter(registry.values())))
+    assert getattr(config(tmp_path, **{option: "mine"}), option) == "mine"
+
+
+def test_an_earlier_name_of_an_option_holds_with_a_warning(tmp_path):
+    with pytest.warns(FutureWarning, match="wire_top_k is now called upload_fraction"):
+        args = config(tmp_path, wire_top_k=0.5)
+    assert args.upload_fraction == 0.5
 
 
 @pytest.mark.parametrize(
@@ -62,7 +70,7 @@ def test_one_value_or_one_per_stage(tmp_path):
     ({"partition": "dirichlet"}, "needs `partition_column`"),
     ({"clients_per_round": 5}, "more than num_clients=4"),
     ({"local_steps": 0}, "too small"),
-    ({"growth_factor": 1.0}, "does not grow"),
+    ({"growth_factor": 1.0}, "which grows"),
     ({"dirichlet_alpha": 0.0}, "above 0"),
     ({"num_train_epochs": 5}, "stage_rounds"),
     ({"optim": "schedule_free_adamw"}, "start afresh"),

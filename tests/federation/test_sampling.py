@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_devft.federation.sampling import Placement, client_seed, sample_clients, turns
+from hf_devft.federation.sampling import Placement, client_seed, local_trainings, sample_clients
 
 
 @given(count=st.integers(1, 50), seed=st.integers(0, 2**31), round_index=st.integers(0, 1000), data=st.data())
@@ -55,8 +55,8 @@ class Some:
         return sample_clients(range(10), round_index % 4, 1, round_index, attempt)
 
 
-def test_turns_are_the_clients_that_train():
-    alone = list(turns(Some(), Placement(), range(5)))
+def test_local_trainings_are_the_clients_that_train():
+    alone = list(local_trainings(Some(), Placement(), range(5)))
     assert alone == [(index, client) for index in range(5) for client in Some().training(index)]
-    shared = [turns(Some(), Placement("client_parallel", index, 3), range(5)) for index in range(3)]
+    shared = [local_trainings(Some(), Placement("client_parallel", index, 3), range(5)) for index in range(3)]
     assert sorted(turn for part in shared for turn in part) == sorted(alone)

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_devft.federation.heterogeneity.clock import Work
 from hf_devft.federation.heterogeneity.resources import ClientResources, make_resources
-from hf_devft.federation.selection import SELECTIONS, BySize, ClientSelection, ResourceAware, Work
+from hf_devft.federation.selection import SELECTIONS, BySize, ClientSelection, ResourceAware
 
 
 DAY = 86_400.0

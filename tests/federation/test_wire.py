@@ -89,7 +89,7 @@ def test_errors_belong_to_their_values():
 
 def test_where_values_change_their_meaning_nothing_is_fed_back():
     wire, change = make("int4"), random_adapter(layout())
-    wire.up(0, change, torch.zeros_like(change), feeds_back=False)
+    wire.up(0, change, torch.zeros_like(change), error_feedback=False)
     wire.memory.commit()
     assert wire.memory.state_dict() == {}
 

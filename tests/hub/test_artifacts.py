@@ -5,8 +5,8 @@ from peft import LoHaConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from hf_devft import StageConfig
-from hf_devft.models.adapter_files import load_adapter, save_adapter
 from hf_devft.models.adapter import adapter_state
+from hf_devft.models.adapter_files import load_adapter, save_adapter
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ def test_by_hand_pushes_only_what_is_not_there(hub, make_trainer, monkeypatch):
     assert trainer.push_to_hub() is None
     assert list(repo.messages.values()) == before, "the root would go back to stage 1"
     trainer.push_to_hub(revision="side", private=True)
-    assert trainer._pusher.revision is None, "an exception for one push only"
+    assert trainer.publisher.pusher.revision is None, "an exception for one push only"
     card = (Path(trainer.args.output_dir) / "README.md").read_text()
     assert 'from_pretrained("me/run", revision="stage-2")' in card
     assert "load_submodel" not in card, "the base has no name to load it by"

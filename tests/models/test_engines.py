@@ -4,13 +4,13 @@ import weakref
 import torch
 from transformers import TrainerCallback
 
-from hf_devft import DevFTTrainer
 from hf_devft.models.engines import Engine
+from hf_devft.trainer.model_in_use import ModelInUse
 
 
 def test_the_engines_vector_is_the_adapter(make_trainer):
     trainer = make_trainer()
-    engine = Engine(trainer, trainer.model, train=True)
+    engine = Engine(trainer.accelerator, trainer.model, trainer.create_optimizer, 1e-2, skip_ddp=True)
     before = engine.read().clone()
     engine.begin_client(torch.zeros_like(before), learning_rate=0.5)
     assert all(not parameter.any() for parameter in engine.parameters)
@@ -24,13 +24,14 @@ def test_the_engines_vector_is_the_adapter(make_trainer):
     assert not torch.equal(engine.read(), before)
 
 
-def test_a_stage_leaves_nothing_behind(make_trainer):
-    stages = []
+def test_a_stage_leaves_nothing_behind(make_trainer, monkeypatch):
+    stages, use = [], ModelInUse.use
 
-    class Watched(DevFTTrainer):
-        def _use(self, model, train):
-            super()._use(model, train)
-            stages.append((weakref.ref(model), weakref.ref(self.engine)))
+    def watched(self, engine):
+        use(self, engine)
+        stages.append((weakref.ref(engine.peft_model), weakref.ref(engine)))
+
+    monkeypatch.setattr(ModelInUse, "use", watched)
 
     class Alive(TrainerCallback):
         def on_epoch_begin(self, args, state, control, **kwargs):
@@ -38,6 +39,6 @@ def test_a_stage_leaves_nothing_behind(make_trainer):
             alive = [model() is not None or engine() is not None for model, engine in stages]
             assert sum(alive) == 1, "only what the running stage needs is held"
 
-    trainer = make_trainer(cls=Watched, stage_layers=[1, 2, 3, 4], stage_rounds=[1], callbacks=[Alive()])
+    trainer = make_trainer(stage_layers=[1, 2, 3, 4], stage_rounds=[1], callbacks=[Alive()])
     trainer.train()
     assert len(stages) == 5, "four stages, and the full model at the end"

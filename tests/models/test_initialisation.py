@@ -6,8 +6,8 @@ from conftest import lora
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_devft.models.initialisation import moves_weights, on_whole_weights, without_weight_based_init
 from hf_devft.models.layout import lora_scaling
-from hf_devft.models.initialisation import as_initialised, moves_weights, on_whole_weights
 
 
 A, B = "layers.0.q_proj.lora_A.weight", "layers.0.q_proj.lora_B.weight"
@@ -38,5 +38,5 @@ def test_the_saved_adapter_is_the_difference_of_the_products(rank, rows, columns
 def test_which_initialisations_change_the_base(init, moves):
     config = lora(init_lora_weights=init)
     assert moves_weights(config) == moves
-    assert not moves_weights(as_initialised(config))
+    assert not moves_weights(without_weight_based_init(config))
     assert config.init_lora_weights == init

@@ -2,8 +2,8 @@ import pytest
 import torch
 from conftest import lora, tiny_llama
 
-from hf_devft.models.layout import A, AdapterLayout, B
 from hf_devft.models.adapter import adapter_state, new_adapter
+from hf_devft.models.layout import A, AdapterLayout, B
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-from hf_devft.models.layout import RESIDUAL
 from hf_devft.models.adapter import adapter_state, attach_adapter, new_adapter
-from hf_devft.models.residual import OpenWeights, product_adapter, without_residual
+from hf_devft.models.layout import RESIDUAL
+from hf_devft.models.residual import PatchedBaseWeights, product_adapter, without_residual
 
 
 def random(*shape, seed=0):
@@ -44,7 +44,7 @@ def test_open_weights_are_the_models_own():
     originals = {
         name: module.get_base_layer().weight for name, module in model.named_modules() if hasattr(module, "lora_A")
     }
-    weights = OpenWeights(model)
+    weights = PatchedBaseWeights(model)
     residual = {name + RESIDUAL: random(*weight.shape) for name, weight in originals.items()}
     ids = torch.tensor([[1, 2, 3]])
     for factor in (1.0, 2.0):  # set, not added once more
@@ -61,4 +61,4 @@ def test_open_weights_are_the_models_own():
 
 def test_an_embedding_has_no_room():
     with pytest.raises(ValueError, match="embedding"):
-        OpenWeights(new_adapter(tiny_llama(), lora(target_modules=["embed_tokens", "q_proj"])))
+        PatchedBaseWeights(new_adapter(tiny_llama(), lora(target_modules=["embed_tokens", "q_proj"])))

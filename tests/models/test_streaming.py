@@ -5,11 +5,11 @@ import torch
 from architectures import tiny_model
 from transformers import AutoModelForCausalLM
 
-from hf_devft.stages.grouping import layer_similarity
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.models.streaming import load_base
+from hf_devft.models.weights import dense, is_stored, read_slice
+from hf_devft.stages.grouping import layer_similarity
 from hf_devft.stages.submodel import build_submodel, build_whole
-from hf_devft.models.weights import dense, is_stored, piece
 
 
 GROUPS = [[0, 1, 4], [2], [3, 5]]
@@ -57,7 +57,7 @@ def test_a_piece_is_a_part_of_the_whole(tmp_path, stored):
     for parameter in find_layer_stack(load_base(str(tmp_path), dtype=torch.float32)).layers[1].parameters():
         whole = dense(parameter).flatten()
         for start, stop in ((0, 3), (5, 9), (whole.numel() - 2, whole.numel() + 7)):
-            values = piece(parameter, start, stop)
+            values = read_slice(parameter, start, stop)
             assert values.dtype == torch.float32
             assert torch.equal(values, whole[start:stop])
 
@@ -69,4 +69,4 @@ def test_a_checkpoint_that_has_become_shorter_is_an_error(tmp_path):
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size // 2)
     with pytest.raises(OSError, match="fetch the checkpoint again"):
-        [piece(parameter, 0, 2**20) for parameter in parameters]
+        [read_slice(parameter, 0, 2**20) for parameter in parameters]

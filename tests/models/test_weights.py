@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, set_seed
 
+from hf_devft.models.layer_stack import find_layer_stack
+from hf_devft.models.weights import dense, keep_readable, store_like
 from hf_devft.stages.fusion import fuse
 from hf_devft.stages.grouping import layer_similarity
-from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.stages.submodel import build_submodel
-from hf_devft.models.weights import dense, keep_readable, like
 
 
 def wide_model() -> LlamaForCausalLM:
@@ -34,7 +34,7 @@ def test_values_survive_a_round_trip(quantised):
     weight = find_layer_stack(quantised).layers[0].mlp.up_proj.weight
     values = dense(weight)
     assert values.shape == (128, 64)
-    again = like(values, weight)
+    again = store_like(values, weight)
     assert type(again) is type(weight)
     torch.testing.assert_close(dense(again), values, atol=1e-3, rtol=0.05)
 
@@ -42,7 +42,7 @@ def test_values_survive_a_round_trip(quantised):
 def test_other_parameters_pass_through():
     parameter = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
     assert dense(parameter) is parameter
-    assert like(torch.zeros(2, 2), parameter).dtype == torch.bfloat16
+    assert store_like(torch.zeros(2, 2), parameter).dtype == torch.bfloat16
 
 
 def test_other_quantisations_are_refused():
@@ -57,7 +57,7 @@ def test_a_group_is_dequantised_fused_and_quantised_again(quantised):
     weight = submodel.model.layers[0].mlp.up_proj.weight
     assert type(weight).__name__ == "Params4bit"
     expected = fuse([dense(stack.layers[index].mlp.up_proj.weight) for index in (0, 1)], "mean")
-    assert torch.equal(dense(weight), dense(like(expected, stack.layers[0].mlp.up_proj.weight)))
+    assert torch.equal(dense(weight), dense(store_like(expected, stack.layers[0].mlp.up_proj.weight)))
     error = (dense(weight) - expected).abs().mean() / expected.abs().mean()
     assert error < 0.3, "no more than 4 bits lose"
     assert torch.isfinite(submodel(torch.tensor([[3, 9, 27]])).logits).all()

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_devft import DevFTTrainer
 from hf_devft.embedded import BASE_PATH, task_dataset
-from hf_devft.run.peak_memory import PeakMemory
 from hf_devft.federation.partition import ClientData
+from hf_devft.run.peak_memory import PeakMemory
 from hf_devft.run.plan import plan_run
 
 

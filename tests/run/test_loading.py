@@ -122,7 +122,7 @@ def test_a_run_starts_from_an_adapter_by_its_name(run, make_trainer):
     trainer = make_trainer(peft_config=str(run))
     assert trainer.peft_config.r == 2
     expected = load_adapter(run)[1]
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in trainer._full_adapter.items())
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in trainer.run.adapter.state.items())
     assert any(parameter.requires_grad for parameter in trainer.model.parameters())
     with pytest.raises(ValueError, match="pass `peft_config`"):
         make_trainer(model=get_peft_model(tiny_llama(), lora()), peft_config=str(run))

@@ -10,9 +10,9 @@ from conftest import config, lora
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_devft.federation.partition import ClientData
-from hf_devft.run.plan import plan_run
-from hf_devft.run.progress import print_plan
 from hf_devft.models.streaming import empty_base
+from hf_devft.run.plan import plan_run
+from hf_devft.run.plan_table import print_plan
 
 
 def empty_like(model) -> LlamaForCausalLM:
@@ -30,7 +30,7 @@ RUNS = {
     "fedsa_lora": {"federated_method": "fedsa_lora+fedprox"},
     "rolora": {"federated_method": "rolora"},
     "scaffold": {"federated_method": "scaffold"},
-    "wire": {"wire_dtype": "int8", "wire_top_k": 0.1},
+    "wire": {"wire_dtype": "int8", "upload_fraction": 0.1},
     "accumulation": {"gradient_accumulation_steps": 2, "stage_layers": [1, 2, 4]},
 }
 
@@ -82,7 +82,8 @@ def test_what_healing_takes_of_the_server_is_planned(make_trainer):
 def test_memory_is_what_a_run_takes(who, options):
     command = [sys.executable, Path(__file__).parent / "planned_memory.py", json.dumps(options)]
     # So that glibc gives freed memory back: its heap may otherwise hold twice what the tensors need.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
+    tests = str(Path(__file__).parents[1])
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1", "PYTHONPATH": tests}
     output = subprocess.check_output(command, env=environment, text=True, timeout=300)
     for planned, measured in json.loads(output.splitlines()[-1])[who]:
         assert planned == pytest.approx(measured, rel=0.2)
@@ -106,7 +107,7 @@ def test_a_plan_is_printed_whole(tmp_path, capsys):
 def test_the_recipe_plans_without_weights(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     LlamaConfig(vocab_size=2048, hidden_size=64, intermediate_size=64, num_hidden_layers=16).save_pretrained(tmp_path)
-    recipe = Path(__file__).parents[1] / "recipes" / "devft.py"
+    recipe = Path(__file__).parents[2] / "recipes" / "devft.py"
     command = [sys.executable, recipe, "--plan_json", "--model_name_or_path", tmp_path]
     plan = json.loads(subprocess.check_output(command, text=True, timeout=300))
     assert [stage["num_layers"] for stage in plan["stages"]] == [4, 8, 16]

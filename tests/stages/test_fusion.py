@@ -3,16 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_devft import configuration
 from hf_devft.stages.fusion import FUSIONS, fuse
-from hf_devft.stages.grouping import GROUPINGS
-from hf_devft.stages.transfer import TRANSFERS
-
-
-def test_the_config_names_every_rule():
-    assert set(configuration.FUSIONS) == set(FUSIONS)
-    assert set(configuration.GROUPINGS) == set(GROUPINGS)
-    assert set(configuration.TRANSFERS) == set(TRANSFERS)
 
 
 def test_differential_fusion_is_the_papers_formula():

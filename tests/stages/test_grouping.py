@@ -4,8 +4,8 @@ from architectures import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_devft.stages.grouping import GROUPINGS, GroupingTask, group_layers, layer_similarity
 from hf_devft.models.layer_stack import find_layer_stack
+from hf_devft.stages.grouping import GROUPINGS, GroupingTask, group_layers, layer_similarity
 
 
 @st.composite

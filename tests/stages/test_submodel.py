@@ -4,8 +4,8 @@ import pytest
 import torch
 from architectures import tiny_model
 
-from hf_devft.stages.fusion import fuse
 from hf_devft.models.layer_stack import find_layer_stack
+from hf_devft.stages.fusion import fuse
 from hf_devft.stages.submodel import build_submodel
 
 

@@ -2,8 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_devft.stages.grouping import GroupingTask, group_layers
 from hf_devft.models.layer_stack import LayerNames
+from hf_devft.stages.grouping import GroupingTask, group_layers
 from hf_devft.stages.transfer import expand_adapter, fuse_adapter
 
 

@@ -14,7 +14,9 @@ from test_models import ENCODER, SIZES, WAVES, WHISPER
 
 from hf_devft import DevFTTrainer, load_submodel
 from hf_devft.embedded import BASE_PATH
-from hf_devft.tasks import TASKS, Encoding, SoundCollator, label_options, task_of
+from hf_devft.federation.heterogeneity.label_features import label_counts
+from hf_devft.tasks import TASKS, Encoding, label_options, task_of
+from hf_devft.tasks.task import SoundCollator
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_labels_of_rows_held_out_count_for_nobody(tasks, tmp_path, method):
     )  # fmt: skip
     rows = np.concatenate([*trainer.clients.rows.values()])
     trained = sum(label != -100 for labels in trainer.train_dataset.select(rows)["labels"] for label in labels)
-    assert trainer._label_counts().sum() == trained
+    assert label_counts(trainer.train_dataset, list(trainer.clients.rows.values())).sum() == trained
 
 
 def test_the_best_round_of_several_evaluation_sets(tasks, tmp_path):

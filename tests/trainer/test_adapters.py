@@ -53,7 +53,7 @@ def test_the_submodel_that_is_loaded_is_the_one_that_was_trained(make_trainer):
     seen = {}
 
     def keep(trainer):
-        seen.setdefault(trainer._running.stage.stage, logits(trainer.model))
+        seen.setdefault(trainer.run.active.record.stage, logits(trainer.model))
 
     trainer = make_trainer(
         peft_config=ADAPTERS["some layers"](), model=untied(), cls=before_the_stage_ends(keep), stage_layers=[2, 4]
@@ -76,15 +76,15 @@ def before_the_stage_ends(function):
 
 def test_dora_members_keep_norms_of_their_own(make_trainer):
     trainer = make_trainer(peft_config=lora(use_dora=True), stage_layers=[1, 4])
-    before = dict(trainer._full_adapter)
+    before = dict(trainer.run.adapter.state)
     trainer.stages = trainer.stages[:1]
     trainer.train()
     key = "base_model.model.model.layers.{}.self_attn.q_proj.lora_magnitude_vector"
-    changes = [trainer._full_adapter[key.format(layer)] / before[key.format(layer)] for layer in range(4)]
+    changes = [trainer.run.adapter.state[key.format(layer)] / before[key.format(layer)] for layer in range(4)]
     assert (changes[0] != 1).any()
     for change in changes[1:]:
         torch.testing.assert_close(change, changes[0])
-    assert not torch.equal(trainer._full_adapter[key.format(1)], trainer._full_adapter[key.format(0)])
+    assert not torch.equal(trainer.run.adapter.state[key.format(1)], trainer.run.adapter.state[key.format(0)])
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
@@ -92,7 +92,7 @@ def test_what_an_initialisation_takes_out_of_the_base_is_in_what_is_saved(make_t
     seen = {}
 
     def keep(trainer):
-        seen.setdefault(trainer._running.stage.stage, logits(trainer.model))
+        seen.setdefault(trainer.run.active.record.stage, logits(trainer.model))
 
     def start(name, model):
         return make_trainer(peft_config=lora(init_lora_weights=init, use_rslora=True), model=model,
@@ -187,8 +187,8 @@ def test_a_head_that_is_trained_whole_is_averaged_by_every_method(make_trainer, 
     adapter = lora(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
     trainer = make_trainer(peft_config=adapter, model=untied(), federated_method=method, stage_rounds=[1])
     key = "base_model.model.lm_head.weight"
-    before = trainer._full_adapter[key].clone()
+    before = trainer.run.adapter.state[key].clone()
     trainer.train()
-    assert not torch.equal(trainer._full_adapter[key], before)
+    assert not torch.equal(trainer.run.adapter.state[key], before)
     loaded = PeftModel.from_pretrained(untied(), trainer.args.output_dir)
     torch.testing.assert_close(logits(loaded), logits(trainer.model))

@@ -8,40 +8,43 @@ import torch
 from conftest import lora, tiny_llama
 from datasets import Dataset
 from test_loading import submodel_loss
-from test_trainer import assert_equal, final_adapter
+from test_mixin import assert_equal, final_adapter
 
-from hf_devft import DevFTTrainer, load_submodel, teaching
+from hf_devft import load_submodel
 from hf_devft.embedded import task_dataset
+from hf_devft.models.layer_files import healed_path, read_healed
 from hf_devft.stages.teaching.distillation import divergence
-from hf_devft.stages.teaching.healing import healed_path, read_healed
-from hf_devft.stages.submodel import build_submodel, build_whole
+from hf_devft.trainer import server_teacher
+from hf_devft.trainer.server_teacher import ServerTeacher
 
 
 OPTIONS = {"healing_steps": 20, "healing_learning_rate": 1e-2, "generation_max_new_tokens": 4}
 
 
-class Watched(DevFTTrainer):
-    """Notes how far submodels are from the whole base, unhealed and healed."""
+@pytest.fixture
+def distances(monkeypatch) -> list[list[float]]:
+    """How far submodels are from the whole base, unhealed and healed."""
+    found, heal = [], ServerTeacher.heal
 
-    def _submodel(self, stage, base, stack):
-        healed = super()._submodel(stage, base, stack)
-        plain = build_submodel(base, stack, stage.groups, stage.fusion, stage.fusion_beta)
-        ids = torch.tensor([self.calibration_dataset[0]["input_ids"]])
+    def watched(self, record, builder, submodel, layers):
+        plain = builder.build(record.groups, record.fusion, record.fusion_beta)
+        flops = heal(self, record, builder, submodel, layers)
+        ids = torch.tensor([self.rows[0]["input_ids"]])
         with torch.no_grad():
-            said = build_whole(base).eval()(ids).logits
-            self.distances = getattr(self, "distances", []) + [
-                [divergence(said, model.eval()(ids).logits).item() for model in (plain, healed)]
-            ]
-        return healed
+            said = builder.whole().eval()(ids).logits
+            found.append([divergence(said, model.eval()(ids).logits).item() for model in (plain, submodel)])
+        return flops
+
+    monkeypatch.setattr(ServerTeacher, "heal", watched)
+    return found
 
 
 @pytest.mark.parametrize("fusion", ["anchor", "differential"])
-def test_a_submodel_says_what_the_base_says(make_trainer, fusion):
-    trainer = make_trainer(cls=Watched, fusion=fusion, **OPTIONS | {"healing_steps": 100})
+def test_a_submodel_says_what_the_base_says(make_trainer, distances, fusion):
+    trainer = make_trainer(fusion=fusion, **OPTIONS | {"healing_steps": 100})
     trainer.train()
-    (plain, healed), whole = trainer.distances
+    ((plain, healed),) = distances  # at full depth all layers are the base's own
     assert healed < 0.8 * plain
-    assert whole == [0, 0], "all layers are the base's own"
     first, second = (stage.totals for stage in trainer.stages)
     assert first["setup_flops"] > 0 == second["setup_flops"]
     assert trainer.ledger.flops == first["flops"] + second["flops"], "the clients' alone"
@@ -103,8 +106,8 @@ def test_a_new_run_takes_nothing_of_an_old_one(make_trainer):
 
 def test_the_base_answers_once(make_trainer, monkeypatch):
     asked = []
-    original = teaching.continuations
-    monkeypatch.setattr(teaching, "continuations", lambda *args: asked.append(args) or original(*args))
+    original = server_teacher.continuations
+    monkeypatch.setattr(server_teacher, "continuations", lambda *args: asked.append(args) or original(*args))
     trainer = make_trainer(**OPTIONS | {"healing_steps": 1, "stage_layers": [1, 2, 4], "stage_rounds": [1]})
     trainer.train()
     assert len(asked) == 1
@@ -122,10 +125,10 @@ def test_it_goes_with_a_base_that_is_read_layer_by_layer(make_trainer, tmp_path)
     assert_equal(*adapters)
 
 
-def test_a_base_in_half_precision_stays_that(make_trainer):
-    trainer = make_trainer(model=tiny_llama().to(torch.bfloat16), cls=Watched, **OPTIONS)
+def test_a_base_in_half_precision_stays_that(make_trainer, distances):
+    trainer = make_trainer(model=tiny_llama().to(torch.bfloat16), **OPTIONS)
     trainer.train()
-    plain, healed = trainer.distances[0]
+    plain, healed = distances[0]
     assert healed < plain
     state = read_healed(healed_path(Path(trainer.args.output_dir, "stage-1", "submodel"), 1))
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
@@ -134,7 +137,7 @@ def test_a_base_in_half_precision_stays_that(make_trainer):
 @pytest.mark.parametrize(("options", "message"), [
     ({"calibration_dataset": None}, "pass `calibration_dataset`"),
     ({"calibration_dataset": Dataset.from_dict({"input_ids": [[5, 6]]})}, "where a prompt ends"),
-    ({"stage_layers": [4]}, "but one stage"),
+    ({"stage_layers": [4]}, "a single stage"),
     ({"generation_max_new_tokens": 64, "max_length": 64}, "lower it"),
     ({"healing_steps": -1}, "give 0 or more"),
     ({"healing_learning_rate": 0.0}, "give a rate above 0"),

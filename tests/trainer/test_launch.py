@@ -21,7 +21,7 @@ from hf_devft import StageConfig
 
 
 SCRIPT = Path(__file__).with_name("launched.py")
-LAUNCH_CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
+LAUNCH_CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 OPTIONS = {
     "clients_per_round": 3,
     "eval_strategy": "steps",
@@ -40,7 +40,7 @@ def run(command: list, options: dict, script: Path = SCRIPT) -> subprocess.Compl
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
     )
 
 

@@ -6,6 +6,7 @@ from conftest import lora, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from hf_devft import DevFTTrainer
+from hf_devft.trainer import stage_runner
 
 
 OPTIONS = {"clients_per_round": 4, "client_placement": "client_parallel"}
@@ -18,20 +19,18 @@ def run(make_trainer, output_dir, count, **kwargs):
 
 
 def adapter(trainer) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for tensor in trainer._full_adapter.values()])
+    return torch.cat([tensor.flatten() for tensor in trainer.run.adapter.state.values()])
 
 
 def trained_together(trainer, monkeypatch) -> list[int]:
     """How many clients each batch is going to have."""
-    seen, train = [], type(trainer)._train_chunk
+    seen, train = [], stage_runner.train_together
 
-    def watched(self, learning_rate, turns):
-        trained = train(self, learning_rate, turns)
-        if trained is not None:
-            seen.append(len(turns))
-        return trained
+    def watched(hooks, engine, axis, batches, pad_token):
+        seen.append(len(batches))
+        return train(hooks, engine, axis, batches, pad_token)
 
-    monkeypatch.setattr(type(trainer), "_train_chunk", watched)
+    monkeypatch.setattr(stage_runner, "train_together", watched)
     return seen
 
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from test_launch import ROUNDING, difference, launch, run
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TrainerCallback
 
-from hf_devft.federation.methods import METHODS
 from hf_devft.configuration.stage_folder import FEDERATION
+from hf_devft.federation.methods import METHODS
 from hf_devft.models.adapter_files import load_adapter
+from hf_devft.trainer.stage_runner import StageRunner
 
 
 # By name, each in the stages of `conftest.config`.
@@ -35,7 +36,7 @@ RUNS = {name: {"federated_method": name} for name in METHODS} | {
     "distilled": {"distillation_steps": 3, "generation_max_new_tokens": 3, "learning_rate": 1e-2},
     "healed": {"healing_steps": 3, "distillation_steps": 2, "generation_max_new_tokens": 3, "learning_rate": 1e-2},
     "keep-last": {"client_max_layers": [2, 4], "beyond_capacity": "keep_last"},
-    "top-k": {"federated_method": "scaffold", "wire_dtype": "bf16", "wire_top_k": 0.2},
+    "top-k": {"federated_method": "scaffold", "wire_dtype": "bf16", "upload_fraction": 0.2},
 }
 SCRIPT = Path(__file__).with_name("launched_methods.py")
 
@@ -95,7 +96,7 @@ def test_the_adapter_is_what_was_trained(make_trainer, name):
 
 def test_the_card_says_what_was_used(make_trainer):
     trainer = make_trainer(
-        federated_method="fedprox", federated_method_kwargs={"mu": 0.5}, wire_dtype="int8", wire_top_k=0.1
+        federated_method="fedprox", federated_method_kwargs={"mu": 0.5}, wire_dtype="int8", upload_fraction=0.1
     )
     trainer.train()
     card = (Path(trainer.args.output_dir) / "README.md").read_text()
@@ -212,7 +213,7 @@ def test_the_best_round_comes_with_what_its_clients_had(make_trainer, eval_tasks
         ({"client_selection": "resource_aware", "client_selection_kwargs": {"patience": 1}}, "patience"),
         ({"client_resources": "nowhere.json"}, "cannot be read"),
         ({"wire_dtype": "int2"}, "int2.*int4"),
-        ({"wire_top_k": 0.0}, "above 0"),
+        ({"upload_fraction": 0.0}, "above 0"),
     ],
 )
 def test_what_cannot_be_combined_stops_before_any_work(make_trainer, options, message):
@@ -278,23 +279,20 @@ def test_methods_are_the_same_on_several_processes(alone, tmp_path, launcher, op
 KEEP_LAST = {"client_max_layers": [2, 4], "beyond_capacity": "keep_last", "fusion": "anchor"}
 
 
-def test_clients_that_cannot_hold_a_stage_keep_the_last_submodel(make_trainer):
+def test_clients_that_cannot_hold_a_stage_keep_the_last_submodel(make_trainer, monkeypatch):
     """What they learn there reaches the layers that stand for the same layers in the running stage."""
     trainer = make_trainer(**KEEP_LAST, stage_layers=[2, 4], stage_rounds=[1], clients_per_round=4)
-    starts, ends = {}, {}
-    train = trainer._train_client
+    ends, train = {}, StageRunner.train_client
 
-    def watched(learning_rate, turn):
-        layout = trainer.engine.layout  # of the running stage
-        before = turn.start.clone()
-        result, adapter = train(learning_rate, turn)
-        starts[trainer.state.global_step, turn.client] = before
-        ends[trainer.state.global_step, turn.client] = layout.cut(adapter - before)
-        assert layout is trainer.engine.layout, "switched back"
-        trainer.watched_layout = layout
+    def watched(self, learning_rate, turn):
+        engine, before = self.stage.engine, turn.start.clone()
+        result, adapter = train(self, learning_rate, turn)
+        ends[turn.round_index, turn.client] = engine.layout.cut(adapter - before)
+        assert trainer.models.engine is engine, "switched back"
+        trainer.watched_layout = engine.layout
         return result, adapter
 
-    trainer._train_client = watched
+    monkeypatch.setattr(StageRunner, "train_client", watched)
     trainer.train()
     (first, second), groups = trainer.ledger.rounds, trainer.stages[0].groups
     per_layer = first.bytes_up // 4 // 2
@@ -337,7 +335,9 @@ def test_what_cannot_be_done_on_two_submodels(make_trainer, options, message):
         make_trainer(**KEEP_LAST | options)
 
 
-@pytest.mark.parametrize("options", [{"federated_method": "fedsa_lora"}, {"wire_dtype": "int8"}, {"wire_top_k": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"federated_method": "fedsa_lora"}, {"wire_dtype": "int8"}, {"upload_fraction": 0.5}]
+)
 def test_what_remembers_does_not_go_with_a_temporary_head(make_trainer, options):
     with pytest.raises(ValueError, match="temporary_head drops"):
         make_trainer(temporary_head=True, **options)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 
 from hf_devft import DevFTMixin, DevFTTrainer, StageConfig
-from hf_devft.tasks.data import tokenize
 from hf_devft.federation.batches import client_batches
 from hf_devft.federation.partition import partition_dataset
 from hf_devft.federation.rounds import QuorumError
 from hf_devft.federation.sampling import client_seed, sample_clients
 from hf_devft.models.adapter import adapter_state
+from hf_devft.tasks.data import tokenize
 
 
 def final_adapter(trainer) -> dict[str, torch.Tensor]:

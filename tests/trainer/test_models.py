@@ -126,7 +126,7 @@ def test_a_run_of_two_stages_loads_with_plain_peft(name, tmp_path):
         submodel = load_submodel(copy_of(make, before), tmp_path, stage=1)
         assert submodel(**batch).loss.isfinite()
     if task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) or head:
-        weights = [key for key in trainer._full_adapter if ".classifier." in key or ".score." in key]
+        weights = [key for key in trainer.run.adapter.state if ".classifier." in key or ".score." in key]
         assert weights, "the head is trained whole and travels"
 
 

@@ -7,7 +7,14 @@ import torch
 from conftest import config, lora
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    set_seed,
+)
 
 from hf_devft import DevFTTrainer
 
@@ -46,8 +53,12 @@ def test_a_run_on_a_4_bit_base(wide, tmp_path, tasks, eval_tasks, tokenizer, eva
         processing_class=tokenizer,
     )  # fmt: skip
     kinds = []
-    enter = trainer._enter_stage
-    trainer._enter_stage = lambda *args: (enter(*args), kinds.append(packed(trainer.model)))
+
+    class Noting(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, model, **kwargs):
+            kinds.append(packed(model))
+
+    trainer.add_callback(Noting())
     trainer.train()
     assert kinds == [2 * 7, 3 * 7, 4 * 7], "every matrix of every stage is 4-bit"
     losses = [record.loss for record in trainer.ledger.rounds]

@@ -30,7 +30,8 @@ def test_twenty_kills_leave_no_trace(tmp_path):
     script = Path(__file__).with_name("killed.py")
     result = subprocess.run(
         [sys.executable, script, tmp_path, "20", "0"],
-        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout.splitlines()[-1])

@@ -8,38 +8,40 @@ from conftest import ANCHORS, config, lora
 from datasets import Dataset
 from peft import LoraConfig
 from test_methods_in_runs import weights
+from test_mixin import assert_equal, final_adapter
 from test_models import ENCODER
-from test_trainer import assert_equal, final_adapter
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_devft import DevFTTrainer
 from hf_devft.embedded import task_dataset
 from hf_devft.stages.teaching.distillation import divergence
+from hf_devft.trainer.server_teacher import ServerTeacher
 
 
-class Watched(DevFTTrainer):
-    """Notes how far larger submodels are from the smaller ones before them, untaught and taught."""
+@pytest.fixture
+def distances(monkeypatch) -> list[float]:
+    """How far a larger submodel is from the smaller one before it, untaught and taught."""
+    found, distil, ids = [], ServerTeacher.distil, torch.tensor([[5, 6, 7, 8, 9]])
 
-    def _distil(self, stage, base, stack, student):
-        teacher = self._submodel_of(self.stages[stage.stage - 2], base, stack).eval()
-        ids = torch.tensor([[5, 6, 7, 8, 9]])
-        self.distances = []
+    @torch.no_grad()
+    def note(smaller, student):
+        found.append(divergence(smaller.eval()(ids).logits, student.eval()(ids).logits).item())
 
-        def note():
-            with torch.no_grad():
-                self.distances.append(divergence(teacher(ids).logits, student.eval()(ids).logits).item())
-
-        note()
-        flops = super()._distil(stage, base, stack, student)
-        note()
+    def watched(self, record, smaller, student):
+        note(smaller, student)
+        flops = distil(self, record, smaller, student)
+        note(smaller, student)
         return flops
+
+    monkeypatch.setattr(ServerTeacher, "distil", watched)
+    return found
 
 
 @pytest.mark.parametrize("rules", [{}, ANCHORS | {"peft_config": lora(init_lora_weights="pissa")}])
-def test_a_larger_submodel_starts_from_what_the_smaller_one_answers(make_trainer, rules):
-    trainer = make_trainer(cls=Watched, distillation_steps=30, generation_max_new_tokens=8, **rules)
+def test_a_larger_submodel_starts_from_what_the_smaller_one_answers(make_trainer, distances, rules):
+    trainer = make_trainer(distillation_steps=30, generation_max_new_tokens=8, **rules)
     trainer.train()
-    untaught, taught = trainer.distances
+    untaught, taught = distances
     assert taught < 0.9 * untaught
     first, second = (stage.totals for stage in trainer.stages)
     assert first["setup_flops"] == 0 < second["setup_flops"]
@@ -61,11 +63,11 @@ def test_of_prompts_no_answer_is_read(make_trainer, option):
     assert_equal(*adapters)
 
 
-def test_texts_without_prompts_are_read_as_they_are(make_trainer):
+def test_texts_without_prompts_are_read_as_they_are(make_trainer, distances):
     rows = Dataset.from_dict({"text": [" ".join(words) for words in zip("abcdefgh", "ijklmnop", strict=True)]})
-    trainer = make_trainer(cls=Watched, distillation_steps=30, calibration_dataset=rows)
+    trainer = make_trainer(distillation_steps=30, calibration_dataset=rows)
     trainer.train()
-    assert trainer.distances[1] < trainer.distances[0]
+    assert distances[1] < distances[0]
 
 
 @pytest.mark.parametrize("transfer", ["broadcast", "anchor"])
@@ -94,12 +96,15 @@ def test_a_run_that_goes_on_within_a_stage_knows_what_was_spent(make_trainer, tm
 
 
 def test_questions_and_answers_fit_into_the_longest_text(make_trainer):
-    trainer = make_trainer(cls=Watched, distillation_steps=2, generation_max_new_tokens=8, max_length=20)
     lengths = []
-    trainer._without_labels = lambda batch: (
-        lengths.append(batch["input_ids"].shape[1]) or {name: batch[name] for name in ("input_ids", "attention_mask")}
-    )
-    trainer.train()
+
+    class Noting(DevFTTrainer):
+        def server_batches(self, *args):
+            for inputs in super().server_batches(*args):
+                lengths.append(inputs["input_ids"].shape[1])
+                yield inputs
+
+    make_trainer(cls=Noting, distillation_steps=2, generation_max_new_tokens=8, max_length=20).train()
     assert len(lengths) == 2
     assert max(lengths) <= 24, "padded to a multiple of 8"
 
@@ -142,13 +147,15 @@ def test_bfloat16_is_that_of_training(make_trainer, monkeypatch):
         seen.add(output.dtype)
         return output
 
-    class Noting(DevFTTrainer):
-        def _distil(self, *args):
-            with monkeypatch.context() as patch:
-                patch.setattr(torch.nn.Linear, "forward", forward)
-                return super()._distil(*args)
+    distil = ServerTeacher.distil
 
-    make_trainer(cls=Noting, distillation_steps=2, generation_max_new_tokens=2, bf16=True).train()
+    def watched(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Linear, "forward", forward)
+            return distil(*args)
+
+    monkeypatch.setattr(ServerTeacher, "distil", watched)
+    make_trainer(distillation_steps=2, generation_max_new_tokens=2, bf16=True).train()
     assert seen == {torch.bfloat16}
 
 
@@ -156,7 +163,7 @@ def test_bfloat16_is_that_of_training(make_trainer, monkeypatch):
     ({"calibration_dataset": None}, "pass `calibration_dataset`"),
     ({"calibration_dataset": {"one": task_dataset(4)}}, "one dataset"),
     ({"calibration_dataset": Dataset.from_dict({"input_ids": [[5, 6]]})}, "where a prompt ends"),
-    ({"stage_layers": [4]}, "but one stage"),
+    ({"stage_layers": [4]}, "a single stage"),
     ({"generation_max_new_tokens": 64, "max_length": 64}, "lower it"),
     ({"transfer": "split"}, 'set "broadcast" or "anchor"'),
     ({"temporary_head": True}, "leave it out"),

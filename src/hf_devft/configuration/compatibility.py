@@ -197,7 +197,8 @@ FACTS: dict[str, Fact] = {
         lambda s: s.server_rows is not None and not (isinstance(s.server_rows, Dataset) and len(s.server_rows)),
     ),
     "no calibration texts": Fact(
-        "neither `calibration_dataset` nor `eval_dataset`", lambda s: s.server_rows is False and s.has_evaluation is False
+        "neither `calibration_dataset` nor `eval_dataset`",
+        lambda s: s.server_rows is False and s.has_evaluation is False,
     ),
     "no labels": Fact("rows of `calibration_dataset` without `labels`", _lacks_labels),
     "no tokenizer": Fact("no `processing_class`", _lacks_processor),
@@ -283,7 +284,7 @@ FACTS: dict[str, Fact] = {
         _given("federated_method"),
     ),
     "no late updates": Fact(
-        "methods that need all of a round's updates together (`rolora`, `c2a`, `dofit`, those of products, `scaffold`)",
+        "methods that need all of a round's updates at once (`rolora`, `c2a`, `dofit`, those of products, `scaffold`)",
         lambda s: _records(s) or not s.methods.method.supports_late_updates,
         _given("federated_method"),
     ),
@@ -355,9 +356,7 @@ FACTS: dict[str, Fact] = {
         "`auto_find_batch_size`", lambda s: s.args.auto_find_batch_size, _given("auto_find_batch_size")
     ),
     "mixed precision in fp16": Fact("mixed precision in fp16", lambda s: s.mixed_precision == "fp16"),
-    "mean over rows": Fact(
-        "a loss that is no mean over all tokens of a batch", lambda s: s.mean_over_tokens is False
-    ),
+    "mean over rows": Fact("a loss that is no mean over all tokens of a batch", lambda s: s.mean_over_tokens is False),
     "own optimizer": Fact(
         "a DeepSpeed config with an optimizer of its own", lambda s: "optimizer" in _deepspeed_config(s)
     ),
@@ -437,7 +436,11 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("FFA-LoRA", "adapted embeddings", "it freezes A, which is zero there: leave them out of `target_modules`"),
     ("DropPEFT", "not one stack of tokens", "it leaves out layers of one stack that tokens go through: use another"),
     ("recorded gradients", "not FedIT", "it corrects the gradients of all that travels: join it with fedit"),
-    ("recorded gradients", "smaller batches", "it adds up gradients, also of steps that are taken again: leave one out"),
+    (
+        "recorded gradients",
+        "smaller batches",
+        "it adds up gradients, also of steps taken again: leave one out",
+    ),
     ("server optimiser", "not optimisable", "it steps from one round's adapter to the next: leave one out"),
     ("late updates", "no late updates", "none can come late: use another `client_selection`, or method"),
     ("parts in turns", "decay under DeepSpeed", "parts that are frozen would decay: set weight_decay=0"),
@@ -466,7 +469,11 @@ CONFLICTS: list[tuple[str, str, str]] = [
         "a batch is cut in uneven parts: use a model that takes `num_items_in_batch`, or pass `compute_loss_func`",
     ),
     ("generated answers", "no prompts", "only causal language models answer prompts: turn it off"),
-    ("generated answers", "nothing to evaluate", "it answers evaluation rows: pass `eval_dataset`, `processing_class`"),
+    (
+        "generated answers",
+        "nothing to evaluate",
+        "it answers evaluation rows: pass both",
+    ),
     ("TRL", "temporary head", "its losses read the weights of the head, not its adapter: leave it out"),
     ("TRL", "calibrated", "it measures the loss of text, which TRL prepares: use another rule"),
     ("TRL", "client_parallel processes", 'all add up metrics in every step: set client_placement="data_parallel"'),

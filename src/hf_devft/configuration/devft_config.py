@@ -258,16 +258,21 @@ class DevFTConfig(TrainingArguments):
     stage_learning_rates: list[float] | None = field(
         default=None, metadata={"help": "Learning rate of each stage: one value, or one per stage."}
     )
-    grouping: str = field(default="deconfliction", metadata={"help": f"Which layers share a group: {_names(GROUPINGS)}."})
+    grouping: str = field(
+        default="deconfliction", metadata={"help": f"Which layers share a group: {_names(GROUPINGS)}."}
+    )
     calibration_samples: int = field(
         default=32, metadata={"help": "The server's texts, for calibrated grouping, healing and distillation."}
     )
     fusion: str = field(default="anchor", metadata={"help": f"A group's representative: {_names(FUSIONS)}."})
     fusion_beta: float = field(default=0.1, metadata={"help": "Beta of differential fusion."})
     stack: str | None = field(
-        default=None, metadata={"help": f"The stack of an encoder-decoder model to shorten: {_names(STACKS)}. Default: both."}
+        default=None,
+        metadata={"help": f"The stack of an encoder-decoder model to shorten: {_names(STACKS)}. Default: both."},
     )
-    transfer: str = field(default="broadcast", metadata={"help": f"Who receives a group's adapter: {_names(TRANSFERS)}."})
+    transfer: str = field(
+        default="broadcast", metadata={"help": f"Who receives a group's adapter: {_names(TRANSFERS)}."}
+    )
     adapter_fusion: str | None = field(
         default=None, metadata={"help": "How a stage's adapter starts; the names of fusion. Default: fusion."}
     )
@@ -288,7 +293,9 @@ class DevFTConfig(TrainingArguments):
     clients_per_batch: int | None = field(
         default=None, metadata={"help": "Clients trained in one batch. Default: all on an accelerator, 1 on a CPU."}
     )
-    partition: str = field(default="iid", metadata={"help": f"How a dataset is cut into clients: {_names(PARTITIONS)}."})
+    partition: str = field(
+        default="iid", metadata={"help": f"How a dataset is cut into clients: {_names(PARTITIONS)}."}
+    )
     partition_column: str | None = field(default=None, metadata={"help": "Column for dirichlet and natural."})
     dirichlet_alpha: float = field(default=0.5, metadata={"help": "Concentration of the Dirichlet partition."})
     federated_method: str = field(
@@ -315,7 +322,8 @@ class DevFTConfig(TrainingArguments):
         default=None, metadata={"help": "Most layers that a client can train, for the clients in turns."}
     )
     beyond_capacity: str = field(
-        default="sit_out", metadata={"help": f"What clients do in stages that they cannot hold: {_names(BEYOND_CAPACITY)}."}
+        default="sit_out",
+        metadata={"help": f"What clients do in stages that they cannot hold: {_names(BEYOND_CAPACITY)}."},
     )
     client_dropout_rate: float = field(default=0.0, metadata={"help": "Probability that a client drops out."})
     round_quorum: int = field(default=1, metadata={"help": "Clients that must return a finite adapter."})

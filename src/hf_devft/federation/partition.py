@@ -133,7 +133,9 @@ def partition_dataset(
 Rows = dict[str, np.ndarray]
 
 
-def _iid(dataset: Dataset, num_clients: int | None, column: str | None, alpha: float, rng: np.random.Generator) -> Rows:
+def _iid(
+    dataset: Dataset, num_clients: int | None, column: str | None, alpha: float, rng: np.random.Generator
+) -> Rows:
     """Shuffled, in equal parts."""
     count = _count(dataset, num_clients)
     return _numbered(np.array_split(rng.permutation(len(dataset)), count))

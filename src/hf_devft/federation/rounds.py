@@ -78,7 +78,9 @@ class RoundOutcome:
             self.grad_norm = reports[used, GRAD_NORM][-1].item()
         return int(counted.sum())
 
-    def to_record(self, round_index: int, stage: int, names: list[str], seconds: float, peak_memory: int) -> RoundRecord:
+    def to_record(
+        self, round_index: int, stage: int, names: list[str], seconds: float, peak_memory: int
+    ) -> RoundRecord:
         """The ledger's record of the round.
 
         Args:

@@ -82,7 +82,9 @@ class Plan(Protocol):
         """The clients that train in a round, ascending."""
 
 
-def local_trainings(plan: Plan, placement: Placement, rounds: Iterable[int], attempt: int = 0) -> Iterator[tuple[int, int]]:
+def local_trainings(
+    plan: Plan, placement: Placement, rounds: Iterable[int], attempt: int = 0
+) -> Iterator[tuple[int, int]]:
     """(round, client) of every local training that is this process's, in order."""
     for round_index in rounds:
         for client in placement.clients(plan.training(round_index, attempt)):

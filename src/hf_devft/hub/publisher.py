@@ -61,7 +61,9 @@ class RunPublisher:
 
 def submit_all(pusher: HubPusher, output_dir: Path, title: str) -> None:
     """Push every finished stage beside what comes next; where there is none, the adapter as it is."""
-    for push in [stage_push(output_dir, stage) for stage in finished_stages(output_dir)] or [_adapter(output_dir, title)]:
+    for push in [stage_push(output_dir, stage) for stage in finished_stages(output_dir)] or [
+        _adapter(output_dir, title)
+    ]:
         pusher.submit(push)
 
 

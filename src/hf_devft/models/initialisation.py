@@ -20,7 +20,7 @@ def moves_weights(config: PeftConfig) -> bool:
 
 
 def without_weight_based_init(config: PeftConfig) -> PeftConfig:
-    """A copy of an adapter's config, by which PEFT makes it without looking at the base's weights, or changing them."""
+    """A copy of an adapter's config, by which PEFT neither looks at the base's weights nor changes them."""
     config = copy.deepcopy(config)
     if moves_weights(config):
         config.init_lora_weights = True

@@ -29,8 +29,8 @@ def check_adapter(config: PeftConfig, new: bool = False) -> None:
         )
     if type(config.r) is not int or config.r < 1 or not isinstance(config.lora_alpha, (int, float)):
         raise ValueError(
-            f"LoraConfig(r={config.r!r}, lora_alpha={config.lora_alpha!r}) has no rank or no scale: give a rank of 1 or "
-            "more, and a number."
+            f"LoraConfig(r={config.r!r}, lora_alpha={config.lora_alpha!r}) has no rank or no scale: give a rank of 1 "
+            "or more, and a number."
         )
     init = config.init_lora_weights
     if init not in _INITIALISATIONS and not re.fullmatch(r"pissa_niter_\d+", str(init)):

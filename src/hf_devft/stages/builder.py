@@ -53,7 +53,7 @@ class SubmodelBuilder:
 
 
 def layer_stack(base: PreTrainedModel, which: str | None, adapter: State | None) -> LayerStack:
-    """The stack that stages shorten; with an `adapter`, layers that have one are of another kind than those without."""
+    """The stack that stages shorten; with an `adapter`, layers that have one share no group with the others."""
     stack = find_layer_stack(base, which)
     if adapter is None:
         return stack

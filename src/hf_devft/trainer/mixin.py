@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from huggingface_hub import CommitInfo
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
@@ -108,6 +108,11 @@ class DevFTMixin:
     def stages(self) -> list[StageConfig]:
         """The records of all stages."""
         return self.run.stages
+
+    @property
+    def peft_config(self) -> PeftConfig:
+        """By which PEFT makes the full-depth adapter."""
+        return self.run.adapter.config
 
     @property
     def ledger(self) -> Ledger:
@@ -384,7 +389,9 @@ class DevFTMixin:
             dataset = self._remove_unused_columns(dataset, description="Training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="Training")
-        return client_loader(dataset, collator, make_sampler(self.args, self.clients, order, self.placement), self.args)
+        return client_loader(
+            dataset, collator, make_sampler(self.args, self.clients, order, self.placement), self.args
+        )
 
     def server_batches(self, rows: Dataset, size: int, sampler: Sampler | None = None) -> Iterator[dict[str, Any]]:
         """Batches of the server's own rows, on the device."""

@@ -102,9 +102,7 @@ def adapter_config_of(model: Any, initialisation: str | None) -> PeftConfig:
     return config
 
 
-def check_stages(
-    args: DevFTConfig, stages: Sequence[StageConfig], stack: LayerStack, capacities: Capacities
-) -> None:
+def check_stages(args: DevFTConfig, stages: Sequence[StageConfig], stack: LayerStack, capacities: Capacities) -> None:
     """Refuse stages that no groups can be made for, or that too few clients can hold.
 
     Raises:
@@ -175,8 +173,8 @@ def check_run(trainer: "DevFTMixin") -> None:
     """Refuse what cannot be trained, now that all of it is known.
 
     Raises:
-        ValueError: another launch than DeepSpeed's, where that was asked for; see `check_compatibility`; options of the
-            method that do not fit the adapter.
+        ValueError: another launch than DeepSpeed's, where that was asked for; see `check_compatibility`; options of
+            the method that do not fit the adapter.
     """
     args, run, accelerator = trainer.args, trainer.run, trainer.accelerator
     if args.deepspeed_plugin is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:

@@ -83,9 +83,7 @@ class ServerTeacher:
             load_healed_state(layers, broadcast(state))
         return broadcast_object_list([flops])[0]
 
-    def _heal(
-        self, stage: int, builder: SubmodelBuilder, submodel: PreTrainedModel, layers: list[nn.Module]
-    ) -> float:
+    def _heal(self, stage: int, builder: SubmodelBuilder, submodel: PreTrainedModel, layers: list[nn.Module]) -> float:
         args, flops = self.args, 0.0
         set_seed(args.seed + stage)  # collators and dropout may draw
         teacher = builder.whole().to(args.device).requires_grad_(False)

@@ -143,8 +143,9 @@ class TrainingSession:
         """What a round of a stage asks of each client; nothing without a clock."""
         if self.federation.selection.resources is None:
             return []
-        args, per_token = self.trainer.args, flops_per_token(
-            active.model, encoders=encoders_of(active.model.get_base_model())
+        args, per_token = (
+            self.trainer.args,
+            flops_per_token(active.model, encoders=encoders_of(active.model.get_base_model())),
         )
         rows = args.local_steps * args.gradient_accumulation_steps * args.train_batch_size
         clients = self.run.clients
@@ -195,7 +196,7 @@ class TrainingSession:
             add_up=add_up,
             using=trainer.models.using,
             seed=trainer.args.seed,
-            pad_token=trainer.model.config.pad_token_id or 0 if pad is None else pad,
+            pad_token=getattr(trainer.model.config, "pad_token_id", None) or 0 if pad is None else pad,
         )
 
     def run_round(self, active: ActiveStage, runner: StageRunner, learning_rate: float) -> RoundOutcome:

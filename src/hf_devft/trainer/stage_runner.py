@@ -1,4 +1,4 @@
-"""Trains the clients of a stage in this process, through a trainer's hooks: one after another, or several in a batch."""
+"""Trains a stage's clients in this process, by a trainer's hooks: one after another, or several in a batch."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -8,7 +8,6 @@ from itertools import islice
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from peft import PeftModel
 from torch import nn
 from transformers import set_seed
 
@@ -188,8 +187,8 @@ def _flops_per_token(engine: Engine, turn: ClientTurn, layers: list[nn.Module]) 
     known, kind = engine.flops_per_token, (turn.trains, turn.skips)
     if kind not in known:
         engine.choose(turn.trains)
-        model: PeftModel = engine.peft_model
-        known[kind] = flops_per_token(model, [layers[index] for index in turn.skips], encoders_of(model.get_base_model()))
+        skipped, base = [layers[index] for index in turn.skips], engine.peft_model.get_base_model()
+        known[kind] = flops_per_token(engine.peft_model, skipped, encoders_of(base))
     return known[kind]
 
 

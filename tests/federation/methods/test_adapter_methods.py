@@ -258,7 +258,7 @@ def test_the_hypernetwork_learns_each_clients_adapter():
     other, towards = method.download(1) - start, trained(0, start) - start
     cosine = torch.nn.functional.cosine_similarity(other, towards, dim=0)
     assert cosine.abs() == pytest.approx(1, abs=1e-5), "others move with it, as far as they are alike"
-    assert method.beside == 8
+    assert method.num_extra_values == 8
 
 
 def test_domains_learn_apart_and_share_what_is_important_to_all():
@@ -350,10 +350,3 @@ def test_options_that_make_no_sense(name, options, message):
 def test_ranks_beyond_loras():
     with pytest.raises(ValueError, match=r"client_ranks=\[8\].*r=4"):
         begin(METHODS["flexlora"](client_ranks=[8]), layout(), [1], random_adapter(layout()))
-
-
-def test_a_frozen_a_of_zeros_is_refused():
-    of = layout(modules=1)
-    embedding = type(of)(tuple(key.replace("lora_", "lora_embedding_") for key in of.keys), of.shapes)
-    with pytest.raises(ValueError, match="starts at zero on embeddings"):
-        begin(METHODS["ffa_lora"](), embedding, [1], random_adapter(of))

@@ -148,17 +148,9 @@ def test_names_are_joined():
         ("fedprox", {"nu": 1}, r"\['nu'\].*takes \['mu'\]"),
         ("fedit", {"mu": 1}, "takes none"),
         ("fedprox", {"mu": -1}, "0 or more"),
-        ("flora+fedadam", {}, "FLoRA have no coordinates in common"),
         ("fedadam", {"server_learning_rate": 0}, "above 0"),
     ],
 )
 def test_names_and_options_that_make_no_sense(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_methods(name, options)
-
-
-def test_scaffold_stands_on_fedit_only():
-    method, scaffold, _ = make_methods("fedsa_lora+scaffold")
-    clients = begin(method, layout(), [1, 1], random_adapter(layout()))
-    with pytest.raises(ValueError, match="use fedit"):
-        scaffold.begin_run(clients, method)

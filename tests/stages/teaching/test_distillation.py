@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 
-from hf_devft.stages import distillation
+from hf_devft.stages.teaching import distillation
 from hf_devft.stages.teaching.distillation import distil, divergence
 
 

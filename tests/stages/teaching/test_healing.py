@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from hf_devft.stages.teaching.distillation import divergence
-from hf_devft.stages.teaching.healing import heal, healed_path, healed_state, load_healed_state, read_healed, save_healed
+from hf_devft.models.layer_files import healed_path, read_healed, save_healed
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.stages.submodel import build_submodel, build_whole, layers_of
+from hf_devft.stages.teaching.distillation import divergence
+from hf_devft.stages.teaching.healing import heal, healed_state, load_healed_state
 
 
 GROUPS = [[0, 1], [2, 3]]

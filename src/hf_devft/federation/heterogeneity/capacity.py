@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-# What a client does in stages of more layers than it can hold: nothing, or train the last stage's submodel that it can.
+# What a client does in stages that it cannot hold: nothing, or train the last submodel that it can.
 BEYOND_CAPACITY = ("sit_out", "keep_last")
 
 

@@ -57,8 +57,7 @@ class ResourceAware(ClientSelection):
         staying = [
             client
             for client in sampled
-            if done[client] <= self.resources[client].stays_until(begin)
-            and not self.drops_out(round_index, 0, client)
+            if done[client] <= self.resources[client].stays_until(begin) and not self.drops_out(round_index, 0, client)
         ]
         for client in sampled:
             self._busy_until[client] = done[client] if client in staying else begin

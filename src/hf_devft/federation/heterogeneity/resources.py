@@ -124,12 +124,23 @@ def load_resources(path: str | Path, names: Sequence[str]) -> list[ClientResourc
         raise ValueError(f"client_resources={path}: {error}. Give {known}.") from error
 
 
-def expected_flops(dataset: Dataset, rows: Sequence[np.ndarray], rows_per_round: int, per_token: float) -> list[float]:
+def expected_flops(
+    dataset: Dataset, rows: Sequence[np.ndarray], rows_per_round: int, per_token: tuple[float, ...]
+) -> list[float]:
     """What a round asks of each client, by the mean length of its rows.
 
     Args:
         dataset: with a column `input_ids`. rows: each client's.
-        rows_per_round: how many it trains on; per_token: FLOPs of one of their tokens.
+        rows_per_round: how many it trains on.
+        per_token: FLOPs of one of their tokens in each of the model's stacks of layers.
+
+    Raises:
+        ValueError: there is no such column, or more than one stack.
     """
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names or len(per_token) > 1:
+        raise ValueError(
+            "client_resources needs rows of `input_ids` (or text), to know how long a round takes, and a model of one "
+            "stack of layers: leave it out, and `client_selection`."
+        )
     lengths = np.diff(dataset.with_format("arrow")["input_ids"].combine_chunks().offsets.to_numpy())
-    return [float(rows_per_round * lengths[own].mean() * per_token) for own in rows]
+    return [float(rows_per_round * lengths[own].mean() * per_token[0]) for own in rows]

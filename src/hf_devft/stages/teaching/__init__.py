@@ -1,1 +1,1 @@
-"""What the server teaches: a submodel, to stand for all layers (healing); a larger one, what the smaller has learned."""
+"""What the server teaches: submodels, to stand for all layers (healing), and to know what smaller ones have learned."""

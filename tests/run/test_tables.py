@@ -1,7 +1,7 @@
 from rich.console import Console
-from test_configuration import stage_config
+from test_devft_config import stage_config
 
-from hf_devft.run.progress import print_stages, stage_rows
+from hf_devft.run.tables import print_stages, stage_table
 
 
 TOTALS = {
@@ -29,7 +29,7 @@ def test_the_table_fits_a_terminal_of_80_columns(capsys, monkeypatch):
 
 
 def test_columns_without_values_are_left_out():
-    titles, rows = stage_rows([stage_config(totals=TOTALS, metrics={})])
+    titles, rows = stage_table([stage_config(totals=TOTALS, metrics={})])
     assert "exact\nmatch" not in titles
     assert len(rows) == 1
     assert len(rows[0]) == len(titles)

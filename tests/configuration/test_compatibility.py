@@ -1,0 +1,71 @@
+import pytest
+from conftest import ANCHORS, config, lora, tiny_llama
+from peft import IA3Config, get_peft_model
+
+from hf_devft.configuration import Setup, check_compatibility
+from hf_devft.configuration.compatibility import CONFLICTS, FACTS
+from hf_devft.models.layout import AdapterLayout
+
+
+def setup(tmp_path, adapter=None, model=None, known=None, **options) -> Setup:
+    """Of a config that is fine by itself."""
+    layout = None if model is None else AdapterLayout.of(get_peft_model(model, adapter))
+    base = None if model is None else tiny_llama()
+    return Setup(config(tmp_path, **options), adapter=adapter, layout=layout, base=base, **known or {})
+
+
+def test_every_fact_is_used_and_every_conflict_is_of_known_ones():
+    named = {name for one, other, _ in CONFLICTS for name in (one, other)}
+    assert named == set(FACTS)
+    pairs = [frozenset(row[:2]) for row in CONFLICTS]
+    assert len(pairs) == len(set(pairs)), "one row for a pair"
+
+
+def test_a_reason_says_what_to_change():
+    imperatives = ("leave", "set ", "use ", "pass ", "load ", "lower ", "give ", "group ", "choose ", "join ", "turn ",
+                   "shard ")  # fmt: skip
+    for one, other, why in CONFLICTS:
+        assert any(word in why for word in imperatives), (one, other, why)
+        assert not why.endswith("."), "the error adds it"
+
+
+def test_defaults_conflict_with_nothing(tmp_path):
+    check_compatibility(setup(tmp_path, lora(), tiny_llama(), {"num_stages": 2, "mixed_precision": "no"}))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"grouping": "prefix"}, "grouping='prefix' cannot go with fusion='anchor', .*transfer='broadcast'"),
+    ({"federated_method": "fedsa_lora+scaffold"}, "join it with fedit"),
+    ({"federated_method": "flora+fedadam"}, "cannot go with federated_method='flora"),
+    ({"federated_method": "flora", "transfer": "anchor"}, 'set transfer="broadcast" or "split"'),
+    ({"federated_method": "scaffold", "auto_find_batch_size": True}, "leave one out"),
+    ({"federated_method": "c2a", "client_selection": "resource_aware"}, "none can come late"),
+    ({"beyond_capacity": "keep_last", "federated_method": "fedprox"}, 'beyond_capacity="sit_out"'),
+    ({"temporary_head": True, "wire_dtype": "int4"}, "some of them are dropped"),
+    ({"distillation_steps": 3, "temporary_head": True}, "leave it out"),
+    ({"predict_with_generate": True, "task": "text-classification"}, "turn it off"),
+])  # fmt: skip
+def test_a_config_is_refused_by_itself(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(("adapter", "options", "message"), [
+    (lora(target_modules=["q_proj", "embed_tokens"]), {"federated_method": "ffa_lora"}, "zero there"),
+    (lora(target_modules=["q_proj", "embed_tokens"]), {"federated_method": "flora"}, "cannot add to embeddings"),
+    (lora(rank_pattern={"q_proj": 4}), {"federated_method": "hetlora"}, "rank_pattern: it needs one rank"),
+    (IA3Config(task_type="CAUSAL_LM"), {"federated_method": "rolora"}, "IA3: use a `LoraConfig`"),
+    (lora(target_modules=["q_proj", "lm_head"]), {"temporary_head": True}, "an adapter already"),
+    (lora(init_lora_weights="pissa"), {"federated_method": "flexlora"} | ANCHORS, "use another initialisation"),
+])  # fmt: skip
+def test_an_adapter_is_refused_with_it(tmp_path, adapter, options, message):
+    with pytest.raises(ValueError, match=message):
+        check_compatibility(setup(tmp_path, adapter, tiny_llama(), **options))
+
+
+def test_what_is_not_known_conflicts_with_nothing(tmp_path):
+    check_compatibility(setup(tmp_path, healing_steps=2))
+    with pytest.raises(ValueError, match="pass `calibration_dataset`"):
+        check_compatibility(setup(tmp_path, known={"server_rows": False}, healing_steps=2))
+    with pytest.raises(ValueError, match="cannot go with a single stage"):
+        check_compatibility(setup(tmp_path, known={"num_stages": 1}, healing_steps=2))
