@@ -146,6 +146,19 @@ class FederatedRun:
                 setattr(stage, name, getattr(old, name))
         return checkpoint
 
+    def check_start(self, checkpoint: Checkpoint | None) -> None:
+        """Refuse to begin anew on a base that the method has changed.
+
+        Raises:
+            ValueError: it has, and there is no checkpoint to go on from.
+        """
+        if checkpoint is None and self.residual:
+            raise ValueError(
+                f"federated_method={self.args.federated_method!r} has changed the base beside the adapter, and "
+                "another `train` would begin without that: resume from a checkpoint, or start a new trainer from the "
+                "adapter in `output_dir`."
+            )
+
     def begin(self, adapter: State, folder: str | None, checkpoint: Checkpoint | None) -> None:
         """Stand at the start, with this full-depth adapter; or where the checkpoint in a folder has left the run.
 

@@ -3,7 +3,6 @@
 import functools
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,13 @@ from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.evaluation import evaluate_full_depth, over_the_sets
 from hf_devft.trainer.federation_builder import make_sampler
 from hf_devft.trainer.model_in_use import ModelInUse
-from hf_devft.trainer.preparation import check_arguments, check_run, clients_and_evaluation, prepare_run
+from hf_devft.trainer.preparation import (
+    check_arguments,
+    check_batch_size,
+    check_run,
+    clients_and_evaluation,
+    prepare_run,
+)
 from hf_devft.trainer.resuming import download_last_stage, make_pusher, rotate
 from hf_devft.trainer.session import TrainingSession
 
@@ -159,7 +164,7 @@ class DevFTMixin:
         log_how = (trial, ignore_keys_for_eval, start_time)
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         if args.eval_on_start and checkpoint is None:
-            self.use_whole_model()
+            self.models.use_whole(self.run)
             self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
             self.run.start_metrics = evaluate_full_depth(self, stage=0)
         for record in self.stages[checkpoint.run.stage - 1 if checkpoint else 0 :]:
@@ -186,7 +191,7 @@ class DevFTMixin:
             self._finish_stage(active)
             if self.control.should_training_stop:
                 break
-        self.use_whole_model()
+        self.models.use_whole(self.run)
         if args.should_save and args.save_strategy != "no":
             # A run that was killed between its last save and the rotation has left one more than it keeps.
             rotate(Path(self._get_output_dir(trial=trial)), args, self.state)
@@ -196,24 +201,15 @@ class DevFTMixin:
     def _begin_training(self, batch_size: int, resume_from_checkpoint: str | None, trial: Any) -> Checkpoint | None:
         """Make the run's state that of its start, or of the checkpoint that it goes on from."""
         args, run = self.args, self.run
-        if batch_size != self._train_batch_size:
-            raise RuntimeError(
-                "out of memory outside of local training, whose steps `auto_find_batch_size` cuts: lower "
-                "`per_device_eval_batch_size`, or train fewer layers."
-            )
+        check_batch_size(batch_size, self._train_batch_size)
         if resume_from_checkpoint is not None and self._checkpoint is None:
             self._load_from_checkpoint(resume_from_checkpoint)  # `train` leaves it out under DeepSpeed
         checkpoint, self._checkpoint = self._checkpoint, None
-        if checkpoint is None and run.residual:
-            raise ValueError(
-                f"federated_method={args.federated_method!r} has changed the base beside the adapter, and another "
-                "`train` would begin without that: resume from a checkpoint, or start a new trainer from the adapter "
-                "in `output_dir`."
-            )
+        run.check_start(checkpoint)
         run.healed.delete()
         if self.models.base is not None:
             run.federation = run.active = None
-            self.use_whole_model()  # where a run was interrupted
+            self.models.use_whole(run)  # where a run was interrupted
         run.begin(adapter_state(self.model), resume_from_checkpoint, checkpoint)
         self._init_training_state(run.num_rounds, run.num_rounds, len(self.stages), resume_from_checkpoint, trial)
         self._session = TrainingSession(self, checkpoint)
@@ -241,7 +237,7 @@ class DevFTMixin:
         compact = run.hand_on(Path(best) if best is not None else None)
         self.models.release()
         if self.eval_dataset is not None:
-            self.use_whole_model()
+            self.models.use_whole(self.run)
             record.metrics |= evaluate_full_depth(self, record.stage)
         if self.is_world_process_zero():
             rows = table_rows(self.stages[: record.stage], run.start_metrics)
@@ -253,14 +249,6 @@ class DevFTMixin:
             if not self.args.disable_tqdm:
                 print_stages(rows)
         self.accelerator.wait_for_everyone()
-
-    def use_whole_model(self) -> None:
-        """Make the full model with the full-depth adapter the one in use, unless it is."""
-        if self.models.is_whole:
-            return
-        if self.models.base is None:  # whoever has the trainer may have changed it
-            self.run.adapter = replace(self.run.adapter, state=adapter_state(self.model))
-        self.models.use_whole(self.run.adapter, self.run.residual)
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
@@ -288,7 +276,7 @@ class DevFTMixin:
     def evaluation_loop(self, *args, **kwargs):
         """As `Trainer`'s, but a batch's loss never depends on what other processes evaluate at the time."""
         if self.run.active is None:
-            self.use_whole_model()
+            self.models.use_whole(self.run)
         averaging, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
             return super().evaluation_loop(*args, **kwargs)
@@ -369,10 +357,8 @@ class DevFTMixin:
             self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        if self.publisher is None or (token, revision, private) != (None, None, None):
-            pusher = make_pusher(self.args, token, revision, private)
-        else:
-            pusher = self.publisher.pusher
+        is_own = self.publisher is not None and (token, revision, private) == (None, None, None)
+        pusher = self.publisher.pusher if is_own else make_pusher(self.args, token, revision, private)
         push = push_all if blocking else submit_all
         return push(pusher, Path(self.args.output_dir), commit_message or "Adapter")
 

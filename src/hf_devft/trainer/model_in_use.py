@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from hf_devft.models.adapter import detach_adapter
+from hf_devft.models.adapter import adapter_state, detach_adapter
 from hf_devft.models.engines import Engine, make_engine, shard
-from hf_devft.models.layout import State
 from hf_devft.models.residual import PatchedBaseWeights
 from hf_devft.models.weights import is_stored
-from hf_devft.stages.global_adapter import GlobalAdapter
 from hf_devft.stages.submodel import build_whole
+from hf_devft.trainer.federated_run import FederatedRun
 
 
 if TYPE_CHECKING:
@@ -92,8 +92,12 @@ class ModelInUse:
         trainer.model = trainer.model_wrapped = trainer.callback_handler.model = self.base
         return self.base
 
-    def use_whole(self, adapter: GlobalAdapter, residual: State) -> None:
-        """Make the full model, with the full-depth adapter, the one that is evaluated."""
-        model = adapter.attach(build_whole(self.release(), self._trainer.args.stack), residual)
+    def use_whole(self, run: FederatedRun) -> None:
+        """Make the full model, with a run's full-depth adapter, the one that is evaluated, unless it is."""
+        if self.is_whole:
+            return
+        if self.base is None:  # whoever has the trainer may have changed the adapter
+            run.adapter = replace(run.adapter, state=adapter_state(self._trainer.model))
+        model = run.adapter.attach(build_whole(self.release(), run.args.stack), run.residual)
         self.use(self.build_engine(model, train=False))
         self.is_whole = True

@@ -136,6 +136,19 @@ def check_arguments(args: Any, kwargs: dict[str, Any]) -> None:
         raise ValueError("model_init is not supported: pass `model`.")
 
 
+def check_batch_size(asked: int, known: int) -> None:
+    """Refuse a smaller batch, which `Trainer` asks for where memory has run out.
+
+    Raises:
+        RuntimeError: says what to lower.
+    """
+    if asked != known:
+        raise RuntimeError(
+            "out of memory outside of local training, whose steps `auto_find_batch_size` cuts: lower "
+            "`per_device_eval_batch_size`, or train fewer layers."
+        )
+
+
 def prepare_run(
     model: Any, args: DevFTConfig, clients: ClientData, initialisation: str | None
 ) -> tuple[FederatedRun, PatchedBaseWeights | None]:
