@@ -42,7 +42,7 @@ benchmark: install  ## Run a short version of every benchmark (benchmarks/result
 	$(BIN)/python benchmarks/clients_per_batch.py --rounds 2 --repeats 1 --results $(SHORT)/clients_per_batch.md
 	$(BIN)/python benchmarks/scaling.py --rounds 2 --results $(SHORT)/scaling.md
 	$(BIN)/python benchmarks/grouping.py --repeats 1 --results $(SHORT)/grouping.md
-	$(BIN)/python benchmarks/to_target.py --seeds 0 --only "many rows: FedIT, 2e-3, 30 rounds" "12 + 4 + 6 rounds" --results $(SHORT)/to_target.json
+	$(BIN)/python benchmarks/to_target.py --seeds 0 --only "many rows: FedIT, 2e-3, 30 rounds" "12 + 4 + 6 rounds" --results $(SHORT)/to_target.jsonl
 
 docs: install  ## Write docs/configuration.md anew, from the docstrings
 	$(BIN)/python docs/make_configuration.py

@@ -3,8 +3,8 @@
     python benchmarks/ablations.py --seeds 0 1 2 --workers 2
 
 All of grouping x fusion x transfer (4, 8 and 16 layers), then β, the first stage's capacity and the growth factor with
-the paper's rules. Each run has 12 rounds in all stages together, Dirichlet(0.5). Writes `results/ablations.json` and
-`.md`; a run that is already in the JSON is not repeated.
+the paper's rules. Each run has 12 rounds in all stages together, Dirichlet(0.5). Writes `results/ablations.jsonl` and
+`.md`; a run that is already there is not repeated.
 """
 
 from itertools import product

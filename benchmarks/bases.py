@@ -4,8 +4,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hf_devft.tasks.data import tokenize
 from hf_devft.embedded import BASE_PATH, task_dataset
+from hf_devft.tasks.data import tokenize
 
 
 def quickstart_base() -> PreTrainedModel:

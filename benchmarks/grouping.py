@@ -64,10 +64,10 @@ def measure(folder: Path, step: str, cached: bool) -> tuple[float, float]:
     """Seconds, and the peak in MB."""
     import torch
 
-    from hf_devft.run.peak_memory import PeakMemory
-    from hf_devft.stages.grouping import GroupingTask, group_layers, layer_similarity
     from hf_devft.models.layer_stack import find_layer_stack
     from hf_devft.models.streaming import load_base
+    from hf_devft.run.peak_memory import PeakMemory
+    from hf_devft.stages.grouping import GroupingTask, group_layers, layer_similarity
     from hf_devft.stages.submodel import build_submodel
 
     memory = PeakMemory(torch.device("cpu"))

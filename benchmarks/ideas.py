@@ -3,7 +3,7 @@
     python benchmarks/ideas.py --seeds 0 1 2 --workers 2
 
 The quickstart's task and clients, 4 layers for 12 rounds and 16 for 4, the rates those of `to_target.py`. Writes
-`results/ideas.json` and `.md`; a run that is already in the JSON is not repeated.
+`results/ideas.jsonl` and `.md`; a run that is already there is not repeated.
 """
 
 import copy
@@ -17,11 +17,11 @@ from to_target import DISTILLED, LINEAR
 
 import hf_devft
 from hf_devft.federation.methods.lora import truncated_product
-from hf_devft.models.layout import lora_scaling
-from hf_devft.stages.grouping import GROUPINGS, GroupingTask, Groups
 from hf_devft.models.layer_stack import find_layer_stack
-from hf_devft.stages.submodel import build_whole
+from hf_devft.models.layout import lora_scaling
 from hf_devft.models.weights import dense
+from hf_devft.stages.grouping import GROUPINGS, GroupingTask, Groups
+from hf_devft.stages.submodel import build_whole
 
 
 RATES = [*LINEAR, "--stage_learning_rates", "6e-3", "9e-3"]

@@ -6,8 +6,8 @@
         --phase_layers 16 16 --phase_steps 2500 2500 --phase_rates 2e-3 2e-3
     python benchmarks/other_base.py --base build/flat/final --workers 2
 
-(The second command goes on from where the first has stopped.) Writes `results/other_base.json` and `.md`; a run that
-is already in the JSON is not repeated.
+(The second command goes on from where the first has stopped.) Writes `results/other_base.jsonl` and `.md`; a run that
+is already there is not repeated.
 """
 
 from recipe_runs import arguments, publish_runs, run_all

@@ -2,8 +2,8 @@
 
     python benchmarks/quickstart.py --seeds 0 1 2
 
-Runs every variant with every seed through the recipe, one after another, and writes `results/quickstart.json` and
-`results/quickstart.md` beside this file. A run that is already in the JSON is not repeated.
+Runs every variant with every seed through the recipe, one after another, and writes `results/quickstart.jsonl` and
+`results/quickstart.md` beside this file. A run that is already there is not repeated.
 """
 
 from recipe_runs import COLUMNS, arguments, publish_runs, run_all, table

@@ -94,16 +94,16 @@ def run_all(
     curve: bool = False,
     script: Callable[[str], list[str]] = lambda name: [str(RECIPE)],
 ) -> dict[str, dict[str, dict]]:
-    """Every variant with every seed, {name: {seed: run}}; what is in the JSON already is not run again.
+    """Every variant with every seed, {name: {seed: run}}; what is in the results already is not run again.
 
     Args:
         variants: name -> (config, overrides).
-        options: see `arguments`; the JSON is written after every run.
+        options: see `arguments`; every run is a line of the results, added when it is over.
         curve: see `run_recipe`.
         script: name -> what runs it, and its first arguments; default: the recipe.
     """
     path, workers = options.results, options.workers
-    content = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+    known = read_runs(path)
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
     base = ["--model_name_or_path", options.base] if options.base else []
     lock, commit = Lock(), revision()
@@ -112,23 +112,74 @@ def run_all(
         seed, name = task
         config, overrides = variants[name]
         flags = [*overrides, *base, "--seed", str(seed)]
-        result = run_recipe(script(name), config, flags, threads, curve) | {"revision": commit}
-        with lock:
-            content["runs"].setdefault(name, {})[str(seed)] = result
-            content["machine"] = machine()
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-            temporary.replace(path)
+        about = {"revision": commit, "machine": machine()}
+        result = run_recipe(script(name), config, flags, threads, curve) | about
+        with lock, path.open("a") as file:
+            known.setdefault(name, {})[str(seed)] = result
+            row = to_row(name, seed, result)
+            file.write(json.dumps(row, separators=(",", ":"), ensure_ascii=False) + "\n")
         print(f"seed {seed}, {name}: {result['metrics']}", flush=True)
 
     # Seeds outside: a stopped benchmark has compared what it has run.
     chosen = [name for name in variants if any(part in name for part in options.only)]
-    tasks = [
-        (seed, name) for seed in options.seeds for name in chosen if str(seed) not in content["runs"].get(name, {})
-    ]
+    tasks = [(seed, name) for seed in options.seeds for name in chosen if str(seed) not in known.get(name, {})]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(run, tasks))
-    return {name: content["runs"].get(name, {}) for name in variants}
+    return {name: known.get(name, {}) for name in variants}
+
+
+# What is kept of a run: what tables and plots need, rounded to as many digits as no table shows.
+_STAGE = ("eval_loss", "eval_full_loss", "eval_full_exact_match")
+_CURVE = ("rounds", "loss", "bytes", "client_flops", "flops", "seconds")
+_UNITS = {"flops": 1e9, "client_flops": 1e9}  # of numbers that would be long
+_DIGITS = 6
+
+
+def to_row(name: str, seed: int, run: dict) -> dict:
+    """A run as a line of the results; stages and points of the curve are lists, by `_STAGE` and `_CURVE`."""
+    row = {
+        "run": name,
+        "seed": seed,
+        "revision": run["revision"],
+        "machine": run["machine"],
+        "totals": {key: _round(value) for key, value in run["totals"].items()},
+        "wall_seconds": _round(run["wall_seconds"]),
+        "stages": [[stage["layers"], *(_round(stage["metrics"].get(key)) for key in _STAGE)] for stage in run["stages"]],
+    }
+    if "curve" in run:
+        row["curve"] = [[_in_units(key, point[key]) for key in _CURVE] for point in run["curve"]]
+    return row
+
+
+def _in_units(key: str, value: float) -> float:
+    return _round(value / _UNITS[key]) if key in _UNITS else _round(value)
+
+
+def _round(value: float | None) -> float | None:
+    return value if value is None or isinstance(value, int) else float(f"{value:.{_DIGITS}g}")
+
+
+def _from_row(row: dict) -> dict:
+    """A run, from what `to_row` has made of it."""
+    named = [dict(zip(_STAGE, values, strict=True)) for _, *values in row["stages"]]
+    stages = [
+        {"layers": stage[0], "metrics": {key: value for key, value in metrics.items() if value is not None}}
+        for stage, metrics in zip(row["stages"], named, strict=True)
+    ]
+    curve = [
+        {key: value * _UNITS.get(key, 1) for key, value in zip(_CURVE, point, strict=True)}
+        for point in row.get("curve", [])
+    ]
+    return row | {"stages": stages, "metrics": stages[-1]["metrics"], "curve": curve}
+
+
+def read_runs(path: Path) -> dict[str, dict[str, dict]]:
+    """{name: {seed: run}} of the results, in the order in which they were measured."""
+    runs: dict[str, dict[str, dict]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        runs.setdefault(row["run"], {})[str(row["seed"])] = _from_row(row)
+    return runs
 
 
 def table(
@@ -152,16 +203,17 @@ def table(
 
 def note(options: argparse.Namespace) -> str:
     """When and where the results were measured."""
-    content = json.loads(options.results.read_text())
-    counts = [len(runs) for runs in content["runs"].values()]
+    known = read_runs(options.results)
+    counts = [len(runs) for runs in known.values()]
+    newest = [run["machine"] for runs in known.values() for run in runs.values()][-1]
     seeds = f"{min(counts)} to {max(counts)} seeds" if min(counts) < max(counts) else f"{max(counts)} seeds"
     measured = "one seed" if max(counts) == 1 else f"mean ± s.d. of {seeds}"
     base = f" --base {options.base}" if options.base else ""
-    return f"`python benchmarks/{options.name}.py{base}`, {content['machine']}; {measured}.\n"
+    return f"`python benchmarks/{options.name}.py{base}`, {newest}; {measured}.\n"
 
 
 def publish_runs(options: argparse.Namespace, text: str, figure: Figure | None = None) -> None:
-    """Write what the runs in the JSON came to beside it, and show it."""
+    """Write what the runs in the results came to beside them, and show it."""
     options.results.with_suffix(".md").write_text(f"{text}\n{note(options)}")
     if figure is not None:
         figure.savefig(options.image, dpi=110)
@@ -173,13 +225,13 @@ def arguments(name: str, doc: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.json")
+    parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.jsonl")
     parser.add_argument("--base", help="that all runs train; default: the embedded one")
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose name has one of these in it")
     options = parser.parse_args()
     options.name = name
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    published = options.results == RESULTS / f"{name}.json"
+    published = options.results == RESULTS / f"{name}.jsonl"
     options.image = (
         HERE.parent / "docs" / "images" / f"{name}.png" if published else options.results.with_suffix(".png")
     )

@@ -6,7 +6,7 @@ In two regimes: "many rows", the quickstart's 4,000, of which FedIT has not seen
 400 over the 20 clients, on which it stops improving. Every run is evaluated at full depth after every round in which
 the model has all its layers, and at every stage's end. A target is a loss; FedIT's cost is that of whichever of its
 runs is the first to reach it, by each measure, so that it has the learning rate and the length that suit it best.
-Writes `results/to_target.json`, `.md` and `docs/images/to_target.png`; a run that is already in the JSON is not
+Writes `results/to_target.jsonl`, `.md` and `docs/images/to_target.png`; a run that is already there is not
 repeated.
 """
 
