@@ -29,7 +29,7 @@ def measure(name: str, count: int, batch: int, rounds: int) -> tuple[float, torc
         )  # fmt: skip
         trainer = DevFTTrainer(base, args, peft_config=lora(), train_dataset=rows(1000), processing_class=tokenizer())
         trainer.train()
-    adapter = torch.cat([tensor.flatten() for tensor in trainer._full_adapter.values()])
+    adapter = torch.cat([tensor.flatten() for tensor in trainer.run.adapter.state.values()])
     return statistics.median(record.seconds for record in trainer.ledger.rounds[1:]), adapter
 
 

@@ -9,19 +9,25 @@ The quickstart's task and clients, 4 layers for 12 rounds and 16 for 4, the rate
 import copy
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from recipe_runs import COLUMNS, RECIPE, arguments, publish_runs, run_all, table
 from to_target import DISTILLED, LINEAR
+from transformers import PreTrainedModel
 
-import hf_devft
+from hf_devft import StageConfig
 from hf_devft.federation.methods.lora import truncated_product
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.models.layout import lora_scaling
 from hf_devft.models.weights import dense
-from hf_devft.stages.grouping import GROUPINGS, GroupingTask, Groups
-from hf_devft.stages.submodel import build_whole
+from hf_devft.stages import GROUPINGS
+from hf_devft.stages.global_adapter import GlobalAdapter
+from hf_devft.stages.grouping import GroupingTask, Groups, group_layers
+from hf_devft.trainer.session import TrainingSession
+from hf_devft.trainer.stage_factory import StageFactory
+from hf_devft.trainer.stage_runner import StageRunner
 
 
 RATES = [*LINEAR, "--stage_learning_rates", "6e-3", "9e-3"]
@@ -32,103 +38,104 @@ EVALUATED = ["--eval_strategy", "epoch", "--eval_on_start", "false", "--save_str
 
 def alternate(whose: str) -> None:
     """Each of a group's members in turn stands for it, from client to client or from round to round."""
+    train_model = StageRunner.train_model
 
-    class Alternating(hf_devft.DevFTTrainer):
-        def _train_submodel(self, learning_rate, turn, layers):
-            number = turn.client if whose == "client" else self.state.global_step
-            self._take_weights(layers, number)
-            trained = super()._train_submodel(learning_rate, turn, layers)
-            self._take_weights(layers, 0)
-            return trained
+    def alternating(self, learning_rate, turn, engine, layers):
+        base, groups = self.hooks.models.base, self.stage.groups
+        take_weights(base, groups, layers, turn.client if whose == "client" else turn.round_index)
+        trained = train_model(self, learning_rate, turn, engine, layers)
+        take_weights(base, groups, layers, 0)
+        return trained
 
-        def _take_weights(self, layers, number: int) -> None:
-            for layer, group in zip(layers, self._running.stage.groups, strict=True):
-                own = dict(self._running.stack.layers[group[number % len(group)]].named_parameters())
-                for name, parameter in layer.named_parameters():
-                    if (value := own.get(name.replace(".base_layer", ""))) is not None:
-                        parameter.data = dense(value).detach().to(parameter)
-
-    hf_devft.DevFTTrainer = Alternating
+    StageRunner.train_model = alternating
 
 
-def protect(first: int, last: int) -> None:
-    """So many layers at both ends stand for themselves, in stages that have room for a group between them."""
-    rule = GROUPINGS["deconfliction"]
+def take_weights(base: PreTrainedModel, groups: Groups, layers: list[torch.nn.Module], number: int) -> None:
+    """Give a submodel's layers the weights of the `number`th member of their groups."""
+    stack = find_layer_stack(base)
+    for layer, group in zip(layers, groups, strict=True):
+        own = dict(stack.layers[group[number % len(group)]].named_parameters())
+        for name, parameter in layer.named_parameters():
+            if (value := own.get(name.replace(".base_layer", ""))) is not None:
+                parameter.data = dense(value).detach().to(parameter)
 
-    def protected(task: GroupingTask) -> Groups:
+
+def protected(first: int, last: int) -> Callable[[GroupingTask], Groups]:
+    """A rule: so many layers at both ends stand for themselves, in stages that have room for a group between them."""
+
+    def rule(task: GroupingTask) -> Groups:
         depth, between = len(task.kinds), task.capacity - first - last
         middle = range(first, depth - last)
         similarity = task.similarity()[first : depth - last, first : depth - last]
-        inner = rule(GroupingTask([0] * len(middle), between, task.seed, lambda: similarity))
+        inner = GROUPINGS["deconfliction"](GroupingTask([0] * len(middle), between, task.seed, lambda: similarity))
         ends = [[layer] for layer in (*range(first), *range(depth - last, depth))]
         return sorted([*ends, *([middle[index] for index in group] for group in inner)])
 
-    GROUPINGS["deconfliction"] = protected
+    return rule
+
+
+GROUPINGS["last_protected"], GROUPINGS["ends_protected"] = protected(0, 1), protected(1, 1)
 
 
 def group_by_function() -> None:
     """Similarity of what the layers add to the residual stream on calibration texts, for that of their weights."""
 
-    class Functional(hf_devft.DevFTTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self._similarity = self._similarity_of_what_is_added
+    def group(self: StageFactory, record: StageConfig) -> Groups:
+        batches = self.teacher.batches_of(self.teacher.rows, self.args.eval_batch_size, None)
+        similarity = similarity_of_what_is_added(self.builder.whole().eval(), batches)
+        kinds = self.builder.stack.kinds
+        task = GroupingTask(kinds, record.num_layers, self.args.seed, lambda: similarity)
+        return group_layers(task, record.grouping)
 
-        @torch.no_grad()
-        def _similarity_of_what_is_added(self) -> torch.Tensor:
-            model = build_whole(self._base).eval()
-            layers, added = find_layer_stack(model).layers, {}
+    StageFactory.group = group
 
-            def note(layer, args, kwargs, output):
-                before = args[0] if args else kwargs["hidden_states"]
-                added[layer] = (output[0] if isinstance(output, tuple) else output) - before
 
-            hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
-            grams = []
-            for batch in self._calibration_batches():
-                model(**self._prepare_inputs(batch))
-                rows = torch.stack([added[layer][batch["attention_mask"].bool()] for layer in layers])
-                rows = torch.nn.functional.normalize(rows.float(), dim=-1)
-                grams.append(torch.einsum("ith,jth->ij", rows, rows) / rows.shape[1])
-            for hook in hooks:
-                hook.remove()
-            return torch.stack(grams).mean(0)
+@torch.no_grad()
+def similarity_of_what_is_added(model: PreTrainedModel, batches: Iterable[dict]) -> torch.Tensor:
+    layers, added = find_layer_stack(model).layers, {}
 
-    hf_devft.DevFTTrainer = Functional
+    def note(layer, args, kwargs, output):
+        before = args[0] if args else kwargs["hidden_states"]
+        added[layer] = (output[0] if isinstance(output, tuple) else output) - before
+
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    grams = []
+    for inputs in batches:
+        model(**inputs)
+        rows = torch.stack([added[layer][inputs["attention_mask"].bool()] for layer in layers])
+        rows = torch.nn.functional.normalize(rows.float(), dim=-1)
+        grams.append(torch.einsum("ith,jth->ij", rows, rows) / rows.shape[1])
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(grams).mean(0)
 
 
 def narrow(rank: int) -> None:
     """From the second stage on, the best approximation of the adapter's product by one of a lower rank; the smaller
     submodel teaches with what it has."""
+    enter, submodel_of, wide = TrainingSession.enter, StageFactory.submodel_of, {}
 
-    class Narrowing(hf_devft.DevFTTrainer):
-        def _enter_stage(self, stage, checkpoint):
-            self._wide = self.peft_config, self._full_adapter
-            if stage.stage > 1:
-                self.peft_config = copy.deepcopy(self.peft_config)
-                self.peft_config.r = rank
-                ratio = lora_scaling(self._wide[0]) / lora_scaling(self.peft_config)
-                self._full_adapter = self._narrowed(ratio)
-            super()._enter_stage(stage, checkpoint)
+    def narrowing(self, record, checkpoint):
+        if record.stage > 1:
+            wide["adapter"] = self.run.adapter
+            self.run.adapter = narrowed(self.run.adapter, rank)
+        return enter(self, record, checkpoint)
 
-        def _narrowed(self, ratio: float) -> dict[str, torch.Tensor]:
-            state, narrowed = self._full_adapter, {}
-            for key in (key for key in state if "lora_A" in key):
-                other = key.replace("lora_A", "lora_B")
-                u, s, v = truncated_product(state[other].double(), state[key].double(), rank)
-                root = (ratio * s).sqrt()
-                narrowed |= {key: (root[:, None] * v).float(), other: (u * root).float()}
-            return narrowed
+    TrainingSession.enter = narrowing
+    StageFactory.submodel_of = lambda self, earlier, adapter: submodel_of(self, earlier, wide["adapter"])
 
-        def _submodel_of(self, earlier, base, stack):
-            narrow = self.peft_config, self._full_adapter
-            self.peft_config, self._full_adapter = self._wide
-            try:
-                return super()._submodel_of(earlier, base, stack)
-            finally:
-                self.peft_config, self._full_adapter = narrow
 
-    hf_devft.DevFTTrainer = Narrowing
+def narrowed(adapter: GlobalAdapter, rank: int) -> GlobalAdapter:
+    """The best approximation of an adapter by one of a lower rank."""
+    config = copy.deepcopy(adapter.config)
+    config.r = rank
+    ratio, state = lora_scaling(adapter.config) / lora_scaling(config), {}
+    for key in (key for key in adapter.state if "lora_A" in key):
+        other = key.replace("lora_A", "lora_B")
+        u, s, v = truncated_product(adapter.state[other].double(), adapter.state[key].double(), rank)
+        root = (ratio * s).sqrt()
+        state |= {key: (root[:, None] * v).float(), other: (u * root).float()}
+    return replace(adapter, config=config, state=state)
 
 
 # Name -> (what it changes of the package, further flags).
@@ -136,8 +143,8 @@ IDEAS: dict[str, tuple[Callable[[], None] | None, list[str]]] = {
     "as it is": (None, []),
     "a group's members in turn, client by client": (lambda: alternate("client"), []),
     "a group's members in turn, round by round": (lambda: alternate("round"), []),
-    "the last layer protected": (lambda: protect(0, 1), []),
-    "the first and the last layer protected": (lambda: protect(1, 1), []),
+    "the last layer protected": (None, ["--grouping", "last_protected"]),
+    "the first and the last layer protected": (None, ["--grouping", "ends_protected"]),
     "groups by what layers add to the residual stream": (group_by_function, []),
     "rank 2": (None, ["--lora_r", "2", "--lora_alpha", "8"]),
     "20 local steps, half the rounds": (None, ["--local_steps", "20", "--stage_rounds", "6", "2"]),

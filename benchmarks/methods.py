@@ -3,8 +3,8 @@
     python benchmarks/methods.py --seeds 0 1 2 --workers 2
 
 Each run has 12 rounds (4 in each of three stages) of 2 clients of 20, 10 local steps of 16 examples, and every option
-at its default but those of the configs. Writes `results/methods.jsonl`, `.md` and `docs/images/methods.png`; a run that
-is already there is not repeated.
+at its default but those of the configs. Writes `results/methods.jsonl`, `.md` and `docs/images/methods.png`; a run
+that is already there is not repeated.
 """
 
 import statistics

@@ -7,6 +7,8 @@ nothing else, in one process, in turns. Writes `results/overhead.md`.
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -15,36 +17,42 @@ from machine import parser, publish
 from transformers import PreTrainedModel, set_seed
 
 from hf_devft import DevFTConfig, DevFTTrainer
+from hf_devft.trainer.session import TrainingSession
 
 
 CLIENTS, BATCH = 2, 16
 STEPS = {"quickstart": 10, "larger": 3}  # fewer are the harder test: what a client costs stands beside less work
 
 
-class InTurns(DevFTTrainer):
-    """Before every second round, times a plain loop over what the round is going to do, and after the others."""
+@contextmanager
+def in_turns() -> Iterator[list[float]]:
+    """Before every second round, times a plain loop over what the round is going to do, and after the others; gives
+    the seconds of these loops."""
+    plain, run_round = [], TrainingSession.run_round
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.plain: list[float] = []
+    def timed(self, active, runner, learning_rate):
+        index = self.trainer.state.global_step
+        batches = next_batches(self, index)
+        if index % 2 == 0:
+            plain.append(plain_round(active.model, batches, learning_rate))
+        outcome = run_round(self, active, runner, learning_rate)
+        if index % 2 == 1:
+            plain.append(plain_round(active.model, batches, learning_rate))
+            active.engine.write(active.adapter)
+        return outcome
 
-    def _run_round(self, learning_rate: float) -> float | None:
-        batches, first = self._next_batches(), self.state.global_step % 2 == 0
-        if first:
-            self.plain.append(plain_round(self.model, batches, learning_rate))
-        grad_norm = super()._run_round(learning_rate)
-        if not first:
-            self.plain.append(plain_round(self.model, batches, learning_rate))
-            self.engine.write(self._running.adapter)
-        return grad_norm
+    TrainingSession.run_round = timed
+    try:
+        yield plain
+    finally:
+        TrainingSession.run_round = run_round
 
-    def _next_batches(self) -> list[list[dict]]:
-        """Those of each client of the round to come, from a loader of their own."""
-        index, federation = self.state.global_step, self._federation
-        batches = federation.batches_of([index], 0)
-        return [
-            list(islice(batches.next_client(), self.args.local_steps)) for _ in federation.selection.sampled(index, 0)
-        ]
+
+def next_batches(session: TrainingSession, index: int) -> list[list[dict]]:
+    """Those of each client of the round to come, from a loader of their own."""
+    batches, steps = session.federation.batches_of([index], 0), session.trainer.args.local_steps
+    sampled = session.federation.selection.sampled(index, 0)
+    return [list(islice(batches.next_client(), steps)) for _ in sampled]
 
 
 def plain_round(model: torch.nn.Module, clients: list[list[dict]], learning_rate: float) -> float:
@@ -69,13 +77,14 @@ def measure(base: PreTrainedModel, stages: list[int], steps: int, rounds: int) -
             output_dir=folder, stage_layers=stages, stage_rounds=[rounds + 2], clients_per_round=CLIENTS,
             local_steps=steps, per_device_train_batch_size=BATCH, save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        trainer = InTurns(base, args, peft_config=lora(), train_dataset=rows(1000), processing_class=tokenizer())
-        trainer.train()
+        trainer = DevFTTrainer(base, args, peft_config=lora(), train_dataset=rows(1000), processing_class=tokenizer())
+        with in_turns() as loops:
+            trainer.train()
     found = []
     for stage in trainer.stages:
         pairs = [
             (plain, record.seconds)
-            for plain, record in zip(trainer.plain, trainer.ledger.rounds, strict=True)
+            for plain, record in zip(loops, trainer.ledger.rounds, strict=True)
             if record.stage == stage.stage
         ][2:]  # the first ones warm up
         ratio = statistics.median(seconds / plain for plain, seconds in pairs)

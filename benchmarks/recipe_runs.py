@@ -132,7 +132,7 @@ def run_all(
 _STAGE = ("eval_loss", "eval_full_loss", "eval_full_exact_match")
 _CURVE = ("rounds", "loss", "bytes", "client_flops", "flops", "seconds")
 _UNITS = {"flops": 1e9, "client_flops": 1e9}  # of numbers that would be long
-_DIGITS = 6
+_DIGITS = 7
 
 
 def to_row(name: str, seed: int, run: dict) -> dict:
@@ -142,9 +142,11 @@ def to_row(name: str, seed: int, run: dict) -> dict:
         "seed": seed,
         "revision": run["revision"],
         "machine": run["machine"],
-        "totals": {key: _round(value) for key, value in run["totals"].items()},
-        "wall_seconds": _round(run["wall_seconds"]),
-        "stages": [[stage["layers"], *(_round(stage["metrics"].get(key)) for key in _STAGE)] for stage in run["stages"]],
+        "totals": run["totals"] | {"seconds": round(run["totals"]["seconds"], 1)},
+        "wall_seconds": round(run["wall_seconds"], 1),
+        "stages": [
+            [stage["layers"], *(_round(stage["metrics"].get(key)) for key in _STAGE)] for stage in run["stages"]
+        ],
     }
     if "curve" in run:
         row["curve"] = [[_in_units(key, point[key]) for key in _CURVE] for point in run["curve"]]

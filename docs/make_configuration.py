@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the dataclasses: `make docs`."""
+"""Writes docs/configuration.md from the dataclasses, and docs/compatibility.md from the table: `make docs`."""
 
 import re
 from dataclasses import fields
@@ -7,10 +7,11 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from hf_devft.cli.arguments import RecipeArguments
-from hf_devft.configuration.devft_config import RENAMED, UNSUPPORTED, DevFTConfig
+from hf_devft.configuration.devft_config import UNSUPPORTED, DevFTConfig
 
 
 PAGE = Path(__file__).with_name("configuration.md")
+COMPATIBILITY = Path(__file__).with_name("compatibility.md")
 HEAD = """# Configuration
 
 Made by `make docs` from the docstrings of `DevFTConfig` and `RecipeArguments`. Every key is a key of a YAML config, a
@@ -21,6 +22,15 @@ With `--trainer sft` or `dpo`, the options of TRL's config hold, too.
 
 The defaults are those of Python and of a config of your own: `recipes/devft.py` without `--config` starts from
 [`quickstart.yaml`](../recipes/configs/quickstart.yaml).
+"""
+COMPATIBILITY_HEAD = """# What goes together
+
+Made by `make docs` from the one table of `hf_devft.configuration.compatibility`. Whatever is not in it goes together. A
+run that asks for both of a row is refused before any work is spent, and so is its `--plan`, as far as the config, the
+adapter and the model's architecture tell.
+
+| | with | why, and what to change |
+|---|---|---|
 """
 _ENTRY = re.compile(r"^ {8}(\w+) \((.*?)\):\n((?: {12}.*\n|\n)+)", re.MULTILINE)
 
@@ -48,6 +58,14 @@ def page() -> str:
     return text
 
 
+def compatibility_page() -> str:
+    """The Markdown of what cannot go together."""
+    text = COMPATIBILITY_HEAD
+    for one, other, why in CONFLICTS:
+        text += f"| {FACTS[one].name} | {FACTS[other].name} | {why} |\n"
+    return text
+
+
 def _said(default: object) -> object:
     return getattr(default, "value", default)
 
@@ -59,3 +77,4 @@ def _row(name: str, *others: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    COMPATIBILITY.write_text(compatibility_page())

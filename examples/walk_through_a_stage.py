@@ -11,9 +11,9 @@ import sys
 from matplotlib.figure import Figure
 
 from hf_devft.embedded import resolve_model_name
-from hf_devft.stages.grouping import GroupingTask, group_layers, layer_similarity
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.models.streaming import load_base
+from hf_devft.stages.grouping import GroupingTask, group_layers, layer_similarity
 from hf_devft.stages.submodel import build_submodel
 
 

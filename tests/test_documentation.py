@@ -21,6 +21,7 @@ spec.loader.exec_module(make_configuration)
 
 def test_the_reference_is_what_make_docs_writes():
     assert make_configuration.PAGE.read_text() == make_configuration.page(), "run `make docs`"
+    assert make_configuration.COMPATIBILITY.read_text() == make_configuration.compatibility_page(), "run `make docs`"
 
 
 def test_every_option_of_ours_is_in_the_reference():

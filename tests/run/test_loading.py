@@ -98,7 +98,7 @@ WEIGHTS, CONFIG = "submodel/adapter_model.safetensors", "submodel/adapter_config
     (WEIGHTS, lambda path: path.write_bytes(b"\x80\x04."), "no readable adapter"),
     (WEIGHTS, pickle_instead, "pickled weights are not read"),
     (CONFIG, edit(peft_type="IA3"), "no readable adapter"),
-    (CONFIG, edit(r="many"), "rank 'many'"),
+    (CONFIG, edit(r="many"), "r='many'"),
     (CONFIG, edit(r=2_000_000), "its tensors have"),
     (CONFIG, lambda path: path.write_text("[]"), "no readable adapter"),
 ])  # fmt: skip

@@ -1,10 +1,12 @@
 """The adapters that users know from PEFT, through stages and back."""
 
+import math
+
 import pytest
 import torch
 from conftest import ANCHORS, lora, tiny_llama
 from peft import IA3Config, LoHaConfig, PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from hf_devft import load_submodel
 
@@ -52,11 +54,14 @@ def test_the_submodel_that_is_loaded_is_the_one_that_was_trained(make_trainer):
     """Also with an adapter on some layers only, which have other numbers there."""
     seen = {}
 
-    def keep(trainer):
-        seen.setdefault(trainer.run.active.record.stage, logits(trainer.model))
+    def keep(model, stage):
+        seen.setdefault(stage, logits(model))
 
     trainer = make_trainer(
-        peft_config=ADAPTERS["some layers"](), model=untied(), cls=before_the_stage_ends(keep), stage_layers=[2, 4]
+        peft_config=ADAPTERS["some layers"](),
+        model=untied(),
+        callbacks=[before_the_stage_ends(keep)],
+        stage_layers=[2, 4],
     )
     trainer.train()
     assert trainer.stages[0].groups[0] == [0], "the layer without adapter shares its group with none that has one"
@@ -64,20 +69,19 @@ def test_the_submodel_that_is_loaded_is_the_one_that_was_trained(make_trainer):
 
 
 def before_the_stage_ends(function):
-    from hf_devft import DevFTTrainer
+    """A callback that calls `function` with the submodel, and the number of its stage."""
 
-    class Watched(DevFTTrainer):
-        def _finish_stage(self):
-            function(self)
-            super()._finish_stage()
+    class Watching(TrainerCallback):
+        def on_epoch_end(self, args, state, control, model, **kwargs):
+            function(model, math.ceil(state.epoch))
 
-    return Watched
+    return Watching()
 
 
 def test_dora_members_keep_norms_of_their_own(make_trainer):
     trainer = make_trainer(peft_config=lora(use_dora=True), stage_layers=[1, 4])
     before = dict(trainer.run.adapter.state)
-    trainer.stages = trainer.stages[:1]
+    trainer.run.stages = trainer.stages[:1]
     trainer.train()
     key = "base_model.model.model.layers.{}.self_attn.q_proj.lora_magnitude_vector"
     changes = [trainer.run.adapter.state[key.format(layer)] / before[key.format(layer)] for layer in range(4)]
@@ -91,12 +95,17 @@ def test_dora_members_keep_norms_of_their_own(make_trainer):
 def test_what_an_initialisation_takes_out_of_the_base_is_in_what_is_saved(make_trainer, tmp_path, init):
     seen = {}
 
-    def keep(trainer):
-        seen.setdefault(trainer.run.active.record.stage, logits(trainer.model))
+    def keep(model, stage):
+        seen.setdefault(stage, logits(model))
 
     def start(name, model):
-        return make_trainer(peft_config=lora(init_lora_weights=init, use_rslora=True), model=model,
-                            cls=before_the_stage_ends(keep), output_dir=str(tmp_path / name), **ANCHORS)  # fmt: skip
+        return make_trainer(
+            peft_config=lora(init_lora_weights=init, use_rslora=True),
+            model=model,
+            callbacks=[before_the_stage_ends(keep)],
+            output_dir=str(tmp_path / name),
+            **ANCHORS,
+        )
 
     base = untied()
     trainer = start("run", base)
@@ -157,22 +166,22 @@ def test_an_adapter_on_weights_that_were_changed_elsewhere_is_refused(make_train
 
 
 @pytest.mark.parametrize(("adapter", "options", "message"), [
-    (lora(use_dora=True), {"fusion": "mean"}, "norms of a layer's weights"),
+    (lora(use_dora=True), {"fusion": "mean"}, "norms of a layer's own weights"),
     (lora(use_dora=True), {"federated_method": "flora"}, "use_dora"),
     (lora(rank_pattern={"q_proj": 4}), {"federated_method": "hetlora"}, "rank_pattern"),
     (lora(rank_pattern={"layers.0.q_proj": 4}), {}, "names single layers"),
     (lora(init_lora_weights="eva"), {}, "look at data"),
-    (lora(init_lora_weights="pisa"), {}, "'pisa'. is none of"),
-    (lora(init_lora_weights="pissa"), {}, "belongs to no other layer"),
+    (lora(init_lora_weights="pisa"), {}, "'pisa'. is not supported"),
+    (lora(init_lora_weights="pissa"), {}, "holds a part of its own layer"),
     (lora(init_lora_weights="olora"), ANCHORS | {"grouping": "calibrated"}, "every module"),
-    (lora(init_lora_weights="pissa", alpha_pattern={"q_proj": 3}), ANCHORS, "leave out alpha_pattern"),
-    (lora(init_lora_weights="pissa"), ANCHORS | {"federated_method": "flexlora"}, "products of LoRA's factors"),
+    (lora(init_lora_weights="pissa", alpha_pattern={"q_proj": 3}), ANCHORS, "cannot go with alpha_pattern"),
+    (lora(init_lora_weights="pissa"), ANCHORS | {"federated_method": "flexlora"}, "products hold a part"),
     (lora(target_modules=r".*layers\.[01]\..*q_proj"), {}, "not on all layers alike"),
     (lora(modules_to_save=["input_layernorm"]), {}, "belongs to a single layer"),
     (lora(trainable_token_indices=[1]), {}, "trainable_token_indices"),
     (LoHaConfig(target_modules=["q_proj"]), {}, "LoHaConfig is not supported"),
     (IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
-     {"federated_method": "ffa_lora"}, "lacks: use LoRA"),
+     {"federated_method": "ffa_lora"}, "IA3: use a `LoraConfig`"),
 ])  # fmt: skip
 def test_what_stages_cannot_carry_is_refused_at_once(make_trainer, adapter, options, message):
     with pytest.raises(ValueError, match=message):

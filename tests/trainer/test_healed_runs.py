@@ -138,7 +138,7 @@ def test_a_base_in_half_precision_stays_that(make_trainer, distances):
     ({"calibration_dataset": None}, "pass `calibration_dataset`"),
     ({"calibration_dataset": Dataset.from_dict({"input_ids": [[5, 6]]})}, "where a prompt ends"),
     ({"stage_layers": [4]}, "a single stage"),
-    ({"generation_max_new_tokens": 64, "max_length": 64}, "lower it"),
+    ({"generation_max_new_tokens": 64, "max_length": 64}, "lower generation_max_new_tokens"),
     ({"healing_steps": -1}, "give 0 or more"),
     ({"healing_learning_rate": 0.0}, "give a rate above 0"),
     ({"model": tiny_llama().to(torch.float16)}, "load the base in bfloat16"),

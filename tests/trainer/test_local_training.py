@@ -180,7 +180,7 @@ def test_another_architecture(make_trainer, tmp_path):
 
 
 def test_the_hooks_are_those_of_the_trainer():
-    from hf_devft.federation.clients.batched import HOOKS
+    from hf_devft.trainer.client_batching import HOOKS
 
     assert all(hasattr(Trainer, name) for name in HOOKS)
 

@@ -199,13 +199,16 @@ def test_the_best_round_comes_with_what_its_clients_had(make_trainer, eval_tasks
     ("options", "message"),
     [
         ({"federated_method": "fedavg"}, "'fedavg' is unknown"),
-        ({"federated_method": "flora", "transfer": "anchor"}, 'use "broadcast" or "split"'),
-        ({"federated_method": "scaffold", "auto_find_batch_size": True}, "no auto_find_batch_size"),
+        ({"federated_method": "flora", "transfer": "anchor"}, 'set transfer="broadcast" or "split"'),
+        ({"federated_method": "scaffold", "auto_find_batch_size": True}, "steps taken again: leave one out"),
         ({"federated_method": "flexlora", "federated_method_kwargs": {"client_ranks": [3]}}, "LoRA's r=2"),
-        ({"federated_method": "fedsa_lora+scaffold"}, "use fedit"),
+        ({"federated_method": "fedsa_lora+scaffold"}, "scaffold.* cannot go with .*fedsa_lora.*join it with fedit"),
         ({"federated_method": "dofit", "federated_method_kwargs": {"domains": 9}}, "there are 4 clients"),
-        ({"grouping": "prefix"}, 'set fusion="anchor" and transfer="anchor"'),
-        ({"temporary_head": True, "peft_config": lora(target_modules=["q_proj", "lm_head"])}, "has already"),
+        ({"grouping": "prefix"}, 'set fusion="anchor", adapter_fusion="anchor" and transfer="anchor"'),
+        (
+            {"temporary_head": True, "peft_config": lora(target_modules=["q_proj", "lm_head"])},
+            "has an adapter already",
+        ),
         ({"client_max_layers": [2, 2, 2, 4]}, "stage 2 has 4 layers, which only 1 clients can hold"),
         ({"client_selection": "resource_aware", "federated_method": "flora"}, "none can come late"),
         ({"client_selection": "resource_aware", "federated_method": "scaffold"}, "none can come late"),
@@ -325,8 +328,8 @@ def test_a_run_with_smaller_clients_goes_on(make_trainer, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"federated_method": "flora"}, 'or "sit_out"'),
-        ({"federated_method": "scaffold"}, 'or "sit_out"'),
+        ({"federated_method": "flora"}, 'beyond_capacity="sit_out"'),
+        ({"federated_method": "scaffold"}, 'beyond_capacity="sit_out"'),
         ({"beyond_capacity": "wait"}, "wait.*sit_out"),
     ],
 )
@@ -339,5 +342,5 @@ def test_what_cannot_be_done_on_two_submodels(make_trainer, options, message):
     "options", [{"federated_method": "fedsa_lora"}, {"wire_dtype": "int8"}, {"upload_fraction": 0.5}]
 )
 def test_what_remembers_does_not_go_with_a_temporary_head(make_trainer, options):
-    with pytest.raises(ValueError, match="temporary_head drops"):
+    with pytest.raises(ValueError, match="dropped with the head"):
         make_trainer(temporary_head=True, **options)

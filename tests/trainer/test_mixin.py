@@ -19,6 +19,7 @@ from hf_devft.federation.rounds import QuorumError
 from hf_devft.federation.sampling import client_seed, sample_clients
 from hf_devft.models.adapter import adapter_state
 from hf_devft.tasks.data import tokenize
+from hf_devft.trainer import mixin
 
 
 def final_adapter(trainer) -> dict[str, torch.Tensor]:
@@ -410,7 +411,7 @@ def test_a_trainer_goes_on_after_an_interruption(make_trainer, tmp_path, resume)
     assert_equal(final_adapter(trainer), final_adapter(whole))
 
 
-@pytest.mark.parametrize("where", ["hf_devft.staging.make_engine", "hf_devft.mixin.RunReport.write"])
+@pytest.mark.parametrize("where", ["hf_devft.trainer.model_in_use.make_engine", "hf_devft.run.report.RunReport.write"])
 def test_an_interruption_while_a_stage_is_built_or_finished(make_trainer, tmp_path, monkeypatch, where):
     trainer = make_trainer()
     start = adapter_state(trainer.model)
@@ -430,7 +431,7 @@ def test_running_out_of_memory_in_an_evaluation_does_not_start_the_run_anew(make
     def fail(*args):
         raise RuntimeError("CUDA out of memory.")
 
-    monkeypatch.setattr(trainer, "_evaluate_full_depth", fail)
+    monkeypatch.setattr(mixin, "evaluate_full_depth", fail)
     with pytest.raises(RuntimeError, match="per_device_eval_batch_size"):
         trainer.train()
     assert [record.round for record in trainer.ledger.rounds] == [1, 2]
@@ -500,7 +501,7 @@ def test_an_interrupted_checkpoint_is_never_picked_up(make_trainer, monkeypatch)
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(trainer, "_save_run_state", fail)
+    monkeypatch.setattr(trainer.run, "save_state", fail)
     with pytest.raises(OSError, match="disk full"):
         trainer.train()
     with pytest.raises(ValueError, match="No valid checkpoint"):

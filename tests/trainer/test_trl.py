@@ -155,7 +155,7 @@ def test_an_adapter_on_weights_that_peft_has_changed_is_refused(tmp_path, tokeni
 @pytest.mark.parametrize(("change", "message"), [
     ({"precompute_ref_log_probs": True}, "each stage has its own"),
     ({"client_placement": "data_parallel"}, "one process"),
-    ({"auto_find_batch_size": True}, "one process"),
+    ({"auto_find_batch_size": True}, "a batch of pairs cannot be cut"),
     ({"grouping": "calibrated"}, "another rule"),
     ({"init_lora_weights": "olora"}, "no reference"),
 ])  # fmt: skip
@@ -172,6 +172,6 @@ def test_what_dpo_cannot_do_is_said_first(tmp_path, tokenizer, change, message):
 def test_without_trl_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, "hf_devft.trainer.trl")
-    monkeypatch.delattr(hf_devft, "trl_trainers")
+    monkeypatch.delattr(hf_devft.trainer, "trl")
     with pytest.raises(ImportError, match=r"pip install 'hf-devft\[trl\]'"):
         hf_devft.DevFTSFTTrainer  # noqa: B018

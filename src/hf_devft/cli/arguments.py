@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -91,9 +91,9 @@ class RecipeArguments:
 
     def lora_config(self, task: str | None = None) -> LoraConfig:
         """The adapter's config, for a task of `DevFTConfig.task`."""
-        modules, task = self.lora_target_modules, TASKS[task or "text-generation"]
+        modules, own = self.lora_target_modules, TASKS[task or "text-generation"]
         one = modules[0] if len(modules) == 1 else ""
-        head = self.lora_modules_to_save or task.head
+        head = self.lora_modules_to_save or own.head
         chooses = one == "all-linear" or re.search(r"[^\w.]", one)
         if self.lora_layers is not None and chooses:
             raise ValueError(
@@ -108,11 +108,11 @@ class RecipeArguments:
             layers_to_transform=self.lora_layers,
             modules_to_save=head,
             # PEFT leaves the heads of generation and of text classification out of "all-linear", not the others.
-            exclude_modules=["classifier", *(head or [])] if one == "all-linear" and task.classes else None,
+            exclude_modules=["classifier", *(head or [])] if one == "all-linear" and own.classes else None,
             use_rslora=self.use_rslora,
             init_lora_weights=self.init_lora_weights or True,
             use_dora=self.use_dora,
-            task_type=task.peft_type,
+            task_type=own.peft_type,
         )
 
 
@@ -188,7 +188,7 @@ def _as_written(lists: set[str], key: str, value: Any) -> Any:
     return value
 
 
-def _refuse_unknown(keys: Sequence[str], known: set[str], where: str) -> None:
+def _refuse_unknown(keys: Iterable[str], known: set[str], where: str) -> None:
     for key in keys:
         name = key.split("=")[0].replace("-", "_")
         if name not in known:

@@ -6,7 +6,7 @@ from the table.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel
 
-from hf_devft.federation.methods import Methods, make_methods
+from hf_devft.federation.methods import CORRECTIONS, METHODS, SERVER_OPTIMIZERS, Methods, make_methods
 from hf_devft.federation.methods.droppeft import DropPEFT
 from hf_devft.federation.methods.fedit import FedIT
 from hf_devft.federation.methods.ffa_lora import FFALoRA
@@ -107,6 +107,19 @@ def _all_are_anchors(setup: Setup, *options: str) -> bool:
     return {getattr(setup.args, option) for option in options} == {"anchor"}
 
 
+def _named(registry: Collection[str], default: str = "") -> Callable[[Setup], str]:
+    """The part of `federated_method` that a registry knows."""
+
+    def said(setup: Setup) -> str:
+        parts = setup.args.federated_method.split("+")
+        return f"federated_method={next((part for part in parts if part in registry), default)!r}"
+
+    return said
+
+
+_METHOD, _CORRECTION, _OPTIMIZER = _named(METHODS, "fedit"), _named(CORRECTIONS), _named(SERVER_OPTIMIZERS)
+
+
 def _method_is(name: str) -> Callable[[Setup], bool]:
     return lambda setup: getattr(setup.methods.method, name)
 
@@ -117,9 +130,12 @@ def _records(setup: Setup) -> bool:
 
 def _remembers(setup: Setup) -> bool:
     """Whether values of the adapter outlive a round, with a client or with the server."""
-    args, method = setup.args, setup.methods.method
-    lossy = args.wire_dtype != "fp32" or args.upload_fraction < 1
-    return lossy or method.remembers or method.modifies_base_weights or _records(setup)
+    method = setup.methods.method
+    return _is_lossy(setup) or method.remembers or method.modifies_base_weights or _records(setup)
+
+
+def _is_lossy(setup: Setup) -> bool:
+    return setup.args.wire_dtype != "fp32" or setup.args.upload_fraction < 1
 
 
 def _quantised_layers(setup: Setup) -> bool:
@@ -252,28 +268,28 @@ FACTS: dict[str, Fact] = {
     "factors": Fact(
         "methods about LoRA's factors (`ffa_lora`, `fedsa_lora`, `rolora`, `dofit`)",
         _method_is("factors"),
-        _given("federated_method"),
+        _METHOD,
     ),
     "products": Fact(
         "methods about products of LoRA's factors (`flora`, `fedex_lora`, `flexlora`, `hlora`, `hetlora`)",
         _method_is("products"),
-        _given("federated_method"),
+        _METHOD,
     ),
     "changed base": Fact(
         "methods that change the base's weights (`flora`, `fedex_lora`)",
         _method_is("modifies_base_weights"),
-        _given("federated_method"),
+        _METHOD,
     ),
     "parts in turns": Fact(
         "methods that train parts of the adapter (`ffa_lora`, `rolora`, `droppeft`)",
         _method_is("partial"),
-        _given("federated_method"),
+        _METHOD,
     ),
     "not optimisable": Fact(
         "methods whose rounds have no coordinates in common (`flora`, `fedex_lora`, `flexlora`, `hlora`, `c2a`, "
         "`dofit`)",
         lambda s: not s.methods.method.optimizable,
-        _given("federated_method"),
+        _METHOD,
     ),
     "fixed adapter": Fact(
         "methods by whose rules the server may not change the adapter (those above, `ffa_lora`, `fedsa_lora`, "
@@ -281,30 +297,24 @@ FACTS: dict[str, Fact] = {
         lambda s: (
             s.methods.method.factors or s.methods.method.modifies_base_weights or not s.methods.method.optimizable
         ),
-        _given("federated_method"),
+        _METHOD,
     ),
     "no late updates": Fact(
         "methods that need all of a round's updates at once (`rolora`, `c2a`, `dofit`, those of products, `scaffold`)",
         lambda s: _records(s) or not s.methods.method.supports_late_updates,
-        _given("federated_method"),
+        lambda s: _CORRECTION(s) if _records(s) else _METHOD(s),
     ),
-    "FFA-LoRA": Fact("`ffa_lora`", lambda s: isinstance(s.methods.method, FFALoRA), _given("federated_method")),
-    "DropPEFT": Fact("`droppeft`", lambda s: isinstance(s.methods.method, DropPEFT), _given("federated_method")),
-    "not FedIT": Fact(
-        "a method other than `fedit`", lambda s: type(s.methods.method) is not FedIT, _given("federated_method")
-    ),
-    "correction": Fact(
-        "`fedprox` and `scaffold`", lambda s: s.methods.correction is not None, _given("federated_method")
-    ),
-    "recorded gradients": Fact("`scaffold`", _records, _given("federated_method")),
-    "server optimiser": Fact(
-        "server optimisers", lambda s: s.methods.optimizer is not None, _given("federated_method")
-    ),
+    "FFA-LoRA": Fact("`ffa_lora`", lambda s: isinstance(s.methods.method, FFALoRA), _METHOD),
+    "DropPEFT": Fact("`droppeft`", lambda s: isinstance(s.methods.method, DropPEFT), _METHOD),
+    "not FedIT": Fact("a method other than `fedit`", lambda s: type(s.methods.method) is not FedIT, _METHOD),
+    "correction": Fact("`fedprox` and `scaffold`", lambda s: s.methods.correction is not None, _CORRECTION),
+    "recorded gradients": Fact("`scaffold`", _records, _CORRECTION),
+    "server optimiser": Fact("server optimisers", lambda s: s.methods.optimizer is not None, _OPTIMIZER),
     "memory of values": Fact(
         "what remembers values of the adapter (a lossy wire, `fedsa_lora`, `c2a`, `dofit`, `flora`, `fedex_lora`, "
         "`scaffold`)",
         _remembers,
-        _given("federated_method", "wire_dtype", "upload_fraction"),
+        lambda s: _given("wire_dtype", "upload_fraction")(s) if _is_lossy(s) else _METHOD(s),
     ),
     "late updates": Fact(
         '`client_selection="resource_aware"`',
@@ -401,6 +411,14 @@ _BOTH_TEACHINGS = (
 
 # (one fact, another, why, and what to change). The first that a run has is what it is refused for.
 CONFLICTS: list[tuple[str, str, str]] = [
+    ("TRL", "temporary head", "its losses read the weights of the head, not its adapter: leave it out"),
+    ("TRL", "calibrated", "it measures the loss of text, which TRL prepares: use another rule"),
+    ("TRL", "client_parallel processes", 'all add up metrics in every step: set client_placement="data_parallel"'),
+    ("DPO", "several processes", "a batch of pairs cannot be cut: use one process"),
+    ("DPO", "data_parallel", "a batch of pairs cannot be cut: use one process"),
+    ("DPO", "smaller batches", "a batch of pairs cannot be cut: leave it out"),
+    ("DPO", "moved weights", "no reference is left where the adapter is taken off: use another initialisation"),
+    ("DPO", "generated answers", "it compares with one answer, and pairs have two: turn it off"),
     ("stages", "FSDP", "shard with DeepSpeed ZeRO-3 (recipes/accelerate/zero3.yaml)"),
     ("prefix", "rules that are not anchors", f"the layers above neither give nor receive: {_ANCHORS}"),
     *(("healing", other, why) for other, why in _BOTH_TEACHINGS),
@@ -474,14 +492,6 @@ CONFLICTS: list[tuple[str, str, str]] = [
         "nothing to evaluate",
         "it answers evaluation rows: pass both",
     ),
-    ("TRL", "temporary head", "its losses read the weights of the head, not its adapter: leave it out"),
-    ("TRL", "calibrated", "it measures the loss of text, which TRL prepares: use another rule"),
-    ("TRL", "client_parallel processes", 'all add up metrics in every step: set client_placement="data_parallel"'),
-    ("DPO", "several processes", "a batch of pairs cannot be cut: use one process"),
-    ("DPO", "data_parallel", "a batch of pairs cannot be cut: use one process"),
-    ("DPO", "smaller batches", "a batch of pairs cannot be cut: leave it out"),
-    ("DPO", "moved weights", "no reference is left where the adapter is taken off: use another initialisation"),
-    ("DPO", "generated answers", "it compares with one answer, and pairs have two: turn it off"),
 ]
 
 

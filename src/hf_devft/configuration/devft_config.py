@@ -370,16 +370,14 @@ class DevFTConfig(TrainingArguments):
         self.average_tokens_across_devices = self.client_placement == "data_parallel"
         if self.ddp_find_unused_parameters is None:
             # An adapter is on all layers, and torch warns of the search; but some methods let its parts take turns.
-            self.ddp_find_unused_parameters = make_methods(*self._method)[0].partial
+            self.ddp_find_unused_parameters = make_methods(
+                self.federated_method, self.federated_method_kwargs
+            ).method.partial
         _check_values(self)
         check_compatibility(Setup(self))
         if self.stage_layers is not None:
             self.stage_layers = list(self.stage_layers)
             self.resolve_stages(self.stage_layers[-1] if self.stage_layers else 0)
-
-    @property
-    def _method(self) -> tuple[str, dict[str, Any] | None]:
-        return self.federated_method, self.federated_method_kwargs
 
     def resolve_stages(self, num_layers: int) -> list[StageConfig]:
         """The stages of a run on a model of `num_layers` layers.

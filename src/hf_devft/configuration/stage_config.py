@@ -85,11 +85,13 @@ class StageConfig(PushToHubMixin):
         if Path(name_or_path).is_dir():
             path = Path(name_or_path) / (subfolder or "") / STAGE_CONFIG_NAME
         else:
-            path = hf_hub_download(
-                str(name_or_path), STAGE_CONFIG_NAME, subfolder=subfolder, revision=revision, token=token
+            path = Path(
+                hf_hub_download(
+                    str(name_or_path), STAGE_CONFIG_NAME, subfolder=subfolder, revision=revision, token=token
+                )
             )
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(path.read_text())
             known = {item.name for item in fields(cls)}
             config = cls(**{key: value for key, value in content.items() if key in known})
             config._check()

@@ -108,8 +108,9 @@ class ClientBatches:
 class CollectedBatches:
     """A client's batches, drawn at once; a row that cannot be drawn fails where it would have failed."""
 
-    def __init__(self, batches: Iterator):
-        self._batches, self._error = [], None
+    def __init__(self, batches: Iterable):
+        self._batches: list = []
+        self._error: Exception | None = None
         try:
             self._batches.extend(batches)
         except Exception as error:

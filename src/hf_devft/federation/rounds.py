@@ -292,7 +292,7 @@ class Federation:
         terms += [self.correction.gradient] if self.correction is not None else []
 
         def gradient(adapter: torch.Tensor) -> torch.Tensor:
-            return sum(term(client, start, adapter) for term in terms)
+            return sum((term(client, start, adapter) for term in terms), torch.zeros(()))
 
         return ClientTurn(
             round_index=round_index,

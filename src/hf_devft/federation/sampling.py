@@ -26,11 +26,11 @@ def sample_clients(
             or with any where too few are left.
         weights: what each one's chance is in proportion to; uniform by default.
     """
-    clients = untried = np.asarray(clients)
-    weight_of = None if weights is None else dict(zip(clients.tolist(), weights, strict=True))
+    everyone = untried = np.asarray(clients)
+    weight_of = None if weights is None else dict(zip(everyone.tolist(), weights, strict=True))
     for number in range(attempt + 1):
         rng = np.random.default_rng([seed, round_index, number] if number else [seed, round_index])
-        pool = untried if len(untried) >= count else clients
+        pool = untried if len(untried) >= count else everyone
         chances = None if weight_of is None else np.array([weight_of[client] for client in pool.tolist()])
         chosen = rng.choice(pool, size=count, replace=False, p=None if chances is None else chances / chances.sum())
         untried = np.setdiff1d(untried, chosen)

@@ -67,7 +67,8 @@ def model_card(stages: list[StageConfig], context: CardContext, location: str) -
     ]
     on_hub = base is not None and not Path(base).exists()  # the Hub knows no local paths
     data = ModelCardData(
-        **({"base_model": base, "base_model_relation": "adapter"} if on_hub else {}),
+        base_model=base if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
         license=context.license,
         language=context.language,
         datasets=context.datasets,

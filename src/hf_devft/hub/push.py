@@ -138,7 +138,7 @@ class HubPusher:
             found = self.api.get_paths_info(self.repo_id, [f"{push.tag}/{ADAPTER_WEIGHTS}"], revision=push.tag)
         except HfHubHTTPError:
             return False
-        lfs = found[0].lfs if found else None
+        lfs = getattr(found[0], "lfs", None) if found else None
         return lfs is not None and lfs.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
     def push(self, push: Push) -> CommitInfo:

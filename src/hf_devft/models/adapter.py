@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from peft import (
-    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -21,7 +20,7 @@ from hf_devft.models.layout import State
 from hf_devft.models.weights import gathered, stand_ins
 
 
-def new_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """`base` (changed in place) with a new adapter, as `get_peft_model`."""
     with warnings.catch_warnings(), stand_ins(base):  # PEFT puts an adapter where its layer is
         # PEFT still reads an alias that transformers 5 has renamed.
@@ -29,7 +28,7 @@ def new_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
         return get_peft_model(base, config)
 
 
-def attach_adapter(base: PreTrainedModel, config: LoraConfig, state: State, grows: bool = False) -> PeftModel:
+def attach_adapter(base: PreTrainedModel, config: PeftConfig, state: State, grows: bool = False) -> PeftModel:
     """`base` (changed in place) with a trainable adapter that holds `state`. Leaves the random state as it is.
 
     Args:
@@ -61,7 +60,7 @@ def remap_layers_to_transform(config: PeftConfig, kept: Sequence[int]) -> PeftCo
     return config
 
 
-def with_head(config: LoraConfig, base: PreTrainedModel) -> tuple[LoraConfig, str]:
+def with_head(config: PeftConfig, base: PreTrainedModel) -> tuple[PeftConfig, str]:
     """The config of an adapter that is on the output embeddings, too, and their name.
 
     Raises:

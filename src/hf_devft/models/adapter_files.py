@@ -17,7 +17,7 @@ from hf_devft.models.supported import check_adapter
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def save_adapter(folder: str | Path, peft_config: LoraConfig, state: State) -> None:
+def save_adapter(folder: str | Path, peft_config: PeftConfig, state: State) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, loadable with plain PEFT."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def save_adapter(folder: str | Path, peft_config: LoraConfig, state: State) -> N
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def load_adapter(folder: str | Path) -> tuple[LoraConfig, State]:
+def load_adapter(folder: str | Path) -> tuple[PeftConfig, State]:
     """The config and the tensors of an adapter folder.
 
     Raises:

@@ -55,7 +55,9 @@ class Engine:
         self.lengths, self._watches = watch_lengths(model.get_base_model())
         self.optimizer = None
         self.prepare(model, make_optimizer, skip_ddp)
-        self._base_rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+        self._base_rates: list[float] = (
+            [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+        )
 
     def prepare(
         self, model: PeftModel, make_optimizer: Callable[[], torch.optim.Optimizer] | None, skip_ddp: bool

@@ -8,7 +8,7 @@ import copy
 import math
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 
 from hf_devft.models.layout import RESIDUAL, State, lora_scaling
 from hf_devft.models.residual import PatchedBaseWeights
@@ -52,7 +52,7 @@ def initialise(model: PeftModel, initialisation: str) -> PatchedBaseWeights:
     return patched
 
 
-def move_weights(model: PeftModel, config: LoraConfig, initial: State) -> None:
+def move_weights(model: PeftModel, config: PeftConfig, initial: State) -> None:
     """Give the modules under an adapter W', in copies of their weights."""
     patched, end = PatchedBaseWeights(model), ".lora_A.weight"
     for module in [key.removesuffix(end) for key in initial if key.endswith(end)]:
@@ -60,7 +60,7 @@ def move_weights(model: PeftModel, config: LoraConfig, initial: State) -> None:
         patched.set({module + RESIDUAL: -lora_scaling(config) * product})  # one at a time: they are dense
 
 
-def on_whole_weights(config: LoraConfig, state: State, initial: State) -> tuple[LoraConfig, State]:
+def on_whole_weights(config: PeftConfig, state: State, initial: State) -> tuple[PeftConfig, State]:
     """The adapter that does on W what `state` does on W': s·[B, −B₀][A; A₀], of twice the rank and the same scale s.
 
     Its front half is `state`. What is not LoRA's stays.

@@ -100,7 +100,8 @@ def find_layer_stack(model: PreTrainedModel, which: str | None = None) -> LayerS
         for part, (config, name) in sections.items()
         if which in (None, part)
     }
-    layers, kinds = [], []
+    layers: list[nn.Module] = []
+    kinds: list[Hashable] = []
     for part, (path, members) in found.items():
         types = getattr(sections[part][0], "layer_types", None) or [None] * len(members)
         layers += members
@@ -229,7 +230,7 @@ def with_layers(model: PreTrainedModel, stack: LayerStack, kept: Sequence[int]) 
         first += depth
     shorter = copy.deepcopy(model, memo)
     for path in names.lists:
-        for index, layer in enumerate(shorter.get_submodule(path)):
+        for index, layer in enumerate(shorter.get_submodule(path).children()):
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = index

@@ -4,13 +4,13 @@ import copy
 import math
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from hf_devft.models.layout import RESIDUAL, State, lora_scaling
 
 
-def product_adapter(config: LoraConfig, state: State, residual: State) -> tuple[LoraConfig, State]:
+def product_adapter(config: PeftConfig, state: State, residual: State) -> tuple[PeftConfig, State]:
     """One adapter that does what an adapter and a residual do together, for plain PEFT.
 
     Its rank is that of the adapter, which keeps its place in front, and of the residual, exactly (by SVD; singular

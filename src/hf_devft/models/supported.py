@@ -55,7 +55,7 @@ def check_adapter(config: PeftConfig, new: bool = False) -> None:
         )
 
 
-def uneven_options(config: LoraConfig) -> list[str]:
+def uneven_options(config: PeftConfig) -> list[str]:
     """Those that are set of the options by which an adapter is not LoRA of one rank and scale everywhere."""
     options = ("rank_pattern", "alpha_pattern", "use_dora", "target_parameters")
     return [option for option in options if getattr(config, option)]

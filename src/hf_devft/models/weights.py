@@ -195,7 +195,7 @@ class DenseValues(Sequence):
     def __len__(self) -> int:
         return len(self._parameters)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index):
         return dense(self._parameters[index])
 
 

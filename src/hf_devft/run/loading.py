@@ -1,6 +1,7 @@
 """Load what a run has left: a stage's compact submodel, from a folder or the Hub; and see whether it fits."""
 
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ def load_submodel(
             f"{config.task!r}."
         )
     if isinstance(base, str):
-        head = {"id2label": dict(enumerate(config.labels))} if config.labels else {}
+        head: dict[str, Any] = {"id2label": dict(enumerate(config.labels))} if config.labels else {}
         base = load_base(resolve_model_name(base), TASKS[config.task].auto_class, config.stack, **head)
     stack = find_layer_stack(base, config.stack)
     if len(stack) != config.full_layers:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -93,7 +93,7 @@ class RunPlan:
 def plan_run(
     args: DevFTConfig,
     base: PreTrainedModel,
-    peft_config: LoraConfig,
+    peft_config: PeftConfig,
     clients: ClientData | None = None,
     trainer: str = "devft",
 ) -> RunPlan:
@@ -155,7 +155,7 @@ def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range
 class _Submodels:
     """The submodels of a run's stages by their number of layers, without memory; each is looked at once."""
 
-    def __init__(self, args: DevFTConfig, base: PreTrainedModel, peft_config: LoraConfig):
+    def __init__(self, args: DevFTConfig, base: PreTrainedModel, peft_config: PeftConfig):
         self._args, self._base, self._peft_config = args, base, peft_config
         self._stack = find_layer_stack(base, args.stack)
         self.model, self.activations = functools.cache(self._model), functools.cache(self._activations)

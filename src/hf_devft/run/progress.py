@@ -14,9 +14,9 @@ class RoundProgressCallback(TrainerCallback):
 
     def __init__(self, stages: list[StageConfig]):
         self.stages = stages
-        self.bar = None
-        self.prediction_bar = None
-        self.shown = {}
+        self.bar: tqdm | None = None
+        self.prediction_bar: tqdm | None = None
+        self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

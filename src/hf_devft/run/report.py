@@ -127,7 +127,12 @@ def table_rows(finished: list[StageConfig], start_metrics: dict[str, float] | No
     """The finished stages, after a stage 0 that stands for the start where that was evaluated."""
     if start_metrics is None:
         return finished
-    none = {"stage": 0, "num_layers": finished[-1].full_layers, "rounds_done": 0, "totals": Ledger().totals()}
+    none: dict[str, Any] = {
+        "stage": 0,
+        "num_layers": finished[-1].full_layers,
+        "rounds_done": 0,
+        "totals": Ledger().totals(),
+    }
     return [replace(finished[-1], metrics=start_metrics, **none), *finished]
 
 

@@ -180,7 +180,7 @@ def _encode_pair(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase,
     _refuse_missing([*rows["prompt"], *rows["completion"]])
     prompts = tokenizer(rows["prompt"], truncation=False).input_ids
     completions = tokenizer(rows["completion"], add_special_tokens=False).input_ids
-    encoded = {"input_ids": [], "labels": []}
+    encoded: Encoded = {"input_ids": [], "labels": []}
     for prompt, completion in zip(prompts, completions, strict=True):
         completion = (completion + [tokenizer.eos_token_id])[: max_length - 1]
         prompt = prompt[max(0, len(prompt) + len(completion) - max_length) :]
@@ -196,7 +196,7 @@ def _encode_text(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase,
 
 
 def _encode_chat(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    encoded = {"input_ids": [], "labels": []}
+    encoded: Encoded = {"input_ids": [], "labels": []}
     for messages in rows["messages"]:
         tokens, labels = _chat_tokens(messages, tokenizer)
         end = 1 + max((place for place, label in enumerate(labels) if label != IGNORED), default=-1)

@@ -132,6 +132,8 @@ def given_adapter(model: Any, args: DevFTConfig, peft_config: PeftConfig | str |
     Raises:
         ValueError: there are two of them or none, or one that cannot be trained.
     """
+    if isinstance(model, PeftModel):
+        check_adapter(model.peft_config[model.active_adapter])
     if isinstance(model, PeftModel) == (peft_config is not None):
         raise ValueError(
             "pass `peft_config` with a plain model, and a `PeftModel` without it: there must be one adapter."
@@ -142,9 +144,7 @@ def given_adapter(model: Any, args: DevFTConfig, peft_config: PeftConfig | str |
     if peft_config is not None:
         config, initialisation = prepare_peft_config(peft_config, args)
         return GivenAdapter(config, initialisation=initialisation)
-    config = model.peft_config[model.active_adapter]
-    check_adapter(config)
-    return GivenAdapter(config, on_model=True)
+    return GivenAdapter(model.peft_config[model.active_adapter], on_model=True)
 
 
 def _with_adapter(model: Any, given: GivenAdapter, args: DevFTConfig, task: Task) -> PeftModel:
@@ -193,8 +193,8 @@ def train_missing_modules(config: PeftConfig, model: PreTrainedModel) -> PeftCon
     """
     known = {"classifier", "score"} if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else set()
     known |= set(getattr(config, "modules_to_save", None) or [])
-    new = getattr(model, "missing_modules", set())
-    new = sorted(name for name in new if not any(f".{own}." in f".{name}." for own in known))
+    missing: set[str] = getattr(model, "missing_modules", set())
+    new = sorted(name for name in missing if not any(f".{own}." in f".{name}." for own in known))
     if not new:
         return config
     config = copy.deepcopy(config)

@@ -21,7 +21,7 @@ def over_the_sets(metrics: Mapping[str, float], prefix: str, names: Collection[s
         metrics: {"{prefix}_{name of a set}_{metric}": value}.
         names: of the sets.
     """
-    found = {}
+    found: dict[str, float] = {}
     for name, worst in (("loss", max), ("exact_match", min), ("accuracy", min)):
         keys = [f"{prefix}_{of}_{name}" for of in names]
         if values := [metrics[key] for key in keys if key in metrics]:
@@ -51,7 +51,8 @@ def evaluate_full_depth(trainer: "DevFTMixin", stage: int) -> dict[str, float]:
     Returns:
         {"eval_full_...": value}.
     """
-    args, metrics = trainer.args, {}
+    args = trainer.args
+    metrics: dict[str, float] = {}
     for name, dataset in named_sets(trainer.eval_dataset).items():
         prefix = f"eval_full_{name}" if name else "eval_full"
         output = trainer.evaluation_loop(

@@ -4,7 +4,7 @@ import functools
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,7 +46,13 @@ from hf_devft.trainer.resuming import download_last_stage, make_pusher, rotate
 from hf_devft.trainer.session import TrainingSession
 
 
-class DevFTMixin:
+if TYPE_CHECKING:  # what it is mixed into
+    from transformers import Trainer as Base
+else:
+    Base = object
+
+
+class DevFTMixin(Base):
     """Federated rounds in developmental stages, for a `Trainer` subclass that ends its `__init__` with a LoRA model.
 
         class DevFTSFTTrainer(DevFTMixin, SFTTrainer): ...
@@ -73,6 +79,8 @@ class DevFTMixin:
         ValueError: data, adapter or options that cannot be trained this way; before any work is spent.
     """
 
+    args: DevFTConfig
+    model: PeftModel
     kind = "devft"  # as `check_compatibility` knows it
     publisher: RunPublisher | None = None  # on the main process, with `push_to_hub`
 

@@ -269,7 +269,7 @@ def federation_of(trainer: "DevFTMixin", checkpoint: Checkpoint | None = None) -
         lambda: label_counts(trainer.train_dataset, rows),
         add_up,
         gather,
-        checkpoint and checkpoint.run.federation,
+        checkpoint.run.federation if checkpoint is not None else None,
     )
 
 

@@ -103,12 +103,12 @@ class StageFactory:
         return submodel
 
     def _distil(self, record: StageConfig, adapter: GlobalAdapter, student: PeftModel) -> None:
-        smaller = self._submodel_of(self.stages[record.stage - 2], adapter)
+        smaller = self.submodel_of(self.stages[record.stage - 2], adapter)
         self.reseed()  # collators and dropout may draw
         _spend(record, self.teacher.distil(record, smaller, student))
         self.reseed()
 
-    def _submodel_of(self, earlier: StageConfig, adapter: GlobalAdapter) -> PeftModel:
+    def submodel_of(self, earlier: StageConfig, adapter: GlobalAdapter) -> PeftModel:
         """An earlier stage's submodel, with the anchors' adapters as they are now."""
         model = attach_adapter(
             self._submodel(earlier), adapter.config_of(earlier.groups), adapter.fuse(earlier.groups, "anchor")
@@ -121,7 +121,7 @@ class StageFactory:
         found = {}
         for number in set(self.capacities.taking_part(record.stage).values()) - {record.stage}:
             earlier = self.stages[number - 1]
-            model = self._submodel_of(earlier, adapter)
+            model = self.submodel_of(earlier, adapter)
             layers = self.builder.layers_of(model.get_base_model(), earlier.groups)
             found[number] = EarlierSubmodel(earlier, self.build_engine(model), layers)
         return found

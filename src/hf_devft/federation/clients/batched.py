@@ -59,9 +59,9 @@ class ClientAxis:
             if self.items[client] is not None and "num_items_in_batch" in given:
                 given["num_items_in_batch"] = self.items[client]
             losses.append(loss_function(*map(own, args), **given))
-        losses = torch.stack(losses)
-        self.losses = losses.detach()
-        return losses.sum()
+        each = torch.stack(losses)
+        self.losses = each.detach()
+        return each.sum()
 
     def _rows_of(self, client: int, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
@@ -239,10 +239,10 @@ def train_together(
         for client, (micro_batches, _) in enumerate(samples):
             positions[client] += micro_batches[0]["input_ids"].numel()
             seen[client] += count_seen(args.include_num_input_tokens_seen, model, micro_batches[0])
-    norms = [None] * count if norms is None else norms[:count]
+    own_norms = [None] * count if norms is None else list(norms[:count])
     return [
         LocalResult(loss, (passed,), counted, norm)
-        for loss, passed, counted, norm in zip(total / args.local_steps, positions, seen, norms, strict=True)
+        for loss, passed, counted, norm in zip(total / args.local_steps, positions, seen, own_norms, strict=True)
     ]
 
 

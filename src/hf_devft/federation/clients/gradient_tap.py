@@ -39,7 +39,8 @@ class GradientTap:
         self.corrects = False
 
     def __enter__(self) -> "GradientTap":
-        self._steps, self._added = 0, None
+        self._steps = 0
+        self._added: list[torch.Tensor] | None = None
         self._sum = torch.zeros_like(self._read()) if self._records else None
         self._step = torch.zeros_like(self._sum) if self._records else None
         self._parts = self._layout.cut(self._step) if self._records else []

@@ -56,11 +56,9 @@ class LocalTraining:
                 grad_norm = hooks.clip_gradients(engine.adapter)
             engine.optimizer.step()
             engine.zero_grad()
-            seen += sum(
-                count_seen(args.include_num_input_tokens_seen, engine.model, inputs)
-                for inputs in micro_batches
-                if not self._is_empty(inputs)
-            )
+            for inputs in micro_batches:
+                if not self._is_empty(inputs):
+                    seen += count_seen(args.include_num_input_tokens_seen, engine.model, inputs)
         return LocalResult(total / args.local_steps, positions, seen, grad_norm)
 
     def _is_empty(self, inputs: dict[str, torch.Tensor]) -> bool:

@@ -62,7 +62,11 @@ def make_methods(name: str, options: dict[str, Any] | None = None) -> Methods:
     Raises:
         ValueError: unknown or doubled names, options that nothing takes or that are refused.
     """
-    registries = {"method": METHODS, "correction": CORRECTIONS, "server optimiser": SERVER_OPTIMIZERS}
+    registries: dict[str, dict[str, Any]] = {
+        "method": METHODS,
+        "correction": CORRECTIONS,
+        "server optimiser": SERVER_OPTIMIZERS,
+    }
     chosen: dict[str, Callable[..., Any] | None] = dict.fromkeys(registries)
     for part in name.split("+"):
         kind = next((kind for kind, registry in registries.items() if part in registry), None)
@@ -73,11 +77,14 @@ def make_methods(name: str, options: dict[str, Any] | None = None) -> Methods:
             raise ValueError(f"federated_method={name!r} names two {kind}s: leave one.")
         chosen[kind] = registries[kind][part]
     chosen["method"] = chosen["method"] or FedIT
-    takes = {kind: set(inspect.signature(made).parameters) if made else set() for kind, made in chosen.items()}
-    if unknown := set(options or {}) - set.union(*takes.values()):
+    takes: dict[str, set[str]] = {
+        kind: set(inspect.signature(made).parameters) if made else set() for kind, made in chosen.items()
+    }
+    known_options: set[str] = set().union(*takes.values())
+    if unknown := set(options or {}) - known_options:
         raise ValueError(
             f"federated_method_kwargs has {sorted(unknown)}, which {name!r} does not take: "
-            f"it takes {sorted(set.union(*takes.values())) or 'none'}."
+            f"it takes {sorted(known_options) or 'none'}."
         )
     made = (
         make and make(**{key: value for key, value in (options or {}).items() if key in takes[kind]})

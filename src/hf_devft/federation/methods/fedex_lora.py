@@ -23,7 +23,7 @@ class FedExLoRA(Residual):
 
     def end_round(self) -> torch.Tensor:
         adapters, weights = self.received()
-        means = [sum(w * x[place] for w, x in zip(weights, adapters, strict=True)) for place in self.layout.all]
+        means = [self.mean(place, adapters, weights) for place in self.layout.all]
         scaling = self.layout.scaling
         self.add_residual({
             pair.module + RESIDUAL: self.mean_product(pair, adapters, weights) - scaling * means[pair.b] @

@@ -28,7 +28,7 @@ class FlexLoRA(HeterogeneousRanks, Stacking):
             of_a, of_b = self.split(s)
             parts[pair.a], parts[pair.b] = of_a[:, None] * v, u * of_b
         for place in self.layout.others:
-            parts[place] = sum(weight * x[place] for weight, x in zip(weights, adapters, strict=True))
+            parts[place] = self.mean(place, adapters, weights)
         return torch.cat([part.flatten() for part in parts]).float()
 
 

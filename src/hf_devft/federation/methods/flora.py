@@ -37,6 +37,5 @@ class FLoRA(Residual):
         })  # fmt: skip
         fresh = self._fresh(len(self.clients.examples))
         for place in self.layout.others:
-            mean = sum(weight * parts[place] for weight, parts in zip(weights, adapters, strict=True))
-            self.layout.put(fresh, (place,), mean.flatten())
+            self.layout.put(fresh, (place,), self.mean(place, adapters, weights).flatten())
         return fresh

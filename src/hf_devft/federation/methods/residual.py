@@ -53,7 +53,7 @@ class Residual(Stacking):
     def mean_product(self, pair: LoraPair, adapters: Sequence, weights: Sequence[float]) -> torch.Tensor:
         """scaling · Σ_k p_k B_k A_k."""
         products = (w * (x[pair.b] @ x[pair.a]) for w, x in zip(weights, adapters, strict=True))
-        return self.layout.scaling * sum(products)
+        return self.layout.scaling * sum(products, torch.zeros(()))
 
 
 def placeholder_message(count: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ class Yogi(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure=None) -> None:
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
@@ -82,10 +82,10 @@ class ServerOptimizer(ABC):
     def step(self, adapter: torch.Tensor, aggregate: torch.Tensor, updated: Sequence[int]) -> torch.Tensor:
         """The new global adapter: a step in the tensors that the round's clients have sent, which are at the places
         `updated`; the others are the aggregate's."""
-        current, wanted, updated = self._layout.cut(adapter), self._layout.cut(aggregate), set(updated)
+        current, wanted, sent = self._layout.cut(adapter), self._layout.cut(aggregate), set(updated)
         for place, parameter in enumerate(self._parameters):
             parameter.data = current[place].clone()
-            parameter.grad = current[place] - wanted[place] if place in updated else None
+            parameter.grad = current[place] - wanted[place] if place in sent else None
         self._optimizer.step()
         parts = [p.data if p.grad is not None else wanted[place] for place, p in enumerate(self._parameters)]
         return torch.cat([part.flatten() for part in parts])

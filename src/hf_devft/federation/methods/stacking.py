@@ -29,6 +29,10 @@ class Stacking(FederatedMethod):
     def merge(self, add_up: Callable[[torch.Tensor], None]) -> None:
         add_up(self.rows)
 
+    def mean(self, place: int, adapters: Sequence, weights: Sequence[float]) -> torch.Tensor:
+        """Σ p_k of the clients' tensors at a place."""
+        return sum((w * parts[place] for w, parts in zip(weights, adapters, strict=True)), torch.zeros(()))
+
     def received(self) -> tuple[list[list[torch.Tensor]], list[float]]:
         """The tensors of each client that counted, in their shapes, and p_k = n_k / Σ n_k."""
         rows = self.rows[self.rows[:, -1] > 0]

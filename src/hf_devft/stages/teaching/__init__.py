@@ -1,1 +1,1 @@
-"""What the server teaches: submodels, to stand for all layers (healing), and to know what smaller ones have learned."""
+"""What the server teaches: submodels to stand for all layers (healing), larger ones what smaller ones have learned."""

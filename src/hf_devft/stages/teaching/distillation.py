@@ -36,8 +36,8 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor, mask: torch.Tensor 
 
 
 def _weighted_divergence(teacher: torch.Tensor, student: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    logs = (logits.float().log_softmax(-1) for logits in (student, teacher))
-    return F.kl_div(*logs, reduction="none", log_target=True).sum(-1).mul(weights).sum()
+    wanted, given = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    return F.kl_div(given, wanted, reduction="none", log_target=True).sum(-1).mul(weights).sum()
 
 
 def distil(
