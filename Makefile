@@ -44,12 +44,13 @@ benchmark: install  ## Run a short version of every benchmark (benchmarks/result
 	$(BIN)/python benchmarks/grouping.py --repeats 1 --results $(SHORT)/grouping.md
 	$(BIN)/python benchmarks/to_target.py --seeds 0 --only "many rows: FedIT, 2e-3, 30 rounds" "12 + 4 + 6 rounds" --results $(SHORT)/to_target.jsonl
 
-docs: install  ## Write docs/configuration.md anew, from the docstrings
+docs: install  ## Write docs/configuration.md and docs/compatibility.md anew, from the code
 	$(BIN)/python docs/make_configuration.py
 
-quality: install  ## Check style without changing anything
+quality: install  ## Check style and types without changing anything
 	$(BIN)/ruff check $(wildcard $(SOURCES))
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
+	$(BIN)/mypy
 
 style: install  ## Mend style
 	$(BIN)/ruff check --fix $(wildcard $(SOURCES))

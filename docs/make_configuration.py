@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from hf_devft.cli.arguments import RecipeArguments
+from hf_devft.configuration.compatibility import CONFLICTS, FACTS
 from hf_devft.configuration.devft_config import UNSUPPORTED, DevFTConfig
 
 
@@ -25,9 +26,9 @@ The defaults are those of Python and of a config of your own: `recipes/devft.py`
 """
 COMPATIBILITY_HEAD = """# What goes together
 
-Made by `make docs` from the one table of `hf_devft.configuration.compatibility`. Whatever is not in it goes together. A
-run that asks for both of a row is refused before any work is spent, and so is its `--plan`, as far as the config, the
-adapter and the model's architecture tell.
+Made by `make docs` from the one table of `hf_devft.configuration.compatibility`. Whatever is not in it goes together.
+A run that asks for both of a row is refused before any work is spent, and so is its `--plan`, as far as the config,
+the adapter and the model's architecture tell.
 
 | | with | why, and what to change |
 |---|---|---|

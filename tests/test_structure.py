@@ -76,6 +76,7 @@ def of_self(node: ast.Attribute) -> bool:
     return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
 
 
+@cache
 def own_classes() -> dict[str, set[str]]:
     """{a class of ours: the private names that it defines}."""
     return {
@@ -151,7 +152,7 @@ def test_the_check_finds_what_crosses(tmp_path, monkeypatch):
     path = ROOT / "federation" / "crossing_example.py"
     tree_of = tree.__wrapped__
     monkeypatch.setattr(f"{__name__}.tree", lambda one: ast.parse(source) if one == path else tree_of(one))
-    monkeypatch.setattr(f"{__name__}.MODULES", [path])
+    monkeypatch.setattr(f"{__name__}.own_classes", lambda: {"A": {"_x"}, "B": set()})
     monkeypatch.setattr(f"{__name__}.of_a_library", lambda *args: False)
     assert [line.split()[-1] for line in crossing(path)] == ["a._x", "self._y"]
 

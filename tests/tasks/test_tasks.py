@@ -204,7 +204,7 @@ def test_a_label_that_the_model_does_not_have_is_an_error(bert, tmp_path, tokeni
     model = hf.BertForSequenceClassification.from_pretrained(bert, num_labels=2)
     rows = Dataset.from_dict({"text": SENTENCES, "label": [0, 1, 2] * 8})
     adapter = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
-    with pytest.raises(ValueError, match="label 2 is none of the model's 2"):
+    with pytest.raises(ValueError, match="2 is not one of the model's 2 labels"):
         run(model, tmp_path, rows, adapter, processing_class=tokenizer)
 
 

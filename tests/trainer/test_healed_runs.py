@@ -142,8 +142,8 @@ def test_a_base_in_half_precision_stays_that(make_trainer, distances):
     ({"healing_steps": -1}, "give 0 or more"),
     ({"healing_learning_rate": 0.0}, "give a rate above 0"),
     ({"model": tiny_llama().to(torch.float16)}, "load the base in bfloat16"),
-    ({"peft_config": lora(use_dora=True)}, "leave out healing_steps"),
-    ({"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}, "not quantised"),
+    ({"peft_config": lora(use_dora=True)}, "leave healing_steps out"),
+    ({"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}, "load the base unquantised"),
 ])  # fmt: skip
 def test_what_it_cannot_be_joined_with_is_said_first(make_trainer, options, message):
     with pytest.raises(ValueError, match=message):

@@ -107,7 +107,9 @@ class StageConfig(PushToHubMixin):
         if type(self.fusion_beta) not in (int, float) or not isinstance(self.metrics, dict):
             raise ValueError("fusion_beta or metrics are of another type")
         if self.stack not in (None, *STACKS) or not isinstance(self.labels, list | None):
-            raise ValueError(f"stack={self.stack!r} or labels={self.labels!r} are none")
+            raise ValueError(
+                f"stack={self.stack!r} or labels={self.labels!r} are not a stack of layers or a list of labels"
+            )
         if self.groups is None:
             return
         layers = sorted(layer for group in self.groups for layer in group)

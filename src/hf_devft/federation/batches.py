@@ -84,7 +84,7 @@ class ClientBatches:
         self._left = 0
 
     def next_client(self) -> "ClientBatches":
-        """Stand before the next client's first batch."""
+        """Skip what is left of the client before; returns itself, at the next client's first batch."""
         while self._left:
             try:
                 next(self)

@@ -26,10 +26,11 @@ class Memory:
         return self._kept.get((owner, name))
 
     def put(self, owner: Owner, name: str, state: State) -> None:
+        """Keep a copy of some tensors under a name, from the next `commit` on."""
         self._new[owner, name] = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
 
     def rollback(self) -> None:
-        """Forget what was put in since the last `commit`."""
+        """Drop what was put in since the last `commit`."""
         self._new = {}
 
     def commit(self, gather: Callable[[Any], list] | None = None) -> None:

@@ -48,11 +48,11 @@ class Wire:
         self.dtype, self.upload_fraction, self.memory = dtype, upload_fraction, memory
 
     def begin_stage(self, layout: AdapterLayout) -> None:
-        """Adapters have this layout from now on."""
+        """Begin a stage, with adapters of this layout."""
         self.layout = layout
 
     def down(self, values: torch.Tensor) -> torch.Tensor:
-        """What a client gets of `values`."""
+        """Encode a message to a client; returns what it decodes."""
         return self._rounded(values)
 
     def up(
@@ -64,7 +64,8 @@ class Wire:
         error_feedback: bool = True,
         name: str = "adapter",
     ) -> torch.Tensor:
-        """What the server gets of a client's message `pick(vector)`, where it knows `pick(known)`.
+        """Encode a client's message, `pick(vector)`, as a change of `pick(known)`, which both ends know; returns what
+        the server decodes. Remembers with the client what is left out.
 
         Args:
             vector, known: of an adapter's layout: what the client has, and what it started from.

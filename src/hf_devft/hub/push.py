@@ -115,7 +115,7 @@ class HubPusher:
         self._running = self._worker.submit(self._drain)
 
     def finish(self) -> list[Push]:
-        """Wait for the pushes, try what failed once more, and return what is still not on the Hub."""
+        """Wait for all pushes and try once more what failed; returns what is still not on the Hub."""
         if self._running is not None:
             self._running.result()
         if self._pending:

@@ -33,7 +33,7 @@ class BaseDifference:
 
 @torch.no_grad()
 def base_difference(old: PreTrainedModel, new: PreTrainedModel) -> BaseDifference:
-    """Compares one parameter at a time, however each is stored, so that two bases that are still in their checkpoints
+    """Compare two bases, one parameter at a time, however each is stored; bases that are still in their checkpoints
     need no memory.
 
     Raises:

@@ -80,7 +80,7 @@ class Engine:
         return self._flat
 
     def write(self, flat: torch.Tensor) -> None:
-        """Make `flat` the adapter."""
+        """Copy `flat` into the adapter."""
         self._flat.copy_(flat)
 
     def begin_client(self, flat: torch.Tensor, learning_rate: float, trains: Sequence[int] | None = None) -> None:
@@ -105,7 +105,7 @@ class Engine:
             parameter.requires_grad_(place in chosen)
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         self.adapter.zero_grad()
 
     def reset_optimizer(self) -> None:

@@ -1,4 +1,4 @@
-"""What a method adds to the base's weights beside an adapter, as dense matrices by module."""
+"""Residuals: what a method adds to the base's weights beside an adapter, as a dense matrix for each module."""
 
 import copy
 import math

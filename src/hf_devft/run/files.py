@@ -41,8 +41,8 @@ def _flush(folder: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file that is never written to again, or a copy where the disk knows none; what had that name
-    before is another file's."""
+    """Make `target` a hard link to `source`, or a copy where the disk has no links. For files that are never written
+    to again; what was at `target` is deleted."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:

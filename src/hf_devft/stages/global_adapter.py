@@ -40,7 +40,7 @@ class GlobalAdapter:
         """The full-depth adapter after a stage that has trained `sub`; see `expand_adapter`."""
         return replace(self, state=expand_adapter(sub, self.state, self.names, groups, transfer))
 
-    def expand_part(self, sub: State, groups: Groups, transfer: str, is_adapter: bool) -> State:
+    def expand_partial_state(self, sub: State, groups: Groups, transfer: str, is_adapter: bool) -> State:
         """Some of a submodel's tensors at full depth. Layers that receive nothing have the global adapter's values,
         where `sub` are an adapter's, else zeros."""
         full = expand_adapter({key: torch.zeros_like(value) for key, value in sub.items()}, {}, self.names, groups)

@@ -134,7 +134,7 @@ def _prefix(task: GroupingTask, members: list[int], count: int) -> Groups:
 
 
 def calibrated(task: GroupingTask) -> Groups:
-    """Drop one layer at a time, always the one whose loss suffers least (ours: DESIGN §2.7).
+    """Drop one layer at a time, always the one whose loss suffers least (our rule).
 
     A dropped layer joins the group of the kept layer of its kind before it, so the first of each kind stays.
 

@@ -236,7 +236,7 @@ def _chat_tokens(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> tu
     return tokens, labels
 
 
-def each(datasets: Any, function: Callable[[Dataset], Any]) -> Any:
+def map_datasets(datasets: Any, function: Callable[[Dataset], Any]) -> Any:
     """`function` of a dataset, of each in a dict of datasets, or of nothing.
 
     Raises:
@@ -245,7 +245,7 @@ def each(datasets: Any, function: Callable[[Dataset], Any]) -> Any:
     if datasets is None:
         return None
     if isinstance(datasets, dict):
-        return {name: each(dataset, function) for name, dataset in datasets.items()}
+        return {name: map_datasets(dataset, function) for name, dataset in datasets.items()}
     if isinstance(datasets, IterableDataset):
         raise ValueError("a streaming dataset has no length and no rows to choose: pass a `datasets.Dataset`.")
     return function(datasets)
@@ -253,4 +253,4 @@ def each(datasets: Any, function: Callable[[Dataset], Any]) -> Any:
 
 def first_rows(datasets: Any, count: int | None) -> Any:
     """The first `count` rows of a dataset or of each in a dict; all where it is None."""
-    return each(datasets, lambda rows: rows if count is None else rows.select(range(min(count, len(rows)))))
+    return map_datasets(datasets, lambda rows: rows if count is None else rows.select(range(min(count, len(rows)))))

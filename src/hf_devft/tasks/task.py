@@ -172,7 +172,7 @@ def _class_finder(config: PretrainedConfig) -> Callable[[int | str], int]:
         number = numbers.get(label) if isinstance(label, str) else label
         if not isinstance(number, Integral) or not (number == IGNORED or 0 <= number < config.num_labels):
             raise ValueError(
-                f"label {label!r} is none of the model's {config.num_labels} ({', '.join(numbers)}): load the "
+                f"{label!r} is not one of the model's {config.num_labels} labels ({', '.join(numbers)}): load the "
                 "model with `num_labels`, or by name."
             )
         return int(number)
@@ -353,7 +353,7 @@ def task_of(model: PreTrainedModel | None, peft_type: TaskType | str | None, nam
     """The name of the task that is named, that PEFT names, or that a model's class is for; else "text-generation".
 
     Raises:
-        ValueError: PEFT names one that is none of ours.
+        ValueError: PEFT names a task that is not supported.
     """
     if name is not None:
         return name

@@ -86,11 +86,13 @@ class ActiveStage:
 
     def expand(self, sub: State) -> GlobalAdapter:
         """The full-depth adapter, where the submodel's is `sub`."""
-        return self.origin.expand(self._without_head(sub), self.groups, self.record.transfer)
+        return self.origin.expand(self._drop_temporary_head(sub), self.groups, self.record.transfer)
 
-    def expand_part(self, sub: State, is_adapter: bool = False) -> State:
-        """Some of the submodel's tensors at full depth; see `GlobalAdapter.expand_part`."""
-        return self.origin.expand_part(self._without_head(sub), self.groups, self.record.transfer, is_adapter)
+    def expand_partial_state(self, sub: State, is_adapter: bool = False) -> State:
+        """Some of the submodel's tensors at full depth; see `GlobalAdapter.expand_partial_state`."""
+        return self.origin.expand_partial_state(
+            self._drop_temporary_head(sub), self.groups, self.record.transfer, is_adapter
+        )
 
     def to_peft(self, sub: State, residual: State) -> tuple[PeftConfig, State]:
         """The submodel's adapter as plain PEFT puts it on the plain submodel."""
@@ -107,6 +109,6 @@ class ActiveStage:
         assert self.record.groups is not None  # they are found before the stage is entered
         return self.record.groups
 
-    def _without_head(self, sub: State) -> State:
-        """What the full model has, too."""
+    def _drop_temporary_head(self, sub: State) -> State:
+        """Leave out what only the submodel has an adapter on."""
         return sub if self.head is None else {key: value for key, value in sub.items() if f".{self.head}." not in key}

@@ -22,7 +22,7 @@ from hf_devft.models.layout import State
 from hf_devft.models.streaming import load_base, where_from
 from hf_devft.models.supported import check_adapter
 from hf_devft.tasks import TASKS, Encoding, Task, label_options, task_of
-from hf_devft.tasks.data import each, first_rows
+from hf_devft.tasks.data import first_rows, map_datasets
 from hf_devft.tasks.metrics import IGNORED
 from hf_devft.trainer.mixin import DevFTMixin
 from hf_devft.trainer.preparation import clients_of, prepare_peft_config
@@ -78,7 +78,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
         task = TASKS[args.task]
         # The data first: a mistake in it is found before a large model is loaded.
         if isinstance(train_dataset, dict):  # clients may hold different formats
-            train_dataset = each(train_dataset, functools.partial(_as_rows, task))
+            train_dataset = map_datasets(train_dataset, functools.partial(_as_rows, task))
         clients = clients_of(args, train_dataset, partitioner)
         set_seed(args.seed)
         if isinstance(model, str):
@@ -90,11 +90,13 @@ class DevFTTrainer(DevFTMixin, Trainer):
 
         def prepare(datasets: Any) -> Any:
             with args.main_process_first(desc="encoding of the rows"):  # the others read what it has cached
-                return each(datasets, lambda rows: rows if _is_encoded(rows) else _encode(task, rows, encoding))
+                return map_datasets(
+                    datasets, lambda rows: rows if _is_encoded(rows) else _encode(task, rows, encoding)
+                )
 
         eval_dataset = prepare(first_rows(eval_dataset, args.max_eval_samples))
         if args.predict_with_generate:
-            each(eval_dataset, _check_prompts)
+            map_datasets(eval_dataset, _check_prompts)
         calibration_dataset = first_rows(calibration_dataset, args.calibration_samples)
         super().__init__(
             model,

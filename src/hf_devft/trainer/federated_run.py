@@ -89,7 +89,7 @@ class FederatedRun:
             federation.memory.load_state_dict(load_federation(best))
         compact = active.to_peft(sub, self.residual)
         self.adapter = active.expand(sub)
-        federation.end_stage(active.expand_part)
+        federation.end_stage(active.expand_partial_state)
         self.active = None
         active.record.rounds_done = active.done
         active.record.totals = self.ledger.totals(active.record.stage) | active.setup
@@ -109,7 +109,7 @@ class FederatedRun:
         """
         if (active := self.active) is not None:
             full = active.expand(active.state)
-            save_adapter(folder, *full.to_peft(active.expand_part(self.residual)))
+            save_adapter(folder, *full.to_peft(active.expand_partial_state(self.residual)))
             save_adapter(folder / SUBMODEL, *active.to_peft(active.state, self.residual))
             self.healed.copy_into(folder / SUBMODEL, active.record.stage)
         elif state is not None:

@@ -21,7 +21,6 @@ from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.federation.batches import ClientBatches, client_loader
 from hf_devft.federation.ledger import Ledger
 from hf_devft.federation.partition import ClientData
-from hf_devft.federation.rounds import RoundOutcome
 from hf_devft.federation.sampling import Placement
 from hf_devft.hub.publisher import RunPublisher, push_all, submit_all
 from hf_devft.hub.push import finished_stages
@@ -186,7 +185,9 @@ class DevFTMixin(Base):
                 self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
                 learning_rate = session.schedule.rate(record.learning_rate)
                 outcome = session.run_round(active, runner, learning_rate)
-                self._count(outcome)
+                if np.isfinite(outcome.loss) or not args.logging_nan_inf_filter:
+                    self._tr_loss += outcome.loss
+                self.state.num_input_tokens_seen += outcome.seen
                 session.schedule.step()
                 active.done += 1
                 self.state.global_step += 1
@@ -226,12 +227,6 @@ class DevFTMixin(Base):
         self._tr_loss, self._total_loss_scalar = torch.zeros((), device=args.device), 0.0
         self._session.seed_round()
         return checkpoint
-
-    def _count(self, outcome: RoundOutcome) -> None:
-        """Add a round to the Trainer's own sums."""
-        if np.isfinite(outcome.loss) or not self.args.logging_nan_inf_filter:
-            self._tr_loss += outcome.loss
-        self.state.num_input_tokens_seen += outcome.seen
 
     def _log_save_evaluate(self, grad_norm, learning_rate, trial, ignore_keys, start_time) -> None:
         self._maybe_log_save_evaluate(

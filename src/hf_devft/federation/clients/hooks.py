@@ -52,7 +52,7 @@ class TrainableModel(Protocol):
     lengths: Sequence[int]
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         ...
 
     def gradient_sync(self, last: bool) -> AbstractContextManager:

@@ -21,7 +21,7 @@ class LateUpdates:
         self._memory = memory
 
     def begin_stage(self, layout: AdapterLayout) -> None:
-        """Adapters have this layout from now on."""
+        """Begin a stage, with adapters of this layout."""
         self.layout = layout
 
     def keep(self, client: int, places: tuple[int, ...], change: torch.Tensor) -> None:

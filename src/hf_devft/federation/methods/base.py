@@ -81,11 +81,11 @@ class FederatedMethod:
                 setattr(cls, new, vars(cls)[old])
 
     def begin_run(self, clients: Clients) -> None:
-        """Before anything else."""
+        """Take note of who takes part; called once, before anything else."""
         self.clients, self.memory = clients, clients.memory
 
     def begin_stage(self, layout: AdapterLayout, adapter: torch.Tensor) -> None:
-        """A stage begins, with adapters of this layout and this global one; the memory has been carried over."""
+        """Begin a stage, with adapters of this layout and this global one. What is remembered has its depth."""
         self.layout = layout
         self.round_index, self.adapter = 0, adapter
         if (kept := self.kept) and self.memory.get(SERVER, "initial") is None:
@@ -93,7 +93,7 @@ class FederatedMethod:
             self.memory.commit()
 
     def end_stage(self) -> None:
-        """A stage is over."""
+        """End a stage."""
 
     def is_adapter(self, name: str) -> bool:
         """Whether what is remembered by this name are values of an adapter, not changes of one."""
@@ -130,7 +130,7 @@ class FederatedMethod:
     # --- a client's round -----------------------------------------------------------------------------------
 
     def begin_round(self, round_index: int, adapter: torch.Tensor, sampled: Sequence[int]) -> None:
-        """A round begins from the global adapter, with these clients."""
+        """Begin a round from the global adapter, with these clients; sets the sums to zero."""
         self.round_index, self.adapter, self.sampled = round_index, adapter, list(sampled)
         self.sums = self.zeros(adapter.numel() + len(self.layout))  # Σ n_k (θ_k − θ), then each tensor's Σ n_k
 
@@ -163,7 +163,7 @@ class FederatedMethod:
         return None
 
     def keep(self, client: int, start: torch.Tensor, adapter: torch.Tensor) -> None:
-        """The client has trained `adapter`: what stays with it."""
+        """Remember what stays with a client that has trained `adapter`."""
         if not (kept := self.kept):
             return
         new, old = self.layout.pick(adapter, kept), self.layout.pick(start, kept)
@@ -186,7 +186,11 @@ class FederatedMethod:
     # --- the server's round ---------------------------------------------------------------------------------
 
     def receive(self, client: int, start: torch.Tensor, payload: torch.Tensor) -> None:
-        """A client that started from `start` sends `payload`. Tensors are reused: do not keep them."""
+        """Add a client's update to the sums, weighted by its examples. Tensors are reused: do not keep them.
+
+        Args:
+            start: the adapter that it started from. payload: what it sends.
+        """
         difference = self.wide(payload) - self.wide(self.payload(client, start))
         self.add(self.sends(client), difference, self.clients.examples[client])
 
@@ -201,7 +205,8 @@ class FederatedMethod:
         self.weights[list(places)] += weight
 
     def merge(self, add_up: Callable[[torch.Tensor], None]) -> None:
-        """Called once on every process after its clients; `add_up` sums a tensor over the processes, in place."""
+        """Put the processes' sums together; called once on each, after its clients. `add_up` sums a tensor over the
+        processes, in place."""
         add_up(self.sums)
 
     def mean_update(self) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ class LocalCorrection:
     records = False
 
     def begin_run(self, clients: Clients, method: FederatedMethod) -> None:
-        """Before anything else.
+        """Take note of who takes part; called once, before anything else.
 
         Raises:
             ValueError: the correction cannot be combined with `method`.
@@ -26,17 +26,18 @@ class LocalCorrection:
         self.clients, self.memory = clients, clients.memory
 
     def begin_stage(self, layout: AdapterLayout) -> None:
+        """Begin a stage, with adapters of this layout."""
         self.layout = layout
 
     def begin_round(self, adapter: torch.Tensor) -> None:
-        """A round begins from the global adapter."""
+        """Begin a round from the global adapter."""
 
     def download(self) -> torch.Tensor | None:
         """What every client is sent beside the adapter."""
         return None
 
     def arrive(self, received: torch.Tensor) -> None:
-        """What the clients get of `download`."""
+        """Take note of what the clients get of `download`, after the wire."""
 
     def gradient(self, client: int, start: torch.Tensor, adapter: torch.Tensor) -> torch.Tensor:
         """What is added to the gradient at `adapter`, in each step of a client that started from `start`."""
@@ -47,13 +48,14 @@ class LocalCorrection:
         return None
 
     def keep(self, client: int, mean_gradient: torch.Tensor) -> None:
-        """What the client sends will count: what stays with it."""
+        """Remember what stays with a client whose payload will count."""
 
     def receive(self, payload: torch.Tensor) -> None:
-        """The server takes a client's payload."""
+        """Add a client's payload to the server's sum."""
 
     def merge(self, add_up: Callable[[torch.Tensor], None]) -> None:
-        """Called once on every process after its clients; `add_up` sums a tensor over the processes, in place."""
+        """Put the processes' sums together; called once on each, after its clients. `add_up` sums a tensor over the
+        processes, in place."""
 
     def end_round(self) -> None:
-        """All clients have been received."""
+        """End a round: all clients' payloads are in the sum."""

@@ -74,14 +74,14 @@ class ServerOptimizer(ABC):
         """The optimiser of one stage."""
 
     def begin_stage(self, layout: AdapterLayout, adapter: torch.Tensor) -> None:
-        """Adapters have this layout from now on."""
+        """Begin a stage, with adapters of this layout, with a fresh optimiser."""
         self._layout = layout
         self._parameters = [torch.nn.Parameter(part.clone()) for part in layout.cut(adapter)]
         self._optimizer = self.make(self._parameters)
 
     def step(self, adapter: torch.Tensor, aggregate: torch.Tensor, updated: Sequence[int]) -> torch.Tensor:
-        """The new global adapter: a step in the tensors that the round's clients have sent, which are at the places
-        `updated`; the others are the aggregate's."""
+        """Take a step; returns the new global adapter. Tensors that the round's clients have sent, at the places
+        `updated`, take the step; the others are the aggregate's."""
         current, wanted, sent = self._layout.cut(adapter), self._layout.cut(aggregate), set(updated)
         for place, parameter in enumerate(self._parameters):
             parameter.data = current[place].clone()
@@ -91,7 +91,7 @@ class ServerOptimizer(ABC):
         return torch.cat([part.flatten() for part in parts])
 
     def end_stage(self) -> None:
-        """Forget the stage's steps."""
+        """Drop the optimiser's state."""
         self._optimizer.state.clear()
 
     def state_dict(self) -> State:

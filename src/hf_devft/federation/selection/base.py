@@ -46,7 +46,7 @@ class ClientSelection:
         seed: int,
         resources: Sequence[ClientResources] | None,
     ) -> None:
-        """Before anything else.
+        """Take note of who takes part; called once, before anything else.
 
         Args:
             dropout_rate: probability that a sampled client receives the adapter but is not heard of again.
@@ -56,7 +56,7 @@ class ClientSelection:
         self.dropout_rate, self.seed, self.resources = dropout_rate, seed, resources
 
     def begin_stage(self, candidates: Sequence[int], rounds: range, work: Work | None, clock: float) -> None:
-        """A stage begins.
+        """Begin a stage; with a clock, plan its rounds.
 
         Args:
             candidates: the clients that can take part in it.
@@ -101,6 +101,7 @@ class ClientSelection:
         return None
 
     def sample(self, round_index: int, attempt: int = 0) -> list[int]:
+        """Draw a round's clients by `weights`."""
         return sample_clients(self.candidates, self.clients_per_round, self.seed, round_index, attempt, self.weights())
 
     def plan(self, round_index: int) -> Round:
@@ -110,9 +111,11 @@ class ClientSelection:
         return Round(sampled, training, seconds=max(map(self.seconds_of, training), default=0.0))
 
     def seconds_of(self, client: int) -> float:
+        """How long a client needs for a round, by its resources."""
         return self.resources[client].seconds(self.work.flops[client], self.work.sent[client])
 
     def drops_out(self, round_index: int, attempt: int, client: int) -> bool:
+        """Draw whether a client is not heard of again."""
         return np.random.default_rng([self.seed, round_index, client, attempt]).random() < self.dropout_rate
 
 

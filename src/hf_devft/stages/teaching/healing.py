@@ -1,4 +1,7 @@
-"""A submodel's layers are taught to stand for all of the base's: healing, before anything is learned on them."""
+"""Healing: a submodel's layers are taught to stand for all of the base's, before anything is learned on them.
+
+The word is that of the literature on pruned models (Gromov et al. 2024, arXiv 2403.17887).
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
