@@ -9,12 +9,12 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_devft.federation.methods import CORRECTIONS, METHODS, SERVER_OPTIMIZERS, Methods, make_methods
 from hf_devft.federation.methods.droppeft import DropPEFT
@@ -27,16 +27,12 @@ from hf_devft.models.supported import uneven_options
 from hf_devft.tasks import answers_prompts
 
 
-if TYPE_CHECKING:
-    from hf_devft.configuration.devft_config import DevFTConfig
-
-
 @dataclass(frozen=True)
 class Setup:
     """What is known of a run when it is checked. What is None is not known yet, and conflicts with nothing.
 
     Attributes:
-        args: its config.
+        args: its `DevFTConfig`.
         trainer: "devft", "sft" or "dpo".
         adapter: the config of its adapter.
         layout: the full-depth adapter's tensors.
@@ -49,7 +45,7 @@ class Setup:
         server_rows: the server's own rows: `calibration_dataset`, for grouping also `eval_dataset`; False for none.
     """
 
-    args: "DevFTConfig"
+    args: TrainingArguments
     trainer: str = "devft"
     adapter: PeftConfig | None = None
     layout: AdapterLayout | None = None

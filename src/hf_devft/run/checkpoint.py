@@ -141,8 +141,15 @@ class Checkpoint:
 
 
 def _current(content: dict[str, Any], trainer_state: dict[str, Any]) -> dict[str, Any]:
-    """A run state as it is written today, of one that an earlier version has written."""
+    """A run state as it is written today, of one that version 0.1 has written, which found metrics in the log again."""
     content["setting"] = {RENAMED.get(name, name): value for name, value in content["setting"].items()}
-    if "start_metrics" not in content:
-        content["start_metrics"] = next((row for row in trainer_state["log_history"] if row.get("stage") == 0), None)
+    if "start_metrics" in content:
+        return content
+    log = trainer_state["log_history"]
+    content["start_metrics"] = next((row for row in log if row.get("stage") == 0), None)
+    if content["done"]:  # within a stage: what it would hand on
+        handed_on = trainer_state.get("best_global_step") or trainer_state["global_step"]
+        rows = [row for row in log if row["step"] == handed_on and row.get("stage") == content["stage"]]
+        metrics = {key: value for row in rows for key, value in row.items() if key.startswith("eval_")}
+        content["stages"][content["stage"] - 1]["metrics"] = metrics
     return content

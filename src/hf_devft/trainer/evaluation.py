@@ -1,17 +1,14 @@
 """The full model's evaluation at a stage's end, and metrics over several evaluation sets, such as the clients'."""
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from hf_devft.configuration import DevFTConfig
 from hf_devft.tasks.generation import exact_match
-
-
-if TYPE_CHECKING:
-    from hf_devft.trainer.mixin import DevFTMixin
+from hf_devft.trainer.interface import FederatedTrainer
 
 
 def over_the_sets(metrics: Mapping[str, float], prefix: str, names: Collection[str]) -> dict[str, float]:
@@ -45,7 +42,7 @@ def evaluation_share(args: DevFTConfig) -> tuple[int, int]:
     return (0, 1) if sharded else (args.process_index, args.world_size)
 
 
-def evaluate_full_depth(trainer: "DevFTMixin", stage: int) -> dict[str, float]:
+def evaluate_full_depth(trainer: FederatedTrainer, stage: int) -> dict[str, float]:
     """Measure the model in use, which is the full one, on every evaluation set, and log it as of a stage.
 
     Returns:

@@ -108,7 +108,7 @@ class DevFTMixin(Base):
         self.calibration_dataset = calibration_dataset
         self.run, patched = prepare_run(self.model, args, self.clients, initialisation)
         self.models = ModelInUse(self, patched)
-        check_run(self)
+        check_run(self, self.run)
         self._session: TrainingSession | None = None
         self._checkpoint: Checkpoint | None = None
         for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
@@ -221,7 +221,7 @@ class DevFTMixin(Base):
             self.models.use_whole(run)  # where a run was interrupted
         run.begin(adapter_state(self.model), resume_from_checkpoint, checkpoint)
         self._init_training_state(run.num_rounds, run.num_rounds, len(self.stages), resume_from_checkpoint, trial)
-        self._session = TrainingSession(self, checkpoint)
+        self._session = TrainingSession(self, run, self.models, checkpoint)
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
         self._initial_global_step = self._globalstep_last_logged = self.state.global_step
         self._tr_loss, self._total_loss_scalar = torch.zeros((), device=args.device), 0.0
@@ -245,7 +245,8 @@ class DevFTMixin(Base):
         if self.is_world_process_zero():
             rows = table_rows(self.stages[: record.stage], run.start_metrics)
             save_state = functools.partial(session.save_finished, record.stage)
-            session.report().write(run.result(record, compact), rows, self.state.log_history, run.ledger, save_state)
+            report = session.report(self.publisher and self.publisher.pusher.full_name())
+            report.write(run.result(record, compact), rows, self.state.log_history, run.ledger, save_state)
             if self.publisher is not None and self.publisher.pushes_each_stage:
                 self.callback_handler.on_push_begin(self.args, self.state, self.control)
                 self.publisher.submit_stage(record.stage)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -14,10 +13,7 @@ from hf_devft.models.residual import PatchedBaseWeights
 from hf_devft.models.weights import is_stored
 from hf_devft.stages.submodel import build_whole
 from hf_devft.trainer.federated_run import FederatedRun
-
-
-if TYPE_CHECKING:
-    from hf_devft.trainer.mixin import DevFTMixin
+from hf_devft.trainer.interface import FederatedTrainer
 
 
 class ModelInUse:
@@ -33,7 +29,7 @@ class ModelInUse:
         is_whole: whether the model in use is the full one with the full-depth adapter.
     """
 
-    def __init__(self, trainer: "DevFTMixin", patched: PatchedBaseWeights | None):
+    def __init__(self, trainer: FederatedTrainer, patched: PatchedBaseWeights | None):
         self._trainer, self._patched = trainer, patched
         self.base: PreTrainedModel | None = None
         self.engine: Engine | None = None

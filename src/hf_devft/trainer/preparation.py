@@ -3,7 +3,7 @@ is spent."""
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -27,11 +27,8 @@ from hf_devft.stages.grouping import GroupingTask, group_layers
 from hf_devft.stages.transfer import check_alike
 from hf_devft.tasks.data import first_rows
 from hf_devft.trainer.federated_run import FederatedRun
+from hf_devft.trainer.interface import FederatedTrainer
 from hf_devft.trainer.session import federation_of
-
-
-if TYPE_CHECKING:
-    from hf_devft.trainer.mixin import DevFTMixin
 
 
 def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -> ClientData:
@@ -182,14 +179,14 @@ def prepare_run(
     return run, patched
 
 
-def check_run(trainer: "DevFTMixin") -> None:
+def check_run(trainer: FederatedTrainer, run: FederatedRun) -> None:
     """Refuse what cannot be trained, now that all of it is known.
 
     Raises:
         ValueError: another launch than DeepSpeed's, where that was asked for; see `check_compatibility`; options of
             the method that do not fit the adapter.
     """
-    args, run, accelerator = trainer.args, trainer.run, trainer.accelerator
+    args, accelerator = trainer.args, trainer.accelerator
     if args.deepspeed_plugin is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise ValueError(
             f"DeepSpeed was asked for, but Accelerate runs {accelerator.distributed_type.value}: launch by "

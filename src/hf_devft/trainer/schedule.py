@@ -1,8 +1,9 @@
 """The learning rate: a schedule over rounds, a rate per stage."""
 
 import torch
-from transformers import Trainer
 from transformers.optimization import GreedyLR
+
+from hf_devft.trainer.interface import FederatedTrainer
 
 
 class RoundSchedule:
@@ -17,7 +18,7 @@ class RoundSchedule:
             anew.)
     """
 
-    def __init__(self, trainer: Trainer, num_rounds: int, done: int = 0, state: dict | None = None):
+    def __init__(self, trainer: FederatedTrainer, num_rounds: int, done: int = 0, state: dict | None = None):
         self.base_rate = trainer.args.learning_rate
         self.clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.base_rate)
         trainer.lr_scheduler = None

@@ -4,7 +4,7 @@ import functools
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -33,15 +33,14 @@ from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.calibration import CalibrationLoss
 from hf_devft.trainer.client_batching import ClientBatching
 from hf_devft.trainer.evaluation import named_sets, number_of_rows
+from hf_devft.trainer.federated_run import FederatedRun
 from hf_devft.trainer.federation_builder import build_federation, gradient_obstacle
+from hf_devft.trainer.interface import FederatedTrainer
+from hf_devft.trainer.model_in_use import ModelInUse
 from hf_devft.trainer.schedule import RoundSchedule
 from hf_devft.trainer.server_teacher import ServerTeacher
 from hf_devft.trainer.stage_factory import StageFactory
 from hf_devft.trainer.stage_runner import StageRunner
-
-
-if TYPE_CHECKING:
-    from hf_devft.trainer.mixin import DevFTMixin
 
 
 class TrainingSession:
@@ -49,16 +48,19 @@ class TrainingSession:
 
     Args:
         trainer: whose `state` is that of the start, or of the checkpoint.
+        run: where the run stands. models: the model in use.
         checkpoint: what the run goes on from, or None.
 
     Attributes:
         schedule: of the learning rate. peak_memory: of the work under way.
     """
 
-    def __init__(self, trainer: "DevFTMixin", checkpoint: Checkpoint | None):
-        args, run = trainer.args, trainer.run
-        self.trainer, self.run, self.federation = trainer, run, federation_of(trainer, checkpoint)
-        run.federation = self.federation
+    def __init__(
+        self, trainer: FederatedTrainer, run: FederatedRun, models: ModelInUse, checkpoint: Checkpoint | None
+    ):
+        args = trainer.args
+        self.trainer, self.run, self.models = trainer, run, models
+        self.federation = run.federation = federation_of(trainer, checkpoint)
         self.schedule = RoundSchedule(
             trainer, run.num_rounds, trainer.state.global_step, checkpoint.schedule if checkpoint else None
         )
@@ -96,7 +98,7 @@ class TrainingSession:
             distil=bool(trainer.args.distillation_steps) and record.stage > 1 and not goes_on,
             patched=self.federation.method.modifies_base_weights,
         )
-        trainer.models.use(active.engine)
+        self.models.use(active.engine)
         if checkpoint is not None:
             active.done, active.is_over = checkpoint.run.done, checkpoint.run.stage_over
         active.setup = {
@@ -154,7 +156,7 @@ class TrainingSession:
     def _stage_factory(self) -> StageFactory:
         """The factory of all stages, on the base, which the trainer's model is for the moment."""
         trainer, run, args = self.trainer, self.run, self.trainer.args
-        base = trainer.models.release()
+        base = self.models.release()
         if self._factory is None:
             chooses = getattr(run.adapter.config, "layers_to_transform", None) is not None
             rows = server_rows(trainer)
@@ -175,7 +177,7 @@ class TrainingSession:
                 ),
                 capacities=run.capacities,
                 batching=self._batching,
-                build_engine=trainer.models.build_engine,
+                build_engine=self.models.build_engine,
                 reseed=self.seed_round,
             )
         return self._factory
@@ -194,7 +196,7 @@ class TrainingSession:
             placement=trainer.placement,
             trains=lambda client: self.run.capacities.trains(client, active.record.stage),
             add_up=add_up,
-            using=trainer.models.using,
+            using=self.models.using,
             seed=trainer.args.seed,
             pad_token=getattr(trainer.model.config, "pad_token_id", None) or 0 if pad is None else pad,
         )
@@ -215,17 +217,20 @@ class TrainingSession:
 
     # --- files ----------------------------------------------------------------------------------------------
 
-    def report(self) -> RunReport:
-        """What writes the stages' folders and cards."""
+    def report(self, repo_id: str | None) -> RunReport:
+        """What writes the stages' folders and cards.
+
+        Args:
+            repo_id: the repository that they will be pushed to, or None.
+        """
         trainer, args = self.trainer, self.trainer.args
-        publisher = trainer.publisher
         return RunReport.of(
             args,
-            trainer.models.base.config,
+            self.models.base.config,
             processor=trainer.processing_class,
             setup=describe_setup(args, self.run.clients, self.run.adapter.config),
             evaluation_rows=number_of_rows(trainer.eval_dataset),
-            repo_id=publisher.pusher.full_name() if publisher is not None else None,
+            repo_id=repo_id,
         )
 
     def save_checkpoint(self, target: Path) -> None:
@@ -254,7 +259,7 @@ class TrainingSession:
         state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
 
-def federation_of(trainer: "DevFTMixin", checkpoint: Checkpoint | None = None) -> Federation:
+def federation_of(trainer: FederatedTrainer, checkpoint: Checkpoint | None = None) -> Federation:
     """The federation of a trainer's clients.
 
     Raises:
@@ -273,7 +278,7 @@ def federation_of(trainer: "DevFTMixin", checkpoint: Checkpoint | None = None) -
     )
 
 
-def server_rows(trainer: "DevFTMixin") -> Dataset | None:
+def server_rows(trainer: FederatedTrainer) -> Dataset | None:
     """The server's own rows, that grouping and teaching may ask."""
     given, evaluation = trainer.calibration_dataset, trainer.eval_dataset
     rows = given if given is not None else next(iter(named_sets(evaluation).values()))

@@ -1,0 +1,94 @@
+"""What the parts of a trainer ask of it: the public side of `DevFTMixin`, mixed into a `transformers.Trainer`."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import PeftModel
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler
+
+from hf_devft.configuration import DevFTConfig
+from hf_devft.federation.batches import ClientBatches
+from hf_devft.federation.clients.hooks import TrainingHooks
+from hf_devft.federation.partition import ClientData
+from hf_devft.federation.sampling import Placement
+
+
+class FederatedTrainer(TrainingHooks, Protocol):
+    """A trainer of federated rounds.
+
+    Attributes:
+        args, model, model_wrapped, optimizer, lr_scheduler, deepspeed, state, control, callback_handler, accelerator,
+        train_dataset, eval_dataset, processing_class, compute_metrics, compute_loss_func, model_accepts_loss_kwargs,
+        is_deepspeed_enabled: those of `Trainer`.
+        kind: "devft", "sft" or "dpo".
+        clients: who has which rows of `train_dataset`.
+        calibration_dataset: the server's own rows, or None.
+        placement: this process's share of the work.
+    """
+
+    args: DevFTConfig
+    model: PeftModel | PreTrainedModel
+    model_wrapped: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: Any
+    deepspeed: Any
+    state: TrainerState
+    control: TrainerControl
+    callback_handler: CallbackHandler
+    accelerator: Accelerator
+    train_dataset: Dataset
+    eval_dataset: Dataset | dict[str, Dataset] | None
+    processing_class: Any
+    compute_metrics: Callable | None
+    compute_loss_func: Callable | None
+    model_accepts_loss_kwargs: bool
+    is_deepspeed_enabled: bool
+    kind: str
+    clients: ClientData
+    calibration_dataset: Dataset | None
+    placement: Placement
+
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        """See `Trainer.create_optimizer`."""
+        ...
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer) -> Any:
+        """See `Trainer.create_scheduler`."""
+        ...
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """See `Trainer.compute_loss`."""
+        ...
+
+    def get_eval_dataloader(self, eval_dataset: Dataset) -> DataLoader:
+        """See `Trainer.get_eval_dataloader`."""
+        ...
+
+    def evaluation_loop(self, dataloader: DataLoader, description: str, **kwargs: Any) -> Any:
+        """See `Trainer.evaluation_loop`."""
+        ...
+
+    def log(self, logs: dict[str, float]) -> None:
+        """See `Trainer.log`."""
+        ...
+
+    def save_model(self, output_dir: str, _internal_call: bool = False) -> None:
+        """See `Trainer.save_model`."""
+        ...
+
+    def prepare_model_in_use(self, model: PeftModel) -> None:
+        """Called with every model before it is trained or evaluated."""
+        ...
+
+    def client_batches(self, order: Iterable[tuple[int, int]]) -> ClientBatches:
+        """The batches of local trainings, (round, client), in this order."""
+        ...
+
+    def server_batches(self, rows: Dataset, size: int, sampler: Sampler | None = None) -> Iterator[dict[str, Any]]:
+        """Batches of the server's own rows, on the device."""
+        ...
