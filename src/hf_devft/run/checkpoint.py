@@ -141,7 +141,7 @@ class Checkpoint:
 
 
 def _current(content: dict[str, Any], trainer_state: dict[str, Any]) -> dict[str, Any]:
-    """A run state as it is written today, of one that version 0.1 has written, which found metrics in the log again."""
+    """A run state as it is written today, of one by version 0.1, which looked metrics up in the log."""
     content["setting"] = {RENAMED.get(name, name): value for name, value in content["setting"].items()}
     if "start_metrics" in content:
         return content
