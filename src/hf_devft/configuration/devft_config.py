@@ -380,7 +380,7 @@ class DevFTConfig(TrainingArguments):
             self.resolve_stages(self.stage_layers[-1] if self.stage_layers else 0)
 
     def resolve_stages(self, num_layers: int) -> list[StageConfig]:
-        """The stages of a run on a model of `num_layers` layers.
+        """Make the records of a run's stages on a model of `num_layers` layers.
 
         Raises:
             ValueError: capacities that do not increase from at least 1 to exactly `num_layers`, or a list of rounds
@@ -405,7 +405,7 @@ class DevFTConfig(TrainingArguments):
 
 
 def _rename_options(args: DevFTConfig) -> None:
-    """Take what is given by an option's earlier name for the new one, with a warning."""
+    """Move what is given by an option's earlier name to the new one, in place, with a warning."""
     for old, new in RENAMED.items():
         if (value := getattr(args, old)) is not None:
             warnings.warn(f"{old} is now called {new}, and will go with version 0.3: use that.", FutureWarning, 4)

@@ -123,7 +123,8 @@ class StageConfig(PushToHubMixin):
 
 
 def derive_layers(num_layers: int, first: int, growth: float) -> list[int]:
-    """Layers of each stage: from `first`, times `growth` (and 1 more at least) each time, up to `num_layers`."""
+    """Derive the layers of each stage: from `first`, times `growth` (and 1 more at least) each time, to
+    `num_layers`."""
     layers, size = [], float(min(first, num_layers))
     while round(size) < num_layers:
         layers.append(round(size))
@@ -138,7 +139,7 @@ def plan_stages(
     healing_steps: int,
     **common: Any,
 ) -> list[StageConfig]:
-    """The stages of a run.
+    """Make the records of a run's stages.
 
     Args:
         layers: of each stage; of the last one the model's. rounds, learning_rates: one value, or one per stage.

@@ -40,7 +40,7 @@ class ClientData:
 
 
 def from_mapping(clients: Mapping[str, Dataset]) -> ClientData:
-    """Clients as given: {name: dataset}."""
+    """Make clients of what is given: {name: dataset}."""
     if not clients:
         return ClientData(Dataset.from_dict({}), {})
     ends = np.cumsum([len(dataset) for dataset in clients.values()])
@@ -50,7 +50,8 @@ def from_mapping(clients: Mapping[str, Dataset]) -> ClientData:
 
 
 def from_partitioner(partitioner: Any, dataset: Dataset) -> ClientData:
-    """Clients of any object with flwr-datasets' `Partitioner` interface: dataset, num_partitions, load_partition."""
+    """Make clients by any object with flwr-datasets' `Partitioner` interface: dataset, num_partitions,
+    load_partition."""
     partitioner.dataset = dataset
     count = partitioner.num_partitions
     return from_mapping({f"client-{index}": partitioner.load_partition(index) for index in range(count)})
@@ -79,7 +80,7 @@ def hold_out(clients: ClientData, part: float, seed: int = 0) -> tuple[ClientDat
 
 
 def make_clients(data: Any, partitioner: Any = None, num_clients: int | None = None, **options) -> ClientData:
-    """Clients from whatever a user has: {client: dataset}, a dataset and a partitioner, or a dataset and options.
+    """Make clients from whatever a user has: {client: dataset}, a dataset and a partitioner, or a dataset and options.
 
     Args:
         data: a dataset, or {client: dataset}.
@@ -136,7 +137,7 @@ Rows = dict[str, np.ndarray]
 def _iid(
     dataset: Dataset, num_clients: int | None, column: str | None, alpha: float, rng: np.random.Generator
 ) -> Rows:
-    """Shuffled, in equal parts."""
+    """Shuffle the rows and cut them into equal parts."""
     count = _count(dataset, num_clients)
     return _numbered(np.array_split(rng.permutation(len(dataset)), count))
 
@@ -162,7 +163,7 @@ def _dirichlet(
 def _natural(
     dataset: Dataset, num_clients: int | None, column: str | None, alpha: float, rng: np.random.Generator
 ) -> Rows:
-    """One client for each value of `column`."""
+    """Make one client for each value of `column`."""
     values, owners = np.unique(np.asarray(dataset[column]).astype(str), return_inverse=True)
     if num_clients not in (None, len(values)):
         raise ValueError(

@@ -81,7 +81,7 @@ class RoundOutcome:
     def to_record(
         self, round_index: int, stage: int, names: list[str], seconds: float, peak_memory: int
     ) -> RoundRecord:
-        """The ledger's record of the round.
+        """Return the ledger's record of the round.
 
         Args:
             names: of all clients. seconds, peak_memory: what it took.
@@ -194,18 +194,19 @@ class Federation:
         self.memory.carry(lambda name, state: expand(state, self.method.is_adapter(name)))
 
     def state_dict(self) -> State:
-        """What a resumed run must find again."""
+        """Return what a resumed run must find again, by name."""
         if self.optimizer is not None and (state := self.optimizer.state_dict()):
             self.memory.put(SERVER, "optimizer", state)
             self.memory.commit()
         return self.memory.state_dict()
 
     def residual(self) -> State:
-        """What the method adds to the base's weights beside the adapter, by module, at the depth of the stage."""
+        """Return what the method adds to the base's weights beside the adapter, by module, at the depth of the
+        stage."""
         return self.method.residual()
 
     def _expected_work(self, flops: list[float]) -> Work:
-        """What the stage's rounds ask of each client by the clock: an estimate, in which its first messages stand for
+        """Estimate what the stage's rounds ask of each client by the clock, where its first messages stand for
         all (rounds may differ where methods draw or take turns)."""
         sizes, both = self.layout.sizes, 2 if self.correction is not None and self.correction.records else 1
         sent = []
@@ -261,7 +262,8 @@ class Federation:
         train_clients: TrainClients,
         outcome: RoundOutcome,
     ) -> torch.Tensor:
-        """Train this process's clients of an attempt; their reports, a row for each client of all processes."""
+        """Train this process's clients of an attempt; returns their reports, a row for each client of all
+        processes."""
         sampled, late = self.selection.sampled(round_index, attempt), self.selection.late(round_index, attempt)
         mine = set(self.placement.clients(self.selection.training(round_index, attempt)))
         self.memory.rollback()
@@ -306,7 +308,7 @@ class Federation:
         )
 
     def _report(self, turn: ClientTurn, trained: Trained, is_late: bool) -> torch.Tensor:
-        """A client's report; what it sends goes to the method, unless it has failed."""
+        """Make a client's report, and give what it sends to the method, unless it has failed."""
         report = torch.zeros(len(COLUMNS), dtype=torch.float64)
         if isinstance(trained, Exception):
             if not self.placement.outlives_errors:
@@ -328,7 +330,7 @@ class Federation:
         return report
 
     def _send(self, turn: ClientTurn, result: LocalResult, adapter: torch.Tensor, finite: bool, is_late: bool) -> int:
-        """A client sends what it has trained, which counts where it is finite, now or later; returns the bytes."""
+        """Send what a client has trained, which counts where it is finite, now or later; returns the bytes."""
         client, method, wire = turn.client, self.method, self.wire
         count = wire.bytes_up(self._travelling(client, method.payload(client, adapter))) + 4 * method.num_extra_values
         correction = None if self.correction is None else self.correction.payload(client, result.mean_gradient)
@@ -348,12 +350,12 @@ class Federation:
         return count
 
     def _travelling(self, client: int, message: torch.Tensor) -> int:
-        """How many values a message has, as it would be for the submodel that the client trains."""
+        """Count the values of a message, as it would be for the submodel that the client trains."""
         return round(message.numel() * self._shares[client])
 
     def _combine(self, start: torch.Tensor, fresh: int, arrived: dict[int, int]) -> torch.Tensor:
-        """The new global adapter, from this many fresh updates and those that have arrived late, {client: rounds
-        since}."""
+        """Combine this many fresh updates, and those that have arrived late, {client: rounds since}; returns the new
+        global adapter."""
         needs_no_merge = self.placement.count == 1 or self.placement.shares_batches
         if not needs_no_merge:
             self.method.merge(self.add_up)
@@ -369,7 +371,7 @@ class Federation:
         return adapter
 
     def _of_all_processes(self, reports: torch.Tensor) -> torch.Tensor:
-        """Each client's report, from the process or the processes that trained it."""
+        """Put together the clients' reports, each from the process or the processes that trained it."""
         if self.placement.count == 1:
             return reports
         reports = reports.to(self.device)

@@ -19,7 +19,7 @@ def sample_clients(
     attempt: int = 0,
     weights: Sequence[float] | None = None,
 ) -> list[int]:
-    """`count` distinct ones of `clients` for a round, ascending.
+    """Draw `count` distinct ones of `clients` for a round; returns them ascending.
 
     Args:
         attempt: 0, and more where the round is tried again: with clients that were in none of its attempts so far,
@@ -38,7 +38,7 @@ def sample_clients(
 
 
 def client_seed(seed: int, round_index: int, client: int) -> int:
-    """A 32-bit seed for everything random that a client does in a round, on whichever process it runs."""
+    """Return a 32-bit seed for everything random that a client does in a round, on whichever process it runs."""
     return int(np.random.SeedSequence([seed, round_index, client]).generate_state(1)[0])
 
 
@@ -67,11 +67,11 @@ class Placement:
         return self.kind == "data_parallel" and self.count > 1
 
     def clients(self, training: Sequence[int]) -> list[int]:
-        """This process's share of a round's clients; may be empty."""
+        """Return this process's share of a round's clients; may be empty."""
         return list(training[self.index :: self.count] if self.kind == "client_parallel" else training)
 
     def rows(self, batch: list[int]) -> list[int]:
-        """This process's share of a batch; may be empty."""
+        """Return this process's share of a batch; may be empty."""
         return batch[self.index :: self.count] if self.shares_batches else batch
 
 
@@ -85,7 +85,7 @@ class Plan(Protocol):
 def local_trainings(
     plan: Plan, placement: Placement, rounds: Iterable[int], attempt: int = 0
 ) -> Iterator[tuple[int, int]]:
-    """(round, client) of every local training that is this process's, in order."""
+    """Yield (round, client) of every local training that is this process's, in order."""
     for round_index in rounds:
         for client in placement.clients(plan.training(round_index, attempt)):
             yield round_index, client

@@ -17,7 +17,7 @@ _INDEX_BYTES = 4
 
 
 def quantize(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """`values` after symmetric blockwise quantisation to integers and back.
+    """Quantise `values` to integers, symmetrically and blockwise, and back.
 
     Each block of `BLOCK` values has a scale, its largest magnitude over 2^(bits-1) − 1, in half-precision range
     (bf16), rounded up so that nothing is clipped (Dettmers et al. 2022, arXiv 2110.02861, §2.1, with linear levels:
@@ -90,12 +90,12 @@ class Wire:
         return known + sent
 
     def bytes_down(self, count: int) -> int:
-        """Bytes of `count` values, as they are sent to a client."""
+        """Count the bytes of `count` values, as they are sent to a client."""
         bits, scale = BITS[self.dtype]
         return math.ceil((count * bits + math.ceil(count / BLOCK) * scale) / 8)
 
     def bytes_up(self, count: int) -> int:
-        """Bytes of `count` values, as a client sends them."""
+        """Count the bytes of `count` values, as a client sends them."""
         sent = self._count(count)
         return self.bytes_down(sent) + (_INDEX_BYTES * sent if self.upload_fraction < 1 else 0)
 

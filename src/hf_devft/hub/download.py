@@ -14,7 +14,7 @@ from hf_devft.models.layer_files import healed_path
 
 @contextmanager
 def _reading(repo_id: str) -> Iterator[None]:
-    """What goes wrong with a repository is a ValueError that names it."""
+    """Turn what goes wrong with a repository into a ValueError that names it."""
     try:
         yield
     except (OSError, HFValidationError) as error:
@@ -22,7 +22,7 @@ def _reading(repo_id: str) -> Iterator[None]:
 
 
 def newest_commit(repo_id: str, revision: str | None = None, token: str | None = None) -> str:
-    """The commit that a repository's branch stands at.
+    """Ask for the commit that a repository's branch stands at.
 
     Raises:
         ValueError: the repository cannot be read.
@@ -32,7 +32,7 @@ def newest_commit(repo_id: str, revision: str | None = None, token: str | None =
 
 
 def download_stage(repo_id: str, revision: str | None = None, token: str | None = None, healed: bool = False) -> str:
-    """The newest stage of a repository, in a local folder; no more than a run needs to go on, and nothing pickled.
+    """Download the newest stage of a repository, no more than a run needs to go on; returns the local folder.
 
     Args:
         healed: whether the run has healed its submodels, whose layers it needs then.
@@ -48,8 +48,8 @@ def download_stage(repo_id: str, revision: str | None = None, token: str | None 
 def fetch_adapter(
     name_or_path: str | Path, subfolder: str = "", revision: str | None = None, token: str | None = None
 ) -> Path:
-    """The local folder of an adapter in a folder or a repository, with the healed layers that it may be for. Nothing
-    pickled is downloaded.
+    """Find an adapter in a folder, or download it from a repository, with the healed layers that it may be for;
+    returns the local folder.
 
     Raises:
         ValueError: the repository cannot be read.

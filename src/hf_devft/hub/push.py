@@ -64,14 +64,15 @@ def _belongs_to_root(path: Path) -> bool:
 
 
 def stage_push(output_dir: str | Path, stage: int) -> Push:
-    """A finished stage: the root, `stage-N/`, and the tag `stage-N`."""
+    """Make the push of a finished stage: the root, `stage-N/`, and the tag `stage-N`."""
     name = f"stage-{stage}"
     folder = Path(output_dir) / name
     return Push(f"Stage {stage}", {"": folder, name: folder}, tag=name)
 
 
 def finished_stages(output_dir: str | Path) -> list[int]:
-    """The stages of the run in `output_dir`, in order: up to the one at the root, not what an earlier run has left."""
+    """List the finished stages of the run in `output_dir`, up to the one at the root; not what an earlier run has
+    left."""
     names = [path.parent.name for path in Path(output_dir).glob(f"stage-*/{STAGE_CONFIG_NAME}")]
     found = sorted(int(name.removeprefix("stage-")) for name in names if re.fullmatch(r"stage-\d+", name))
     if not found or not (Path(output_dir) / STAGE_CONFIG_NAME).exists():
@@ -188,7 +189,7 @@ def _first_line(error: Exception) -> str:
 
 
 def left_over(pusher: HubPusher, output_dir: str | Path) -> str:
-    """What a run's end says of what could not be pushed."""
+    """Say what could not be pushed, and by which command it can be."""
     titles = ", ".join(push.title for push in pusher.pending)
     command = [str(output_dir), pusher.repo_id]
     command += ["--private"] if pusher.private else []

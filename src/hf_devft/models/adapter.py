@@ -21,7 +21,7 @@ from hf_devft.models.weights import gathered, stand_ins
 
 
 def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """`base` (changed in place) with a new adapter, as `get_peft_model`."""
+    """Put a new adapter on `base` (changed in place), as `get_peft_model` does."""
     with warnings.catch_warnings(), stand_ins(base):  # PEFT puts an adapter where its layer is
         # PEFT still reads an alias that transformers 5 has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -29,7 +29,7 @@ def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
 
 
 def attach_adapter(base: PreTrainedModel, config: PeftConfig, state: State, grows: bool = False) -> PeftModel:
-    """`base` (changed in place) with a trainable adapter that holds `state`. Leaves the random state as it is.
+    """Put a trainable adapter that holds `state` on `base` (changed in place). Leaves the random state as it is.
 
     Args:
         grows: whether tensors that `state` lacks are as a new adapter has them.
@@ -49,8 +49,8 @@ def attach_adapter(base: PreTrainedModel, config: PeftConfig, state: State, grow
 
 
 def remap_layers_to_transform(config: PeftConfig, kept: Sequence[int]) -> PeftConfig:
-    """The config of an adapter on a model that has only the layers `kept`: `layers_to_transform` by the numbers that
-    layers have there."""
+    """Copy the config of an adapter for a model that has only the layers `kept`: `layers_to_transform` has the numbers
+    that layers have there."""
     chosen = getattr(config, "layers_to_transform", None)
     if chosen is None:
         return config
@@ -61,7 +61,7 @@ def remap_layers_to_transform(config: PeftConfig, kept: Sequence[int]) -> PeftCo
 
 
 def with_head(config: PeftConfig, base: PreTrainedModel) -> tuple[PeftConfig, str]:
-    """The config of an adapter that is on the output embeddings, too, and their name.
+    """Copy the config of an adapter so that it is on the output embeddings, too; returns it, and their name.
 
     Raises:
         ValueError: there are none.
@@ -79,7 +79,7 @@ def with_head(config: PeftConfig, base: PreTrainedModel) -> tuple[PeftConfig, st
 
 
 def detach_adapter(model: PeftModel) -> PreTrainedModel:
-    """The base as it was before `attach_adapter`; `model` is of no use afterwards."""
+    """Take the adapter off; returns the base as it was before `attach_adapter`. `model` is of no use afterwards."""
     wrapped = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     base = model.unload()
     for name, module in wrapped.items():  # PEFT leaves the trained copies
@@ -88,7 +88,7 @@ def detach_adapter(model: PeftModel) -> PreTrainedModel:
 
 
 def adapter_state(model: PeftModel) -> State:
-    """A copy of the active adapter on the CPU: {PEFT key: tensor}."""
+    """Copy the active adapter to the CPU: {PEFT key: tensor}."""
     with gathered(parameter for parameter in model.parameters() if parameter.requires_grad):
         state = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
         return {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}

@@ -34,7 +34,7 @@ def save_adapter(folder: str | Path, peft_config: PeftConfig, state: State) -> N
 
 
 def load_adapter(folder: str | Path) -> tuple[PeftConfig, State]:
-    """The config and the tensors of an adapter folder.
+    """Read the config and the tensors of an adapter folder, and check that they fit each other.
 
     Raises:
         ValueError: a file is missing or broken, or the adapter is not LoRA.

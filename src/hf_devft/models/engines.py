@@ -76,7 +76,7 @@ class Engine:
             self._blank_scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
 
     def read(self) -> torch.Tensor:
-        """The adapter as it is; may be reused by the next `write`."""
+        """Return the adapter as it is, flat; the next `write` may reuse its memory."""
         return self._flat
 
     def write(self, flat: torch.Tensor) -> None:
@@ -121,7 +121,7 @@ class Engine:
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def loss_scale(self) -> float:
-        """The factor of losses and gradients in mixed precision."""
+        """Return the factor of losses and gradients in mixed precision."""
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
 
     def close(self) -> None:
@@ -206,8 +206,8 @@ class DeepSpeedEngine(Engine):
 
 
 def _forget_sharded(module: nn.Module) -> None:
-    """DeepSpeed 0.19 keeps every ZeRO-3 engine alive: by a global list, by parameters that outlive it, and by a cache
-    whose keys hold the modules."""
+    """Delete what keeps a ZeRO-3 engine alive in DeepSpeed 0.19: a global list, by parameters that outlive it, and by
+    a cache whose keys hold the modules."""
     from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
     parameter_offload.FWD_MODULE_STACK[:] = [m for m in parameter_offload.FWD_MODULE_STACK if m is not module]
@@ -245,6 +245,6 @@ def make_engine(
     learning_rate: float = 0.0,
     skip_ddp: bool = True,
 ) -> Engine:
-    """The engine that the launch asks for; see `Engine`. By default, of a model that is only evaluated."""
+    """Make the engine that the launch asks for; see `Engine`. By default, of a model that is only evaluated."""
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     return (DeepSpeedEngine if deepspeed else Engine)(accelerator, model, make_optimizer, learning_rate, skip_ddp)

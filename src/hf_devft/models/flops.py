@@ -8,7 +8,8 @@ import torch
 def flops_per_token(
     model: torch.nn.Module, skipped: Iterable[torch.nn.Module] = (), encoders: Sequence[torch.nn.Module] = ()
 ) -> tuple[float, ...]:
-    """FLOPs of training on one position of each stack of layers: 4 per frozen and 6 per trainable matrix weight.
+    """Count the FLOPs of training on one position of each stack of layers: 4 per frozen and 6 per trainable matrix
+    weight.
 
     Two for the forward pass and two for the gradient of the input; two more for a weight's own gradient (Kaplan
     et al. 2020, arXiv 2001.08361, §2.1, without the weight gradients that LoRA does not take). Attention scores,
@@ -39,7 +40,7 @@ def flops_per_token(
 
 
 def forward_flops(model: torch.nn.Module) -> float:
-    """FLOPs of one position without gradients: half of what frozen weights take in training."""
+    """Count the FLOPs of one position without gradients: half of what frozen weights take in training."""
     return sum(flops_per_token(model)) / 2
 
 

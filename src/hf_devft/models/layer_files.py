@@ -9,7 +9,7 @@ from hf_devft.models.layout import State
 
 
 def healed_path(folder: str | Path, stage: int | str) -> Path:
-    """Where a folder has the healed layers of a stage ("*": of any)."""
+    """Return where a folder has the healed layers of a stage ("*": of any)."""
     return Path(folder, f"healed-{stage}.safetensors")
 
 
@@ -24,7 +24,7 @@ def save_healed(path: Path, state: State) -> None:
 
 
 def read_healed(path: Path) -> State:
-    """What `save_healed` has written.
+    """Read what `save_healed` has written.
 
     Raises:
         ValueError: the file is missing or broken.

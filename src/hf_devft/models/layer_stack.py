@@ -81,8 +81,8 @@ class LayerStack:
 
 
 def find_layer_stack(model: PreTrainedModel, which: str | None = None) -> LayerStack:
-    """The one `nn.ModuleList` that has as many members as the model's config has hidden layers, or that of the encoder
-    and that of the decoder, one after the other.
+    """Find the one `nn.ModuleList` that has as many members as the model's config has hidden layers, or that of the
+    encoder and that of the decoder, one after the other.
 
     Found by structure, so that no model needs an entry in a list of names.
 
@@ -116,8 +116,8 @@ def encoders_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def watch_lengths(model: PreTrainedModel) -> tuple[list[int], list[RemovableHandle]]:
-    """The lengths of the sequences that went through each stack of a model's layers last: a list that is kept up to
-    date, and what ends that."""
+    """Watch the lengths of the sequences that go through each stack of a model's layers; returns a list that is kept
+    up to date, and the hooks to remove in the end."""
     stacks = [model.get_submodule(path) for path in find_layer_stack(model).names.lists]
     lengths = [0] * len(stacks)
 
@@ -178,7 +178,7 @@ def _kind(layer: nn.Module, layer_type: str | None) -> tuple:
 
 @torch.no_grad()
 def returns_tuple(model: nn.Module, layers: Sequence[nn.Module]) -> bool:
-    """Whether the layers return a tuple, as some architectures' do, by one token through the model."""
+    """Pass one token through the model to see whether its layers return a tuple, as some architectures' do."""
     seen = []
     handle = layers[0].register_forward_hook(lambda layer, inputs, output: seen.append(isinstance(output, tuple)))
     try:
@@ -209,7 +209,7 @@ def _pass_on_in_tuple(hidden_states: torch.Tensor, *args, **kwargs) -> tuple[tor
 
 
 def with_layers(model: PreTrainedModel, stack: LayerStack, kept: Sequence[int]) -> PreTrainedModel:
-    """A second model that shares every tensor with `model` but has only the layers `kept`, renumbered from 0.
+    """Make a second model that shares every tensor with `model` but has only the layers `kept`, renumbered from 0.
 
     Modules are new, parameters and buffers are the same objects, so nothing is copied but Python structure.
     The config is a copy with the shorter depth; its per-layer lists (`layer_types`, ...) are shortened alike,
@@ -241,7 +241,7 @@ def with_layers(model: PreTrainedModel, stack: LayerStack, kept: Sequence[int]) 
 
 
 def _shorten_lists(config: PretrainedConfig, depth: int, kept: Sequence[int]) -> None:
-    """Those with a value for each layer."""
+    """Shorten, in place, the lists of a config that have a value for each layer."""
     others = ("token_id", "architectures", "conv_dim", "conv_stride", "conv_kernel")  # convolutions before the stack
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == depth and not key.endswith(others):

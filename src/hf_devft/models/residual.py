@@ -11,7 +11,7 @@ from hf_devft.models.layout import RESIDUAL, State, lora_scaling
 
 
 def product_adapter(config: PeftConfig, state: State, residual: State) -> tuple[PeftConfig, State]:
-    """One adapter that does what an adapter and a residual do together, for plain PEFT.
+    """Make one adapter, for plain PEFT, that does what an adapter and a residual do together.
 
     Its rank is that of the adapter, which keeps its place in front, and of the residual, exactly (by SVD; singular
     values below the precision of float32 are left out). Everything is as it was where there is no residual.
@@ -35,7 +35,7 @@ def product_adapter(config: PeftConfig, state: State, residual: State) -> tuple[
 
 
 def without_residual(product: State, rank: int) -> State:
-    """The adapter of `rank` in front of what `product_adapter` made."""
+    """Cut the adapter of `rank` out of what `product_adapter` has made."""
     front = {".lora_A.": slice(rank), ".lora_B.": (slice(None), slice(rank))}  # embeddings have no residual
     return {
         key: tensor[next((part for name, part in front.items() if name in key), ...)]

@@ -127,7 +127,7 @@ def gathered(parameters: Iterable[torch.Tensor]) -> AbstractContextManager:
 
 
 def dense(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter's values: dequantised where it is a loaded bitsandbytes `Params4bit`, gathered where it is
+    """Return the parameter's values: dequantised where it is a loaded bitsandbytes `Params4bit`, gathered where it is
     sharded, read where it is stored, else itself.
 
     Raises:
@@ -200,7 +200,8 @@ class DenseValues(Sequence):
 
 
 def store_like(values: torch.Tensor, parameter: nn.Parameter) -> nn.Parameter:
-    """A frozen parameter that stores `values` as `parameter` stores its own: dtype, device, quantisation, shards."""
+    """Make a frozen parameter that stores `values` as `parameter` stores its own: dtype, device, quantisation,
+    shards."""
     state = getattr(parameter, "quant_state", None)
     if state is None:
         new = nn.Parameter(values.to(parameter.dtype), requires_grad=False)

@@ -45,7 +45,7 @@ def save_federation(folder: Path, state: State) -> None:
 
 
 def load_federation(folder: str | Path) -> State:
-    """What `save_federation` has written."""
+    """Read what `save_federation` has written; nothing where it has not."""
     path = Path(folder) / FEDERATION
     return load_file(path) if path.exists() else {}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """A new, empty folder that takes the name `target` when the block ends without an error.
+    """Give a new, empty folder that takes the name `target` when the block ends without an error.
 
     What stood there before stays until then. A folder left behind by an interrupted write is cleared.
     """
@@ -31,7 +31,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 def _flush(folder: Path) -> None:
-    """On the disk before it takes its name, so that it is whole after a power failure too."""
+    """Force a folder onto the disk before it takes its name, so that it is whole after a power failure, too."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

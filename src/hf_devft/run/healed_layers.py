@@ -27,12 +27,12 @@ class HealedLayers:
         self._earlier, self._is_main = earlier, is_main
 
     def path(self, stage: int) -> Path:
-        """Where a stage's are kept."""
+        """Return where a stage's healed layers are kept."""
         return healed_path(self._folder, stage)
 
     def needed_by(self, stage: int) -> list[int]:
-        """The stages whose layers a run needs to go on within `stage` or after it: its own, and those that clients
-        train who can hold no more."""
+        """List the stages whose healed layers a run needs to go on within `stage` or after it: its own, and those that
+        clients train who can hold no more."""
         first = 1 if self._earlier else stage
         return [record.stage for record in self._stages[first - 1 : stage] if record.healing_steps]
 

@@ -29,7 +29,7 @@ def load_submodel(
     revision: str | None = None,
     token: str | None = None,
 ) -> PeftModel:
-    """The submodel that a stage trained, with the adapter it trained, for devices that run only the small one.
+    """Load the submodel that a stage trained, with the adapter it trained, for devices that run only the small one.
 
     `.merge_and_unload()` makes it a plain transformers model, whose `save_pretrained` needs no code of ours to load.
 
@@ -68,7 +68,8 @@ def load_submodel(
 
 
 def compare_bases(old: str | PreTrainedModel, new: str | PreTrainedModel) -> BaseDifference:
-    """How far a base is from the one that an adapter was made on, before the adapter is put on it or trained further.
+    """Measure how far a base is from the one that an adapter was made on, before the adapter is put on it or trained
+    on.
 
     An adapter is a change of weights: it is worth as much on another base as that has kept of the old one's. Bases
     given by name are read parameter by parameter.

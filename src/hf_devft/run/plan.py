@@ -97,7 +97,7 @@ def plan_run(
     clients: ClientData | None = None,
     trainer: str = "devft",
 ) -> RunPlan:
-    """The plan of a run.
+    """Plan a run: what it will send, compute and hold in memory.
 
     Bytes are those that the ledger will count where every message of a method is as long as the first round's: not
     with `flora`, `fedex_lora`, `c2a` and methods with `client_ranks`, of which this counts a whole adapter each way.
@@ -189,7 +189,7 @@ def _plan_stage(
     batches: list[tuple[int, int]],
     smaller: StageConfig | None = None,
 ) -> StagePlan:
-    """The plan of a stage, after `smaller`."""
+    """Plan a stage that comes after `smaller`."""
     model, base_bytes = submodels.model(stage.num_layers)
     layout = AdapterLayout.of(model)
     down, up, trained = _messages(args, layout)

@@ -7,7 +7,7 @@ from hf_devft.federation.ledger import Ledger
 
 
 def plot_run(log_history: list[dict], ledger: Ledger, stages: list[StageConfig]) -> Figure:
-    """Loss against megabytes sent: each stage's submodel as a line, full depth at the stages' ends as points.
+    """Plot loss against megabytes sent: each stage's submodel as a line, full depth at the stages' ends as points.
 
     Args:
         log_history: the Trainer's (`step` is the round).

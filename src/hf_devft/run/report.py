@@ -62,7 +62,7 @@ class RunReport:
 
     @classmethod
     def of(cls, args: DevFTConfig, base: PretrainedConfig, **others: Any) -> "RunReport":
-        """The report of a run on the base with this config.
+        """Make the report of a run on the base with this config.
 
         Args:
             others: the attributes that neither says.
@@ -124,7 +124,7 @@ class RunReport:
 
 
 def table_rows(finished: list[StageConfig], start_metrics: dict[str, float] | None) -> list[StageConfig]:
-    """The finished stages, after a stage 0 that stands for the start where that was evaluated."""
+    """Put a stage 0, which stands for the start, before the finished stages, where the start was evaluated."""
     if start_metrics is None:
         return finished
     none: dict[str, Any] = {
@@ -137,7 +137,7 @@ def table_rows(finished: list[StageConfig], start_metrics: dict[str, float] | No
 
 
 def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: PeftConfig) -> dict[str, Any]:
-    """The federation's set-up, as a card shows it."""
+    """Describe the federation's set-up, as a card shows it: {what: value}."""
     sizes = [len(rows) for rows in clients.rows.values()]
     options = ", ".join(f"{name} {value}" for name, value in (args.federated_method_kwargs or {}).items())
     special = {
@@ -162,7 +162,7 @@ def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: PeftConf
 
 
 def _adapter(config: PeftConfig) -> str:
-    """In a few words."""
+    """Describe an adapter in a few words."""
     if not isinstance(config, LoraConfig):
         return config.peft_type.value
     kind = "DoRA" if config.use_dora else "LoRA"

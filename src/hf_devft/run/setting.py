@@ -31,7 +31,7 @@ def run_setting(
     initialisation: str | None,
     clients: ClientData,
 ) -> dict[str, Any]:
-    """{what: its value}, as it is saved with every checkpoint.
+    """Collect what a resumed run must have in common with this one: {what: its value}.
 
     Args:
         initialisation: the one that takes a part of the base's weights into the adapter, or None.

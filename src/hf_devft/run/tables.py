@@ -39,7 +39,7 @@ def _number(value: float | None, style: str) -> str | None:
 
 
 def make_table(title: str, titles: list[str], rows: list[list[str]]) -> Table:
-    """A table for the terminal, of text."""
+    """Make a table for the terminal, of text."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for column in titles:
         table.add_column(column, justify="right", no_wrap=True)
@@ -49,7 +49,7 @@ def make_table(title: str, titles: list[str], rows: list[list[str]]) -> Table:
 
 
 def stage_table(stages: list[StageConfig], without: Container[str] = ()) -> tuple[list[str], list[list[str]]]:
-    """(titles, with a line break where they are long; one row of text per stage)."""
+    """Make the table of some stages: (titles, with a line break where they are long; one row of text per stage)."""
     columns = {title: value for title, value in _COLUMNS.items() if title not in without}
     cells = {title: [value(stage) for stage in stages] for title, value in columns.items()}
     cells = {title: column for title, column in cells.items() if any(cell is not None for cell in column)}

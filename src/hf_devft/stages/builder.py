@@ -35,16 +35,16 @@ class SubmodelBuilder:
     def group(
         self, rule: str, capacity: int, seed: int, loss_of: Callable[[list[int]], float] | None = None
     ) -> Groups:
-        """`capacity` groups by a rule of `GROUPINGS`; see `GroupingTask`."""
+        """Group the layers into `capacity` groups by a rule of `GROUPINGS`; see `GroupingTask`."""
         task = GroupingTask(self.stack.kinds, capacity, seed, lambda: self._similarity, loss_of)
         return group_layers(task, rule)
 
     def build(self, groups: Groups, fusion: str, beta: float) -> PreTrainedModel:
-        """The submodel of these groups; see `build_submodel`."""
+        """Make the submodel of these groups; see `build_submodel`."""
         return build_submodel(self.base, self.stack, groups, fusion, beta)
 
     def whole(self) -> PreTrainedModel:
-        """The base itself, with what is still in its checkpoint read."""
+        """Make the full model, with what is still in the base's checkpoint read."""
         return build_whole(self.base, self.which)
 
     def layers_of(self, submodel: PreTrainedModel, groups: Groups) -> list[nn.Module]:
@@ -53,7 +53,7 @@ class SubmodelBuilder:
 
 
 def layer_stack(base: PreTrainedModel, which: str | None, adapter: State | None) -> LayerStack:
-    """The stack that stages shorten; with an `adapter`, layers that have one share no group with the others."""
+    """Find the stack that stages shorten; with an `adapter`, layers that have one share no group with the others."""
     stack = find_layer_stack(base, which)
     if adapter is None:
         return stack

@@ -39,7 +39,7 @@ FUSIONS: dict[str, Fusion] = {"differential": differential, "mean": mean, "sum":
 
 
 def fuse(members: Sequence[torch.Tensor], rule: str = "differential", beta: float = 0.1) -> torch.Tensor:
-    """The representative of `members` (the first is the anchor): their shape and dtype, computed in float32 or wider.
+    """Fuse `members` (the first is the anchor) into one, in their shape and dtype, computed in float32 or wider.
 
     Members are taken one at a time, so that a sequence that reads them when asked need not hold them all. A group of
     one, and any group under "anchor", gives the anchor's own tensor back, not a copy.

@@ -33,23 +33,23 @@ class GlobalAdapter:
     initial: State = field(default_factory=dict)
 
     def fuse(self, groups: Groups, fusion: str, beta: float = 0.0) -> State:
-        """The adapter of the submodel of these groups; see `fuse_adapter`."""
+        """Fuse it over these groups: the adapter of their submodel; see `fuse_adapter`."""
         return fuse_adapter(self.state, self.names, groups, fusion, beta)
 
     def expand(self, sub: State, groups: Groups, transfer: str) -> "GlobalAdapter":
-        """The full-depth adapter after a stage that has trained `sub`; see `expand_adapter`."""
+        """Transfer what a stage has trained, `sub`, to full depth; returns a new adapter. See `expand_adapter`."""
         return replace(self, state=expand_adapter(sub, self.state, self.names, groups, transfer))
 
     def expand_partial_state(self, sub: State, groups: Groups, transfer: str, is_adapter: bool) -> State:
-        """Some of a submodel's tensors at full depth. Layers that receive nothing have the global adapter's values,
-        where `sub` are an adapter's, else zeros."""
+        """Transfer some of a submodel's tensors to full depth. Layers that receive nothing have the global adapter's
+        values, where `sub` are an adapter's, else zeros."""
         full = expand_adapter({key: torch.zeros_like(value) for key, value in sub.items()}, {}, self.names, groups)
         if is_adapter:
             full |= {key: self.state[key] for key in full if key in self.state}
         return expand_adapter(sub, full, self.names, groups, transfer)
 
     def config_of(self, groups: Groups) -> PeftConfig:
-        """The config of the adapter of the submodel of these groups."""
+        """Return the config of the adapter of the submodel of these groups."""
         return remap_layers_to_transform(self.config, [group[0] for group in groups])
 
     # --- on a model -----------------------------------------------------------------------------------------
@@ -65,14 +65,15 @@ class GlobalAdapter:
         return model
 
     def move_weights(self, model: PeftModel, groups: Groups) -> None:
-        """Take out of a submodel's weights what its adapter has from the start, where it has something."""
+        """Take out of a submodel's weights (copies, in place) what its adapter has from the start, where it has
+        some."""
         if self.initial:
             move_weights(model, self.config, self._initial_of(groups))
 
     # --- for plain PEFT -------------------------------------------------------------------------------------
 
     def to_peft(self, residual: State) -> tuple[PeftConfig, State]:
-        """As plain PEFT puts it on the base: with what has changed the base's weights."""
+        """Convert it to what plain PEFT puts on the base: with what has changed the base's weights."""
         if self.initial:
             return on_whole_weights(self.config, self.state, self.initial)
         return product_adapter(self.config, self.state, residual)
@@ -80,7 +81,7 @@ class GlobalAdapter:
     def compact_to_peft(
         self, config: PeftConfig, sub: State, groups: Groups, residual: State
     ) -> tuple[PeftConfig, State]:
-        """A submodel's adapter, likewise, on the plain submodel."""
+        """Convert a submodel's adapter likewise, to what plain PEFT puts on the plain submodel."""
         if self.initial:
             return on_whole_weights(config, sub, self._initial_of(groups))
         return product_adapter(config, sub, residual)

@@ -168,7 +168,7 @@ GROUPINGS: dict[str, Callable[[GroupingTask], Groups]] = {
 
 
 def group_layers(task: GroupingTask, rule: str = "deconfliction") -> Groups:
-    """The groups of one stage, by the named rule. At full capacity every layer is its own group.
+    """Group the layers of one stage by the named rule. At full capacity every layer is its own group.
 
     Raises:
         ValueError: a capacity that the layers cannot be cut into.

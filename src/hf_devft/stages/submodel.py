@@ -13,7 +13,7 @@ from hf_devft.stages.grouping import Groups
 def build_submodel(
     model: PreTrainedModel, stack: LayerStack, groups: Groups, fusion: str = "differential", beta: float = 0.1
 ) -> PreTrainedModel:
-    """The stage's model: one representative layer per group; everything else is `model`'s own, shared.
+    """Make a stage's model: one representative layer per group; everything else is `model`'s own, shared.
 
     Args:
         model: the full base, without adapters.
@@ -34,12 +34,12 @@ def build_submodel(
 
 
 def layers_of(submodel: PreTrainedModel, stack: LayerStack, groups: Groups) -> list[nn.Module]:
-    """The layers of a submodel of `stack`."""
+    """Return the layers of a submodel of `stack`."""
     return stack.names.keeping([group[0] for group in groups]).layers(submodel)
 
 
 def build_whole(model: PreTrainedModel, which: str | None = None) -> PreTrainedModel:
-    """The submodel of all layers: `model` again, with what is still in the checkpoint read.
+    """Make the submodel of all layers: `model` again, with what is still in the checkpoint read.
 
     Args:
         which: see `find_layer_stack`.

@@ -53,7 +53,7 @@ def kinds_by_adapter(state: State, names: LayerNames, kinds: Sequence[Hashable])
 def fuse_adapter(
     full: State, names: LayerNames, groups: Groups, fusion: str = "differential", beta: float = 0.1
 ) -> State:
-    """The submodel's adapter from the full-depth one: in each group, its members' adapters fused by name.
+    """Make the submodel's adapter from the full-depth one: in each group, its members' adapters are fused by name.
 
     Members that share an adapter fuse to exactly that adapter (not under "sum").
 
@@ -74,18 +74,18 @@ def fuse_adapter(
 
 
 def _broadcast(key: str, tensor: torch.Tensor, group: list[int]) -> dict[int, torch.Tensor]:
-    """To every member (§3.3: knowledge transfer)."""
+    """Give it to every member (§3.3: knowledge transfer)."""
     return dict.fromkeys(group, tensor)
 
 
 def _anchor(key: str, tensor: torch.Tensor, group: list[int]) -> dict[int, torch.Tensor]:
-    """To the anchor; the others keep what they had."""
+    """Give it to the anchor; the others keep what they had."""
     return {group[0]: tensor}
 
 
 def _split_product(key: str, tensor: torch.Tensor, group: list[int]) -> dict[int, torch.Tensor]:
-    """To every member, B divided by the group's size: the group's BA products add up to the representative's, and so
-    do what is added to the weights as it is."""
+    """Give it to every member, B divided by the group's size: the group's BA products add up to the representative's,
+    and so do what is added to the weights as it is."""
     divided = any(part in key for part in (*B, RESIDUAL))
     return dict.fromkeys(group, tensor / len(group) if divided else tensor)
 
@@ -98,7 +98,7 @@ TRANSFERS: dict[str, Callable[[str, torch.Tensor, list[int]], dict[int, torch.Te
 
 
 def expand_adapter(sub: State, full: State, names: LayerNames, groups: Groups, transfer: str = "broadcast") -> State:
-    """The full-depth adapter after a stage: `full` (what the stage started from) overwritten by the submodel's.
+    """Make the full-depth adapter after a stage: `full` (what the stage started from) overwritten by the submodel's.
 
     DoRA's magnitudes are norms of a layer's own weights: what others receive is by which factor the anchor's changed.
 

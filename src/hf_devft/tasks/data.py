@@ -45,7 +45,7 @@ _FORMATS = {
 
 
 def to_known_columns(dataset: Dataset) -> Dataset:
-    """Rows with a column `messages` (chat), columns `prompt` and `completion`, or `text` (all of it is learned).
+    """Convert rows to a column `messages` (chat), columns `prompt` and `completion`, or `text` (all of it is learned).
 
     Made from these, or from ShareGPT's `conversations`, instruction/(input)/output, instruction/(input)/response and
     question/answer; prompt and completion may be messages, too. Other columns are kept.
@@ -73,8 +73,8 @@ _BUILDERS = {
 
 
 def load_files(files: Sequence[str], to_columns: Callable[[Dataset], Dataset] = to_known_columns) -> Dataset:
-    """Local JSON, JSONL, CSV, TSV, Parquet or text files (a row a line) as one dataset with a column `source` (the
-    file's stem). Columns are kept where every file has them, once `to_columns` has made what a task reads.
+    """Read local JSON, JSONL, CSV, TSV, Parquet or text files (a row a line) as one dataset with a column `source`
+    (the file's stem). Columns are kept where every file has them, once `to_columns` has made what a task reads.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -100,7 +100,7 @@ def load_datasets(
     split: str = "train",
     to_columns: Callable[[Dataset], Dataset] = to_known_columns,
 ) -> Dataset:
-    """Datasets on the Hub or in local folders as one, as `load_files` does.
+    """Read datasets on the Hub or in local folders as one, as `load_files` does.
 
     Raises:
         ValueError: see `load_files`; no such dataset, configuration or split.
@@ -237,7 +237,7 @@ def _chat_tokens(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def map_datasets(datasets: Any, function: Callable[[Dataset], Any]) -> Any:
-    """`function` of a dataset, of each in a dict of datasets, or of nothing.
+    """Apply `function` to a dataset, to each in a dict of datasets, or to nothing.
 
     Raises:
         ValueError: a streaming dataset.
@@ -252,5 +252,5 @@ def map_datasets(datasets: Any, function: Callable[[Dataset], Any]) -> Any:
 
 
 def first_rows(datasets: Any, count: int | None) -> Any:
-    """The first `count` rows of a dataset or of each in a dict; all where it is None."""
+    """Take the first `count` rows of a dataset or of each in a dict; all where it is None."""
     return map_datasets(datasets, lambda rows: rows if count is None else rows.select(range(min(count, len(rows)))))

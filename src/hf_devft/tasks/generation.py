@@ -30,7 +30,7 @@ def continuations(
     batch_size: int,
     process: tuple[int, int] = (0, 1),
 ) -> dict[int, list[int]]:
-    """{a prompt's number: the tokens that follow it, up to the end of the sequence}.
+    """Generate greedily: {a prompt's number: the tokens that follow it, up to the end of the sequence}.
 
     Args:
         process: this process's index and how many there are; they share the prompts, and each returns its own.
@@ -75,7 +75,7 @@ def generate_answers(
     batch_size: int = 32,
     process: tuple[int, int] = (0, 1),
 ) -> tuple[list[str], list[str]]:
-    """Greedy answers to the rows' prompts, and the reference answers, both as text, in the rows' order.
+    """Answer the rows' prompts greedily; returns the answers and the references, both as text, in the rows' order.
 
     Args:
         dataset: columns `input_ids` and `labels`; the answer is what is labelled at the end (of a chat, the last
@@ -104,6 +104,6 @@ def exact_match(
     batch_size: int,
     process: tuple[int, int] = (0, 1),
 ) -> float:
-    """Share of the rows whose prompt is answered as the reference is; see `generate_answers`."""
+    """Measure the share of the rows whose prompt is answered as the reference is; see `generate_answers`."""
     answers, references = generate_answers(model, tokenizer, dataset, max_new_tokens, batch_size, process)
     return ExactMatch().compute(predictions=answers, references=references)["exact_match"]

@@ -60,7 +60,7 @@ class ClientBatching:
         self.enabled = True
 
     def count(self, model: PeftModel) -> int:
-        """How many clients train `model` in one batch, at most."""
+        """Return how many clients train `model` in one batch, at most; disables batching, where it is not possible."""
         args = self._trainer.args
         asked = args.clients_per_batch or (self._most if args.device.type != "cpu" else 1)
         if not self.enabled or min(asked, self._most) == 1:

@@ -129,7 +129,7 @@ class GivenAdapter:
 
 
 def given_adapter(model: Any, args: DevFTConfig, peft_config: PeftConfig | str | None) -> GivenAdapter:
-    """What `model` and `peft_config` say of the adapter.
+    """Find out which adapter `model` and `peft_config` mean, and read it where it is in files.
 
     Raises:
         ValueError: there are two of them or none, or one that cannot be trained.
@@ -150,7 +150,7 @@ def given_adapter(model: Any, args: DevFTConfig, peft_config: PeftConfig | str |
 
 
 def _with_adapter(model: Any, given: GivenAdapter, args: DevFTConfig, task: Task) -> PeftModel:
-    """The model with the adapter, a new one or that of a folder, unless it is there."""
+    """Put the adapter on the model, a new one or that of a folder, unless it is there."""
     if given.on_model:
         return model
     if given.state is None:
@@ -161,7 +161,8 @@ def _with_adapter(model: Any, given: GivenAdapter, args: DevFTConfig, task: Task
 
 
 def _settle_padding(processor: Any, config: PretrainedConfig) -> None:
-    """A tokenizer without a padding token pads with its end of sequence, and classifiers know by what."""
+    """Make a tokenizer without a padding token pad with its end of sequence, and tell classifiers by what; in
+    place."""
     if getattr(processor, "pad_token", "") is None:
         processor.pad_token = processor.eos_token
     if config.is_encoder_decoder is False and getattr(config, "pad_token_id", 0) is None:
@@ -171,7 +172,7 @@ def _settle_padding(processor: Any, config: PretrainedConfig) -> None:
 def _load(
     task: Task, name: str, args: DevFTConfig, rows: Dataset, adapter: GivenAdapter, processor: Any
 ) -> tuple[PreTrainedModel, Any]:
-    """Model and, unless given, what goes with it, of one name, at one revision.
+    """Load the model and, unless given, what goes with it, of one name, at one revision.
 
     Args:
         rows: the clients', whose labels the model may be for.
@@ -187,8 +188,8 @@ def _load(
 
 
 def train_missing_modules(config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
-    """An adapter's config by which modules that the checkpoint lacks (a pooler, say) are trained whole: whoever loads
-    the adapter would have other random values there.
+    """Copy an adapter's config so that modules that the checkpoint lacks (a pooler, say) are trained whole: whoever
+    loads the adapter would have other random values there.
 
     Raises:
         ValueError: `exclude_modules` is a pattern, so that they cannot be added.
@@ -245,7 +246,7 @@ def _is_encoded(dataset: Dataset) -> bool:
 
 
 def labels_of(task: Task, dataset: Dataset, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The model's options for the labels of these rows; none where its checkpoint has been trained on them."""
+    """Make the model's options for the labels of these rows; none where its checkpoint has been trained on them."""
     column = "labels" if _is_encoded(dataset) else task.classes
     found = label_options(dataset if _is_encoded(dataset) else task.to_columns(dataset), column)
     trained = AutoConfig.from_pretrained(resolve_model_name(name), **where_from(options))
@@ -282,7 +283,7 @@ def add_placeholder_answers(task: Task, rows: Any, args: DevFTConfig) -> Any:
 
 
 def _as_rows(task: Task, dataset: Any) -> Any:
-    """Clients may hold different formats: each is converted before they are put together."""
+    """Convert one client's rows, as clients may hold different formats, before they are put together."""
     if not isinstance(dataset, Dataset) or _is_encoded(dataset) or not len(dataset):
         return dataset
     return task.to_columns(dataset)

@@ -12,7 +12,7 @@ from hf_devft.trainer.interface import FederatedTrainer
 
 
 def over_the_sets(metrics: Mapping[str, float], prefix: str, names: Collection[str]) -> dict[str, float]:
-    """The mean and the worst of what was measured on several evaluation sets.
+    """Compute the mean and the worst of what was measured on several evaluation sets.
 
     Args:
         metrics: {"{prefix}_{name of a set}_{metric}": value}.
@@ -32,7 +32,7 @@ def named_sets(datasets: Any) -> dict[str, Dataset]:
 
 
 def number_of_rows(datasets: Any) -> int:
-    """Of all evaluation sets together; 0 where there are none."""
+    """Count the rows of all evaluation sets together; 0 where there are none."""
     return 0 if datasets is None else sum(map(len, named_sets(datasets).values()))
 
 

@@ -96,7 +96,7 @@ class FederatedRun:
         return compact
 
     def result(self, record: StageConfig, compact: tuple[PeftConfig, State]) -> StageResult:
-        """What a stage that was handed on came to."""
+        """Put together what a stage that was handed on came to."""
         return StageResult(record, self.adapter.to_peft(self.residual), compact)
 
     # --- files ----------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class FederatedRun:
         RunState(self.stages, stage, done, is_over, setting, self.ledger, remembered, metrics).save(folder)
 
     def load(self, folder: str) -> Checkpoint:
-        """Read a checkpoint, or a finished stage's folder, and take up what is known of the stages.
+        """Read a checkpoint, or a finished stage's folder; copies what it knows of the stages into `stages`.
 
         Raises:
             ValueError: it is neither, of another run, or of one that is over.
@@ -160,7 +160,8 @@ class FederatedRun:
             )
 
     def begin(self, adapter: State, folder: str | None, checkpoint: Checkpoint | None) -> None:
-        """Stand at the start, with this full-depth adapter; or where the checkpoint in a folder has left the run.
+        """Reset the state to the start, with this full-depth adapter, or to where the checkpoint in a folder has left
+        it.
 
         Raises:
             ValueError: the adapter is another one, or healed layers that are needed are not in the folder.

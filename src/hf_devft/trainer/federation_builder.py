@@ -29,7 +29,7 @@ def build_federation(
     gather: Callable[[Any], list],
     remembered: State | None = None,
 ) -> Federation:
-    """The federation of all rounds to come.
+    """Build the federation of all rounds to come.
 
     Args:
         placement: this process's share of the work.
@@ -70,7 +70,7 @@ def build_federation(
 
 
 def build_selection(args: DevFTConfig, examples: list[int], names: list[str]) -> ClientSelection:
-    """The selection of clients, with their resources where a clock is asked for."""
+    """Build the selection of clients, with their resources where a clock is asked for."""
     try:
         selection = SELECTIONS[args.client_selection](**args.client_selection_kwargs or {})
     except TypeError as error:
@@ -87,7 +87,7 @@ def build_selection(args: DevFTConfig, examples: list[int], names: list[str]) ->
 def make_sampler(
     args: DevFTConfig, clients: ClientData, order: Iterable[tuple[int, int]], placement: Placement
 ) -> FederatedBatchSampler:
-    """The batches of local trainings, (round, client), in this order, as rows."""
+    """Make what draws the batches of local trainings, (round, client), in this order, as rows."""
     return FederatedBatchSampler(
         rows=list(clients.rows.values()),
         turns=order,

@@ -134,7 +134,7 @@ class DevFTMixin(Base):
     # --- what a trainer that prepares its data or model may override -----------------------------------------
 
     def remap_client_rows(self, clients: ClientData) -> ClientData:
-        """The clients' rows in what the trainer has made of their dataset."""
+        """Return the clients' rows as they are in what the trainer has made of their dataset."""
         if len(self.train_dataset) != len(clients.dataset):
             raise ValueError(
                 f"the trainer made {len(self.train_dataset)} rows of the clients' {len(clients.dataset)}, so it is "
@@ -143,7 +143,8 @@ class DevFTMixin(Base):
         return clients
 
     def prepare_model_in_use(self, model: PeftModel) -> None:
-        """Called with every submodel, and with the full model, before it is trained or evaluated."""
+        """Prepare every submodel, and the full model, in place, before it is trained or evaluated; does nothing
+        here."""
 
     # --- the loop: stages, rounds ---------------------------------------------------------------------------
 
@@ -165,7 +166,7 @@ class DevFTMixin(Base):
     def _inner_training_loop(
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
     ):
-        """`Trainer`'s loop, with rounds for steps and stages for epochs."""
+        """Run `Trainer`'s loop, with rounds for steps and stages for epochs."""
         checkpoint = self._begin_training(batch_size, resume_from_checkpoint, trial)
         session, start_time = self._session, time.time()
         log_how = (trial, ignore_keys_for_eval, start_time)
@@ -234,7 +235,7 @@ class DevFTMixin(Base):
         )
 
     def _finish_stage(self, active: ActiveStage) -> None:
-        """Submodel's adapter -> full depth, measured, written, shown, pushed."""
+        """Finish a stage: transfer its adapter to full depth, measure that, write it, show it, push it."""
         run, record, session = self.run, active.record, self._session
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         compact = run.hand_on(Path(best) if best is not None else None)
@@ -300,7 +301,7 @@ class DevFTMixin(Base):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The full-depth adapter, and within a stage also the submodel's as it travels."""
+        """Save the full-depth adapter, and within a stage also the submodel's as it travels."""
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             between = self.models.base is not None and (not self.models.is_whole or self.run.residual)
@@ -312,7 +313,8 @@ class DevFTMixin(Base):
             self.push_to_hub(commit_message="Model save")
 
     def _save_checkpoint(self, model, trial) -> None:
-        """A whole `checkpoint-N/` in one move, by the main process."""
+        """Write a whole `checkpoint-N/` in one move, on the main process; pushes it and deletes the oldest, where
+        asked."""
         run_dir = Path(self._get_output_dir(trial=trial))
         target = run_dir / f"checkpoint-{self.state.global_step}"
         if self.state.best_global_step:
@@ -373,7 +375,7 @@ class DevFTMixin(Base):
     # --- what the parts are given ---------------------------------------------------------------------------
 
     def client_batches(self, order: Iterable[tuple[int, int]]) -> ClientBatches:
-        """The batches of local trainings, (round, client), in this order."""
+        """Make the batches of local trainings, (round, client), in this order."""
         dataset, collator = self.train_dataset, self.data_collator
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description="Training")
@@ -384,7 +386,7 @@ class DevFTMixin(Base):
         )
 
     def server_batches(self, rows: Dataset, size: int, sampler: Sampler | None = None) -> Iterator[dict[str, Any]]:
-        """Batches of the server's own rows, on the device."""
+        """Make batches of the server's own rows, on the device."""
         rows = self._remove_unused_columns(rows, description="The server's texts")
         return map(self._prepare_inputs, DataLoader(rows, size, sampler=sampler, collate_fn=self.data_collator))
 

@@ -36,7 +36,8 @@ class ModelInUse:
         self.is_whole = not any(map(is_stored, trainer.model.parameters()))
 
     def build_engine(self, model: PeftModel, train: bool = True) -> Engine:
-        """An engine for a model, with the trainer's optimiser where it is to be trained; the model in use stays."""
+        """Build an engine for a model, with the trainer's optimiser where it is to be trained; the model in use
+        stays."""
         trainer = self._trainer
         before = trainer.model, trainer.optimizer
         trainer.prepare_model_in_use(model)
@@ -73,8 +74,8 @@ class ModelInUse:
             self.use(before)
 
     def release(self) -> PreTrainedModel:
-        """Give up what was built on the base, which is the model for the moment; the first time, take the adapter
-        off."""
+        """Close the engine in use, and make the base the trainer's model for the moment; the first time, take the
+        adapter off it, and under ZeRO-3 cut it over the processes."""
         trainer = self._trainer
         if self.engine is not None:
             self.engine.close()

@@ -32,7 +32,7 @@ from hf_devft.trainer.session import federation_of
 
 
 def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -> ClientData:
-    """The clients that `args` asks for; see `make_clients`."""
+    """Make the clients that `args` asks for; see `make_clients`."""
     return make_clients(
         train_dataset,
         partitioner,
@@ -47,7 +47,7 @@ def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -
 def clients_and_evaluation(
     args: DevFTConfig, train_dataset: Any, eval_dataset: Any, partitioner: Any
 ) -> tuple[ClientData, Dataset | dict[str, Dataset] | None]:
-    """The clients, and the rows to evaluate on, which may be held out of theirs.
+    """Make the clients, and the rows to evaluate on, which may be held out of theirs.
 
     Args:
         train_dataset: the clients' rows, or `ClientData`.
@@ -70,8 +70,8 @@ def clients_and_evaluation(
 def prepare_peft_config(
     config: PeftConfig, args: DevFTConfig, trainer: str = "devft"
 ) -> tuple[PeftConfig, str | None]:
-    """The config by which PEFT is to make a new adapter, and the initialisation that is left to us because it takes a
-    part of the base's weights (PiSSA, OLoRA), or None.
+    """Check a new adapter's config; returns that by which PEFT is to make it, and the initialisation that is left to
+    us because it takes a part of the base's weights (PiSSA, OLoRA), or None.
 
     Raises:
         ValueError: an adapter that cannot be trained; before the model is loaded.
@@ -82,7 +82,7 @@ def prepare_peft_config(
 
 
 def adapter_config_of(model: Any, initialisation: str | None) -> PeftConfig:
-    """A copy of the config of a model's one adapter.
+    """Copy the config of a model's one adapter.
 
     Raises:
         ValueError: there is none, or there are several; or one that stages cannot carry.
@@ -149,8 +149,8 @@ def check_batch_size(asked: int, known: int) -> None:
 def prepare_run(
     model: Any, args: DevFTConfig, clients: ClientData, initialisation: str | None
 ) -> tuple[FederatedRun, PatchedBaseWeights | None]:
-    """A run that has not begun, on a model with its new adapter; and the weights that the adapter's initialisation has
-    changed, where it has.
+    """Make the state of a run that has not begun, on a model with its new adapter. Returns it, and the weights that
+    the adapter's initialisation has changed, in the model, where it has.
 
     Raises:
         ValueError: an adapter that stages cannot carry, or stages that the model, or its clients, cannot have.

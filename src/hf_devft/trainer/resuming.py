@@ -13,7 +13,8 @@ from hf_devft.hub.push import HubPusher
 
 
 def download_last_stage(args: DevFTConfig) -> str:
-    """The local folder of the newest stage in `args.resume_from_hub`; all processes take the same commit.
+    """Download the newest stage in `args.resume_from_hub`, of the same commit on all processes; returns the local
+    folder.
 
     Raises:
         ValueError: the repository cannot be read.
@@ -28,7 +29,7 @@ def download_last_stage(args: DevFTConfig) -> str:
 
 
 def make_pusher(args: DevFTConfig, token: str | None, revision: str | None, private: bool | None) -> HubPusher:
-    """What commits to the run's repository; arguments that are None are those of the config."""
+    """Make what commits to the run's repository; arguments that are None are those of the config."""
     return HubPusher(
         args.hub_model_id or Path(args.output_dir).absolute().name,
         HfApi(token=args.hub_token if token is None else token),

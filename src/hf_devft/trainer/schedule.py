@@ -34,11 +34,11 @@ class RoundSchedule:
         return {"scheduler": self.scheduler.state_dict(), "clock": self.clock.state_dict()}
 
     def step(self) -> None:
-        """A round is over. Schedules that go by a metric are stepped by the Trainer's evaluation instead."""
+        """Step after a round. Schedules that go by a metric are stepped by the Trainer's evaluation instead."""
         self.clock.step()
         if not isinstance(self.scheduler, (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)):
             self.scheduler.step()
 
     def rate(self, stage_rate: float) -> float:
-        """A stage's rate times the schedule's factor."""
+        """Return a stage's rate times the schedule's factor."""
         return stage_rate * self.clock.param_groups[0]["lr"] / self.base_rate

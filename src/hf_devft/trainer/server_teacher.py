@@ -130,7 +130,7 @@ class ServerTeacher:
         return torch.autocast(self.args.device.type, torch.bfloat16) if is_half else self.autocast()
 
     def _batches(self, rows: Dataset, steps: int, seed: int) -> Iterable[Inputs]:
-        """As many batches as `steps`, without labels."""
+        """Draw as many batches as `steps`, without labels."""
         size = self.args.train_batch_size
         generator = torch.Generator().manual_seed(seed)
         sampler = RandomSampler(rows, num_samples=steps * size, generator=generator)
@@ -138,7 +138,7 @@ class ServerTeacher:
             yield {name: value for name, value in inputs.items() if name != "labels"}
 
     def _answered(self, teacher: PreTrainedModel | PeftModel) -> tuple[Dataset, float]:
-        """(the server's rows, FLOPs); the answers to prompts are the teacher's own."""
+        """Let the teacher answer the server's prompts; returns the rows with its answers, and the FLOPs."""
         args, rows = self.args, self.rows
         if not answers_prompts(args.task):
             return rows, 0.0

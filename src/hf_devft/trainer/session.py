@@ -76,7 +76,7 @@ class TrainingSession:
         set_seed(client_seed(self.trainer.args.seed, index, nobody))
 
     def autocast(self) -> AbstractContextManager:
-        """The precision of training, for a model that no engine has prepared."""
+        """Return a context of the precision of training, for a model that no engine has prepared."""
         is_half = self.trainer.accelerator.mixed_precision == "bf16"
         return torch.autocast(self.trainer.args.device.type, torch.bfloat16, enabled=is_half)
 
@@ -112,7 +112,8 @@ class TrainingSession:
         return active
 
     def _begin_anew(self, record: StageConfig, factory: StageFactory) -> State:
-        """Group a stage's layers; what is known at full depth, by the groups. Returns the submodel's adapter."""
+        """Group a stage's layers, noting it in its record, and fuse by the groups what is remembered and the
+        full-depth adapter; returns the submodel's."""
         record.totals, record.metrics = {}, {}
         record.groups = factory.group(record)
         fuse = functools.partial(
@@ -142,7 +143,7 @@ class TrainingSession:
         active.add_to_weights(self.run.residual)
 
     def _expected_flops(self, active: ActiveStage) -> list[float]:
-        """What a round of a stage asks of each client; nothing without a clock."""
+        """Estimate what a round of a stage asks of each client; nothing without a clock."""
         if self.federation.selection.resources is None:
             return []
         args, per_token = (
@@ -154,7 +155,7 @@ class TrainingSession:
         return expected_flops(self.trainer.train_dataset, list(clients.rows.values()), rows, per_token)
 
     def _stage_factory(self) -> StageFactory:
-        """The factory of all stages, on the base, which the trainer's model is for the moment."""
+        """Release the model in use; returns the factory of all stages, on the base."""
         trainer, run, args = self.trainer, self.run, self.trainer.args
         base = self.models.release()
         if self._factory is None:
@@ -185,7 +186,7 @@ class TrainingSession:
     # --- rounds ---------------------------------------------------------------------------------------------
 
     def runner(self, active: ActiveStage) -> StageRunner:
-        """What trains a stage's clients."""
+        """Make what trains a stage's clients."""
         trainer = self.trainer
         pad = getattr(trainer.processing_class, "pad_token_id", None)
         return StageRunner(
@@ -218,7 +219,7 @@ class TrainingSession:
     # --- files ----------------------------------------------------------------------------------------------
 
     def report(self, repo_id: str | None) -> RunReport:
-        """What writes the stages' folders and cards.
+        """Make what writes the stages' folders and cards.
 
         Args:
             repo_id: the repository that they will be pushed to, or None.
@@ -250,7 +251,7 @@ class TrainingSession:
         self.run.healed.copy_into(folder / SUBMODEL, stage)
 
     def _save_state(self, folder: Path, stage: int, done: int, is_over: bool) -> None:
-        """What a run needs to go on, but for the adapters and the schedule."""
+        """Write what a run needs to go on, but for the adapters and the schedule."""
         self.run.save_state(folder, stage, done, is_over)
         state = self.trainer.state
         for callback in (*self.trainer.callback_handler.callbacks, self.trainer.control):
@@ -260,7 +261,7 @@ class TrainingSession:
 
 
 def federation_of(trainer: FederatedTrainer, checkpoint: Checkpoint | None = None) -> Federation:
-    """The federation of a trainer's clients.
+    """Build the federation of a trainer's clients.
 
     Raises:
         ValueError: see `build_federation`.
@@ -279,7 +280,7 @@ def federation_of(trainer: FederatedTrainer, checkpoint: Checkpoint | None = Non
 
 
 def server_rows(trainer: FederatedTrainer) -> Dataset | None:
-    """The server's own rows, that grouping and teaching may ask."""
+    """Return the server's own rows, that grouping and teaching may ask."""
     given, evaluation = trainer.calibration_dataset, trainer.eval_dataset
     rows = given if given is not None else next(iter(named_sets(evaluation).values()))
     return first_rows(rows, trainer.args.calibration_samples)

@@ -50,7 +50,8 @@ class StageFactory:
     reseed: Callable[[], None]
 
     def group(self, record: StageConfig) -> Groups:
-        """The groups of a stage, the main process's for all, as machines may differ in their last bits."""
+        """Group a stage's layers; the main process's groups are everyone's, as machines may differ in their last
+        bits."""
         loss_of = self.calibration.of(self.builder)
         groups = self.builder.group(record.grouping, record.num_layers, self.args.seed, loss_of)
         return broadcast_object_list([groups])[0]
@@ -58,7 +59,7 @@ class StageFactory:
     def enter(
         self, record: StageConfig, adapter: GlobalAdapter, sub: State, distil: bool, patched: bool
     ) -> ActiveStage:
-        """The stage, whose groups are known, ready to train.
+        """Build a stage whose groups are known, ready to train.
 
         Args:
             record: its record; what teaching takes of the server is noted there.
@@ -94,7 +95,7 @@ class StageFactory:
         )
 
     def _submodel(self, record: StageConfig) -> PreTrainedModel:
-        """The submodel of a stage whose groups are known, without adapter, healed where that is asked for."""
+        """Build the submodel of a stage whose groups are known, without adapter, healed where that is asked for."""
         submodel = self.builder.build(record.groups, record.fusion, record.fusion_beta)
         if record.healing_steps:
             layers = self.builder.layers_of(submodel, record.groups)
@@ -109,7 +110,7 @@ class StageFactory:
         self.reseed()
 
     def submodel_of(self, earlier: StageConfig, adapter: GlobalAdapter) -> PeftModel:
-        """An earlier stage's submodel, with the anchors' adapters as they are now."""
+        """Build an earlier stage's submodel, with the anchors' adapters as they are now."""
         model = attach_adapter(
             self._submodel(earlier), adapter.config_of(earlier.groups), adapter.fuse(earlier.groups, "anchor")
         )
@@ -117,7 +118,7 @@ class StageFactory:
         return model
 
     def _earlier_submodels(self, record: StageConfig, adapter: GlobalAdapter) -> dict[int, EarlierSubmodel]:
-        """The submodels of earlier stages that clients train in this one, by stage."""
+        """Build the submodels of earlier stages that clients train in this one, by stage."""
         found = {}
         for number in set(self.capacities.taking_part(record.stage).values()) - {record.stage}:
             earlier = self.stages[number - 1]
@@ -127,7 +128,7 @@ class StageFactory:
         return found
 
     def _stack_clients(self, model: PeftModel) -> tuple | None:
-        """(a model for several clients, their axis, how many they are), or None where each trains by itself."""
+        """Build (a model for several clients, their axis, how many they are); None where each trains by itself."""
         if (count := self.batching.count(model)) == 1:
             return None
         try:

@@ -15,7 +15,7 @@ _TICK = 1e-3  # seconds: times that are closer are the same, whatever rounding h
 
 @dataclass(frozen=True)
 class ClientResources:
-    """One client's.
+    """What one client has: speed, bandwidth, and the times at which it is there.
 
     Attributes:
         flops_per_second: of local training. bytes_per_second: of its connection, each way.

@@ -102,19 +102,19 @@ class FederatedMethod:
     # --- what a client receives, trains and sends ---------------------------------------------------------
 
     def receives(self, client: int) -> tuple[int, ...]:
-        """The tensors that the server sends to a client."""
+        """Return the places of the tensors that the server sends to a client."""
         return self.layout.all
 
     def trains(self, client: int) -> tuple[int, ...]:
-        """The tensors that it trains."""
+        """Return the places of the tensors that a client trains."""
         return self.layout.all
 
     def sends(self, client: int) -> tuple[int, ...]:
-        """The tensors that it sends back."""
+        """Return the places of the tensors that a client sends back."""
         return self.trains(client)
 
     def skips(self, client: int) -> tuple[int, ...]:
-        """The layers that it leaves out of its model for the round."""
+        """Return the layers that a client leaves out of its model for the round."""
         return ()
 
     @property
@@ -143,11 +143,12 @@ class FederatedMethod:
         return tensor.to(wide_zeros(0, self.adapter.device).device).double()
 
     def download(self, client: int) -> torch.Tensor:
-        """The values that a client is sent, flat."""
+        """Return the values that a client is sent, flat."""
         return self.layout.pick(self.adapter, self.receives(client))
 
     def start(self, client: int, received: torch.Tensor) -> torch.Tensor:
-        """The adapter that a client starts from, out of what it received (see `download`) and what it kept."""
+        """Put together the adapter that a client starts from, of what it received (see `download`) and what it
+        kept."""
         if received.numel() == self.adapter.numel():
             return received
         adapter = self.adapter.clone()
@@ -159,7 +160,7 @@ class FederatedMethod:
         return adapter
 
     def local_gradient(self, client: int, start: torch.Tensor, adapter: torch.Tensor) -> torch.Tensor | None:
-        """What is added to the gradient at `adapter` in each local step."""
+        """Return what is added to the gradient at `adapter` in each local step, or None."""
         return None
 
     def keep(self, client: int, start: torch.Tensor, adapter: torch.Tensor) -> None:
@@ -179,8 +180,7 @@ class FederatedMethod:
         return 0
 
     def payload(self, client: int, adapter: torch.Tensor) -> torch.Tensor:
-        """The values of `adapter` that a client sends, picked from it, flat. (What it started from, both ends
-        know.)"""
+        """Pick the values of `adapter` that a client sends, flat. (What it started from, both ends know.)"""
         return self.layout.pick(adapter, self.sends(client))
 
     # --- the server's round ---------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class FederatedMethod:
         add_up(self.sums)
 
     def mean_update(self) -> torch.Tensor | None:
-        """After `merge`: the mean of what the round's clients have changed, flat; None without any."""
+        """Return the mean of what the round's clients have changed, flat; None without any. After `merge`."""
         weights = self.weights.repeat_interleave(torch.tensor(self.layout.sizes, device=self.weights.device))
         return self.sums[: -len(self.layout)] / weights.clamp_min(1) if weights.any() else None
 
@@ -221,7 +221,7 @@ class FederatedMethod:
         return tuple(place for place, weight in enumerate(self.weights.tolist()) if weight > 0 and place not in kept)
 
     def end_round(self) -> torch.Tensor:
-        """The new global adapter, from at least one client's."""
+        """End a round to which at least one client has contributed; returns the new global adapter."""
         step, weights = self.sums[: -len(self.layout)], self.weights.tolist()
         kept = set(self.kept)
         before = (self.memory.get(SERVER, "kept") or {}).get("examples", torch.tensor(0.0)).item()

@@ -72,32 +72,32 @@ class ClientSelection:
                 self.clock += self.rounds[index].seconds
 
     def sampled(self, round_index: int, attempt: int = 0) -> list[int]:
-        """The clients that a round asks; in further attempts others."""
+        """Return the clients that a round asks; in further attempts others."""
         if attempt == 0 and round_index in self.rounds:
             return self.rounds[round_index].sampled
         return self.sample(round_index, attempt)
 
     def training(self, round_index: int, attempt: int = 0) -> list[int]:
-        """Those of them that do not drop out."""
+        """Return those of a round's clients that do not drop out."""
         if attempt == 0 and round_index in self.rounds:
             return self.rounds[round_index].training
         return [c for c in self.sample(round_index, attempt) if not self.drops_out(round_index, attempt, c)]
 
     def late(self, round_index: int, attempt: int = 0) -> dict[int, int]:
-        """Those whose update arrives after the round, and in which one."""
+        """Return the clients whose update arrives after the round, and in which round."""
         return self.rounds[round_index].late if attempt == 0 and round_index in self.rounds else {}
 
     def arrivals(self, round_index: int) -> dict[int, int]:
-        """Clients whose late update arrives in a round, and in which round they began."""
+        """Return the clients whose late update arrives in a round, and in which round they began."""
         began = ((index, client, arrives) for index, r in self.rounds.items() for client, arrives in r.late.items())
         return {client: index for index, client, arrives in began if arrives == round_index}
 
     def seconds(self, round_index: int) -> float:
-        """How long the round takes by the simulated clock, 0 without one."""
+        """Return how long the round takes by the simulated clock, 0 without one."""
         return self.rounds[round_index].seconds if round_index in self.rounds else 0.0
 
     def weights(self) -> Sequence[float] | None:
-        """What the candidates' chances are in proportion to; None for all alike."""
+        """Return what the candidates' chances are in proportion to; None for all alike."""
         return None
 
     def sample(self, round_index: int, attempt: int = 0) -> list[int]:
@@ -105,13 +105,13 @@ class ClientSelection:
         return sample_clients(self.candidates, self.clients_per_round, self.seed, round_index, attempt, self.weights())
 
     def plan(self, round_index: int) -> Round:
-        """A round by the simulated clock: it lasts until the last one has answered."""
+        """Plan a round by the simulated clock: it lasts until the last client has answered."""
         sampled = self.sample(round_index)
         training = [client for client in sampled if not self.drops_out(round_index, 0, client)]
         return Round(sampled, training, seconds=max(map(self.seconds_of, training), default=0.0))
 
     def seconds_of(self, client: int) -> float:
-        """How long a client needs for a round, by its resources."""
+        """Return how long a client needs for a round, by its resources."""
         return self.resources[client].seconds(self.work.flops[client], self.work.sent[client])
 
     def drops_out(self, round_index: int, attempt: int, client: int) -> bool:

@@ -49,7 +49,7 @@ def heal(
 
 
 def healed_state(layers: Sequence[nn.Module]) -> State:
-    """All weights of a submodel's layers, by the layer's number and the parameter's name."""
+    """Return all weights of a submodel's layers, by the layer's number and the parameter's name."""
     return {name: parameter.detach() for name, parameter in _parameters(layers).items()}
 
 
