@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from hf_devft.cli.arguments import RecipeArguments
 from hf_devft.configuration.compatibility import CONFLICTS, FACTS
-from hf_devft.configuration.devft_config import UNSUPPORTED, DevFTConfig
+from hf_devft.configuration.devft_config import CHOICES, UNSUPPORTED, DevFTConfig
 
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -43,7 +43,8 @@ def page() -> str:
         title, _, entries = section.partition("\n")
         text += f"\n## {title}\n\n| key | type and default | meaning |\n|---|---|---|\n"
         for name, kind, meaning in _ENTRY.findall(entries.rstrip(" ") + "\n"):
-            text += _row(name, kind, meaning)
+            choices = ", ".join(f"`{choice}`" for choice in CHOICES.get(name, ()))
+            text += _row(name, kind, f"{meaning.strip()} Choices: {choices}." if choices else meaning)
     text += "\n## Parameters of the recipe alone\n\n| key | default | meaning |\n|---|---|---|\n"
     for item in fields(RecipeArguments):
         default = item.default_factory() if callable(item.default_factory) else item.default

@@ -109,17 +109,12 @@ class Federation:
     """Runs rounds, on one process or on several that each call it alike.
 
     Attributes:
-        method, correction, optimizer: what `federated_method` names; see `make_methods`.
-        wire: encodes what travels.
-        memory: what outlives a round.
-        selection: chooses the clients.
-        placement: this process's share of the work.
-        names: the clients' names.
-        quorum: how many clients of a round must return a finite adapter.
-        retries: how often a round below its quorum is tried again with other clients.
-        batches_of: (rounds, attempt) -> the batches of this process's clients in them.
-        add_up: sums a tensor over the processes, in place; gather: (object) -> those of all processes.
-        device: where those sums are made.
+        method, correction, optimizer: what `federated_method` names; see `make_methods`. wire: encodes what travels.
+        memory: what outlives a round. selection: chooses the clients. placement: this process's share of the work.
+        names: the clients' names. quorum: how many clients of a round must return a finite adapter. retries: how often
+        a round below its quorum is tried again with other clients. batches_of: (rounds, attempt) -> the batches of
+        this process's clients in them. add_up: sums a tensor over the processes, in place; gather: (an object of this
+        process) -> those of all processes. device: where those sums are made.
     """
 
     method: FederatedMethod
@@ -229,7 +224,8 @@ class Federation:
             train_clients: does the local training.
 
         Raises:
-            QuorumError: see there; caused by the first client's error, where one raised on this process.
+            QuorumError: too few clients answered in any attempt; its cause is the first error of a client of this
+            process.
         """
         outcome, self._first_error = RoundOutcome(), None
         for attempt in range(self.retries + 1):
@@ -286,7 +282,7 @@ class Federation:
 
         reports = torch.zeros(len(sampled), len(COLUMNS), dtype=torch.float64)
         for turn, trained in train_clients(turns()):
-            reports[sampled.index(turn.client)] = self._report(turn, trained, turn.client in late)
+            reports[sampled.index(turn.client)] = self._receive(turn, trained, turn.client in late)
         return reports
 
     def _turn(self, round_index: int, client: int, start: torch.Tensor, batches: ClientBatches) -> ClientTurn:
@@ -307,8 +303,9 @@ class Federation:
             records=self.correction is not None and self.correction.records,
         )
 
-    def _report(self, turn: ClientTurn, trained: Trained, is_late: bool) -> torch.Tensor:
-        """Make a client's report, and give what it sends to the method, unless it has failed."""
+    def _receive(self, turn: ClientTurn, trained: Trained, is_late: bool) -> torch.Tensor:
+        """Receive what a client has trained: the method adds it to its sums, unless it has failed. Returns its
+        report."""
         report = torch.zeros(len(COLUMNS), dtype=torch.float64)
         if isinstance(trained, Exception):
             if not self.placement.outlives_errors:

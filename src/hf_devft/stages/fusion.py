@@ -1,7 +1,7 @@
 """One layer from a group of layers: differential-based layer fusion (arXiv 2508.00041, §3.3) and its ablations.
 
-A rule works on the tensors of one parameter name: the anchor's, the other members', how many they are together,
-and β. The same rules fuse base weights and adapters. A new rule is one function and one line in `FUSIONS`.
+A rule works on the tensors of one parameter name. The same rules fuse base weights and adapters, so members that are
+all equal should fuse to just that (only the sum does not). A new rule is one function and one line in `FUSIONS`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 
-Fusion = Callable[[torch.Tensor, Iterable[torch.Tensor], int, float], torch.Tensor]
+# (anchor: the group's first layer's tensor, others: those of the other members, read one at a time as they are asked
+for, # size: how many members there are, the anchor included, beta: β) -> the representative's tensor. Fusion =
+Callable[[torch.Tensor, Iterable[torch.Tensor], int, float], torch.Tensor]
 
 
 def differential(anchor: torch.Tensor, others: Iterable[torch.Tensor], size: int, beta: float) -> torch.Tensor:
@@ -21,7 +23,7 @@ def differential(anchor: torch.Tensor, others: Iterable[torch.Tensor], size: int
 
 
 def mean(anchor: torch.Tensor, others: Iterable[torch.Tensor], size: int, beta: float) -> torch.Tensor:
-    """Ablation: the mean, written as anchor plus differences so that equal members give exactly themselves."""
+    """Ablation: the mean; as `differential` with β = 1 / size, so that equal members give exactly themselves."""
     return differential(anchor, others, size, 1 / size)
 
 
@@ -41,8 +43,11 @@ FUSIONS: dict[str, Fusion] = {"differential": differential, "mean": mean, "sum":
 def fuse(members: Sequence[torch.Tensor], rule: str = "differential", beta: float = 0.1) -> torch.Tensor:
     """Fuse `members` (the first is the anchor) into one, in their shape and dtype, computed in float32 or wider.
 
-    Members are taken one at a time, so that a sequence that reads them when asked need not hold them all. A group of
-    one, and any group under "anchor", gives the anchor's own tensor back, not a copy.
+    `members` may be a sequence that reads a member when it is asked for it: none is asked for that the rule does not
+    use. A group of one, and any group under "anchor", gives the anchor's own tensor back, not a copy.
+
+    Args:
+        rule: a name in `FUSIONS`. beta: β of differential fusion (paper: 0.1).
     """
     anchor = members[0]
     if len(members) == 1 or rule == "anchor":

@@ -34,7 +34,7 @@ def build_federation(
     Args:
         placement: this process's share of the work.
         batches_of: (round, client) of local trainings -> their batches.
-        label_counts: see `label_counts`; asked for by methods that need it.
+        label_counts: () -> how often each token is a label of each client, for methods that need it.
         add_up, gather: see `Federation`.
         remembered: what a run that goes on has kept; see `Federation.state_dict`.
 

@@ -52,12 +52,12 @@ class FederatedMethod:
     no training starts from it.
 
     Attributes:
-        factors: treats LoRA's A and B apart, so that there must be some.
+        factors: needs LoRA's A and B, which it treats apart.
         products: works with their products, of one rank and scale everywhere.
         modifies_base_weights: changes the base's weights by more than an adapter (see `Residual`).
         partial: clients train only a part of the adapter.
         remembers: keeps values of adapters from round to round, beside the global adapter itself.
-        corrects: `local_gradient` is to be asked.
+        corrects: adds to the gradients of local steps; `local_gradient` is asked.
         supports_error_feedback: a value of the adapter stands for the same thing in every round.
         optimizable: a server optimiser may step along the update.
         supports_late_updates: an update may arrive in a later round than the one that it was made in.
@@ -130,9 +130,9 @@ class FederatedMethod:
     # --- a client's round -----------------------------------------------------------------------------------
 
     def begin_round(self, round_index: int, adapter: torch.Tensor, sampled: Sequence[int]) -> None:
-        """Begin a round from the global adapter, with these clients; sets the sums to zero."""
-        self.round_index, self.adapter, self.sampled = round_index, adapter, list(sampled)
-        self.sums = self.zeros(adapter.numel() + len(self.layout))  # Σ n_k (θ_k − θ), then each tensor's Σ n_k
+        """Begin a round from the global adapter, with these clients; sets the sums to zero.""" self.round_index,
+        self.adapter, self.sampled = round_index, adapter, list(sampled) self.sums = self.zeros(adapter.numel() +
+        len(self.layout))  # Σ n_k (θ_k − θ), and behind it Σ n_k of each tensor
 
     def zeros(self, count: int) -> torch.Tensor:
         """Float64 zeros; see `wide_zeros`."""
@@ -180,7 +180,8 @@ class FederatedMethod:
         return 0
 
     def payload(self, client: int, adapter: torch.Tensor) -> torch.Tensor:
-        """Pick the values of `adapter` that a client sends, flat. (What it started from, both ends know.)"""
+        """Pick the values of `adapter` that a client sends, flat. The server takes the difference to what it
+        started from, which both ends know."""
         return self.layout.pick(adapter, self.sends(client))
 
     # --- the server's round ---------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ class FederatedMethod:
 
     @property
     def weights(self) -> torch.Tensor:
-        """Σ n_k of each tensor, so far."""
+        """Σ n_k of each tensor, so far: the end of `sums`."""
         return self.sums[-len(self.layout) :]
 
     def add(self, places: Sequence[int], values: torch.Tensor, weight: float) -> None:
@@ -210,7 +211,8 @@ class FederatedMethod:
         add_up(self.sums)
 
     def mean_update(self) -> torch.Tensor | None:
-        """Return the mean of what the round's clients have changed, flat; None without any. After `merge`."""
+        """Return the mean of what the round's clients have changed, flat; None without any. After `merge`, and before
+        `end_round`, which divides the sums in place."""
         weights = self.weights.repeat_interleave(torch.tensor(self.layout.sizes, device=self.weights.device))
         return self.sums[: -len(self.layout)] / weights.clamp_min(1) if weights.any() else None
 
@@ -221,7 +223,8 @@ class FederatedMethod:
         return tuple(place for place, weight in enumerate(self.weights.tolist()) if weight > 0 and place not in kept)
 
     def end_round(self) -> torch.Tensor:
-        """End a round to which at least one client has contributed; returns the new global adapter."""
+        """End a round to which at least one client has contributed: divide the sums by the weights, in place. Returns
+        the new global adapter."""
         step, weights = self.sums[: -len(self.layout)], self.weights.tolist()
         kept = set(self.kept)
         before = (self.memory.get(SERVER, "kept") or {}).get("examples", torch.tensor(0.0)).item()
