@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 
-# (anchor: the group's first layer's tensor, others: those of the other members, read one at a time as they are asked
-for, # size: how many members there are, the anchor included, beta: β) -> the representative's tensor. Fusion =
-Callable[[torch.Tensor, Iterable[torch.Tensor], int, float], torch.Tensor]
+# (anchor: the tensor of the group's first layer; others: those of the other members, each read when it is asked for;
+# size: how many members there are, the anchor included; beta: β) -> the representative's tensor.
+Fusion = Callable[[torch.Tensor, Iterable[torch.Tensor], int, float], torch.Tensor]
 
 
 def differential(anchor: torch.Tensor, others: Iterable[torch.Tensor], size: int, beta: float) -> torch.Tensor:

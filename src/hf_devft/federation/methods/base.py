@@ -130,9 +130,10 @@ class FederatedMethod:
     # --- a client's round -----------------------------------------------------------------------------------
 
     def begin_round(self, round_index: int, adapter: torch.Tensor, sampled: Sequence[int]) -> None:
-        """Begin a round from the global adapter, with these clients; sets the sums to zero.""" self.round_index,
-        self.adapter, self.sampled = round_index, adapter, list(sampled) self.sums = self.zeros(adapter.numel() +
-        len(self.layout))  # Σ n_k (θ_k − θ), and behind it Σ n_k of each tensor
+        """Begin a round from the global adapter, with these clients; sets the sums to zero."""
+        self.round_index, self.adapter, self.sampled = round_index, adapter, list(sampled)
+        # Σ n_k (θ_k − θ), and behind it Σ n_k of each tensor.
+        self.sums = self.zeros(adapter.numel() + len(self.layout))
 
     def zeros(self, count: int) -> torch.Tensor:
         """Float64 zeros; see `wide_zeros`."""
