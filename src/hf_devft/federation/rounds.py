@@ -109,12 +109,18 @@ class Federation:
     """Runs rounds, on one process or on several that each call it alike.
 
     Attributes:
-        method, correction, optimizer: what `federated_method` names; see `make_methods`. wire: encodes what travels.
-        memory: what outlives a round. selection: chooses the clients. placement: this process's share of the work.
-        names: the clients' names. quorum: how many clients of a round must return a finite adapter. retries: how often
-        a round below its quorum is tried again with other clients. batches_of: (rounds, attempt) -> the batches of
-        this process's clients in them. add_up: sums a tensor over the processes, in place; gather: (an object of this
-        process) -> those of all processes. device: where those sums are made.
+        method, correction, optimizer: what `federated_method` names; see `make_methods`.
+        wire: encodes what travels.
+        memory: what outlives a round.
+        selection: chooses the clients.
+        placement: this process's share of the work.
+        names: the clients' names.
+        quorum: how many clients of a round must return a finite adapter.
+        retries: how often a round below its quorum is tried again with other clients.
+        batches_of: (rounds, attempt) -> the batches of this process's clients in them.
+        add_up: sums a tensor over the processes, in place.
+        gather: (an object of this process) -> those of all processes.
+        device: where those sums are made.
     """
 
     method: FederatedMethod
