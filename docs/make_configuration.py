@@ -26,7 +26,8 @@ The defaults are those of Python and of a config of your own: `recipes/devft.py`
 """
 COMPATIBILITY_HEAD = """# What goes together
 
-Made by `make docs` from the one table of `hf_devft.configuration.compatibility`. Whatever is not in it goes together.
+Made by `make docs` from the one table of `hf_devft.configuration.compatibility`. Options, methods, adapters, models
+and engines that share no row go together; single values, data and files are checked where they are read.
 A run that asks for both of a row is refused before any work is spent, and so is its `--plan`, as far as the config,
 the adapter and the model's architecture tell.
 

@@ -53,6 +53,32 @@ def test_arrows_point_one_way(path):
         assert frozenset((own, other)) not in STRANGERS, f"{own} knows {other}"
 
 
+def modules_imported(path: Path) -> set[str]:
+    """The modules of ours that are run when a module is imported, but for the packages that it stands in."""
+    own = name_of(path)
+    known = {name_of(module) for module in MODULES}
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_devft."):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            parents = [".".join(node.module.split(".")[:depth]) for depth in range(2, node.module.count(".") + 1)]
+            found |= {name for name in (*names, *parents) if name in known}
+    return {name for name in found if not f"{own}.".startswith(f"{name}.")}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {name_of(path): modules_imported(path) for path in MODULES if path.parent != ROOT}
+
+    def visit(name: str, way: list[str]) -> None:
+        assert name not in way, f"a circle: {' -> '.join([*way[way.index(name) :], name])}"
+        for other in done.setdefault(name, graph.get(name, set())) if name not in done else ():
+            visit(other, [*way, name])
+
+    done: dict[str, set[str]] = {}
+    for name in graph:
+        visit(name, [])
+
+
 def private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 

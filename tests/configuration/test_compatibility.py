@@ -4,7 +4,8 @@ from peft import IA3Config, get_peft_model
 
 from hf_devft.configuration import Setup, check_compatibility
 from hf_devft.configuration.compatibility import CONFLICTS, FACTS
-from hf_devft.models.layout import AdapterLayout
+from hf_devft.federation.methods import METHODS, FederatedMethod
+from hf_devft.models.layout import AdapterLayout, B
 
 
 def setup(tmp_path, adapter=None, model=None, known=None, **options) -> Setup:
@@ -61,6 +62,32 @@ def test_a_config_is_refused_by_itself(tmp_path, options, message):
 def test_an_adapter_is_refused_with_it(tmp_path, adapter, options, message):
     with pytest.raises(ValueError, match=message):
         check_compatibility(setup(tmp_path, adapter, tiny_llama(), **options))
+
+
+def test_what_a_method_of_ones_own_remembers_is_seen(make_trainer, monkeypatch):
+    class KeepsB(FederatedMethod):
+        def sends(self, client):
+            return self.layout.without(B)
+
+    monkeypatch.setitem(METHODS, "keeps_b", KeepsB)
+    with pytest.raises(ValueError, match=r"federated_method=.keeps_b.: .*dropped with the head"):
+        make_trainer(federated_method="keeps_b", temporary_head=True)
+
+
+def test_earlier_names_of_a_methods_attributes_hold_with_a_warning():
+    with pytest.warns(FutureWarning, match=r"Late.waits is now called supports_late_updates"):
+
+        class Late(FederatedMethod):
+            waits = False
+
+    assert not Late.supports_late_updates
+
+
+def test_each_is_told_of_what_it_is_about(tmp_path):
+    with pytest.raises(ValueError, match="temporary_head=True cannot go with federated_method='scaffold'"):
+        config(tmp_path, federated_method="scaffold", temporary_head=True)
+    with pytest.raises(ValueError, match=r"DevFTDPOTrainer \(--trainer dpo\) cannot go with auto_find_batch_size"):
+        check_compatibility(setup(tmp_path, known={"trainer": "dpo"}, auto_find_batch_size=True))
 
 
 def test_what_is_not_known_conflicts_with_nothing(tmp_path):

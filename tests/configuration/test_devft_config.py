@@ -29,6 +29,14 @@ def test_an_earlier_name_of_an_option_holds_with_a_warning(tmp_path):
     with pytest.warns(FutureWarning, match="wire_top_k is now called upload_fraction"):
         args = config(tmp_path, wire_top_k=0.5)
     assert args.upload_fraction == 0.5
+    with pytest.raises(ValueError, match="leave wire_top_k out"):
+        config(tmp_path, wire_top_k=0.5, upload_fraction=0.2)
+
+
+@pytest.mark.parametrize("option", ["transfer", "grouping", "wire_dtype", "client_selection", "partition"])
+def test_an_option_that_needs_a_name_has_one(tmp_path, option):
+    with pytest.raises(ValueError, match=f"{option}=None is unknown"):
+        config(tmp_path, **{option: None})
 
 
 @pytest.mark.parametrize(

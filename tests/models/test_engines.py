@@ -5,6 +5,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_devft.models.engines import Engine
+from hf_devft.stages.builder import SubmodelBuilder
 from hf_devft.trainer.model_in_use import ModelInUse
 
 
@@ -25,13 +26,19 @@ def test_the_engines_vector_is_the_adapter(make_trainer):
 
 
 def test_a_stage_leaves_nothing_behind(make_trainer, monkeypatch):
-    stages, use = [], ModelInUse.use
+    stages, use, build = [], ModelInUse.use, SubmodelBuilder.build
 
     def watched(self, engine):
         use(self, engine)
         stages.append((weakref.ref(engine.peft_model), weakref.ref(engine)))
 
+    def watched_build(self, *args):
+        gc.collect()
+        assert not any(model() is not None for model, _ in stages), "the next submodel has the memory for itself"
+        return build(self, *args)
+
     monkeypatch.setattr(ModelInUse, "use", watched)
+    monkeypatch.setattr(SubmodelBuilder, "build", watched_build)
 
     class Alive(TrainerCallback):
         def on_epoch_begin(self, args, state, control, **kwargs):

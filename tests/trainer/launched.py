@@ -36,6 +36,7 @@ def main(options: dict) -> DevFTTrainer:
         callbacks=[Fail(*fail)] if fail else None,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(f"{args.output_dir}-saved")  # under ZeRO-3, every process has a part of it
     return trainer
 
 

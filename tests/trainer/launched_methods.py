@@ -1,4 +1,4 @@
-"""A tiny run of each of several federated methods, one after the other, to be launched on several processes:
+"""A tiny run of each of several methods or options, one after the other, to be launched on several processes:
 `launched_methods.py '{"output_dir": ..., "runs": {name: options}}'`."""
 
 import json
@@ -22,6 +22,7 @@ def main(output_dir: str, runs: dict[str, dict], **options) -> None:
             args,
             peft_config=lora(r=4),
             train_dataset=task_dataset(120, seed=0),
+            eval_dataset=task_dataset(16, split="test", seed=0) if args.eval_strategy != "no" else None,
             calibration_dataset=task_dataset(8, seed=1),
             processing_class=AutoTokenizer.from_pretrained(BASE_PATH),
         )

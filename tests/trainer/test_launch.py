@@ -21,6 +21,7 @@ from hf_devft import StageConfig
 
 
 SCRIPT = Path(__file__).with_name("launched.py")
+SEVERAL = Path(__file__).with_name("launched_methods.py")  # runs, one after the other
 LAUNCH_CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 OPTIONS = {
     "clients_per_round": 3,
@@ -89,6 +90,7 @@ def test_the_run_is_the_same_on_several_processes(alone, tmp_path, name, process
     assert result.returncode == 0, result.stderr
     for folder in ("stage-1", "stage-2", "stage-2/submodel", "checkpoint-3", "."):
         assert difference(alone / folder, output / folder) <= tolerance
+    assert difference(alone, Path(f"{output}-saved")) <= tolerance
     ledgers = [json.loads((path / "ledger.json").read_text()) for path in (alone, output)]
     for here, there in zip(*ledgers, strict=True):
         assert [here[key] for key in ("clients", "bytes_up")] == [there[key] for key in ("clients", "bytes_up")]
@@ -101,21 +103,27 @@ def test_the_run_is_the_same_on_several_processes(alone, tmp_path, name, process
         assert metrics[1]["eval_full_exact_match"] == metrics[0]["eval_full_exact_match"]
 
 
-@pytest.mark.parametrize("more", [
-    {"eval_strategy": "epoch", "predict_with_generate": True},
-    {"distillation_steps": 2},  # of layers that no engine has seen yet
-    {"healing_steps": 2, "distillation_steps": 2},
-], ids=["evaluated", "distilled", "healed"])  # fmt: skip
-def test_half_precision_under_zero2(tmp_path, more):
-    options = {"bf16": True, "gradient_accumulation_steps": 2, "activation_checkpointing": True}
-    options |= {"generation_max_new_tokens": 2} | more
-    losses = []
-    for name, command in (("one", None), ("zero2", "zero2")):
-        given = options | {"output_dir": str(tmp_path / name)}
-        result = launch(tmp_path, command, 2, given) if command else run([sys.executable], given)
+HALF = {
+    "evaluated": {"eval_strategy": "epoch", "predict_with_generate": True},
+    "distilled": {"distillation_steps": 2},  # of layers that no engine has seen yet
+    "healed": {"healing_steps": 2, "distillation_steps": 2},
+}
+
+
+def test_half_precision_under_zero2(tmp_path):
+    options = {
+        "bf16": True, "gradient_accumulation_steps": 2, "activation_checkpointing": True, "optim": "adamw_torch",
+        "generation_max_new_tokens": 2, "learning_rate": 1e-2, "clients_per_round": 2, "runs": HALF,
+    }  # fmt: skip
+    for result in (
+        run([sys.executable], options | {"output_dir": str(tmp_path / "one")}, SEVERAL),
+        launch(tmp_path, "zero2", 2, options | {"output_dir": str(tmp_path / "zero2")}, SEVERAL),
+    ):
         assert result.returncode == 0, result.stderr
-        losses.append([record["loss"] for record in json.loads((tmp_path / name / "ledger.json").read_text())])
-    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    for name in HALF:
+        ledgers = [json.loads((tmp_path / how / name / "ledger.json").read_text()) for how in ("one", "zero2")]
+        losses = [[record["loss"] for record in ledger] for ledger in ledgers]
+        assert losses[1] == pytest.approx(losses[0], rel=2e-3), name
 
 
 @pytest.mark.parametrize("placement", ["client_parallel", "data_parallel"])

@@ -10,14 +10,23 @@ from conftest import config, lora, tiny_llama
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
+from transformers import (
+    DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_devft import DevFTMixin, DevFTTrainer, StageConfig
+from hf_devft.embedded import task_dataset
 from hf_devft.federation.batches import client_batches
 from hf_devft.federation.partition import partition_dataset
 from hf_devft.federation.rounds import QuorumError
 from hf_devft.federation.sampling import client_seed, sample_clients
 from hf_devft.models.adapter import adapter_state
+from hf_devft.stages import FUSIONS
 from hf_devft.tasks.data import tokenize
 from hf_devft.trainer import mixin
 
@@ -725,3 +734,32 @@ def test_an_adapter_of_another_base_says_how_far_it_is(make_trainer, tmp_path, c
     shutil.rmtree(tmp_path / "old")
     make_trainer(model=str(tmp_path / "new"), peft_config=adapter)
     assert "is not on this machine" in caplog.text
+
+
+class Rows(torch.utils.data.Dataset):
+    """Evaluation rows that are no `datasets.Dataset`."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+
+
+def test_evaluation_rows_of_torch_will_do(make_trainer):
+    trainer = make_trainer(eval_dataset=task_dataset(4))
+    trainer.eval_dataset = Rows()
+    trainer.train()
+    assert trainer.stages[-1].metrics["eval_full_loss"] > 0
+
+
+def test_another_config_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="args must be a DevFTConfig, not TrainingArguments"):
+        DevFTTrainer(tiny_llama(), TrainingArguments(str(tmp_path)), peft_config=lora())
+
+
+def test_a_fusion_rule_of_ones_own_runs(make_trainer, monkeypatch):
+    monkeypatch.setitem(FUSIONS, "last", lambda anchor, others, size, beta: list(others)[-1])
+    trainer = make_trainer(fusion="last", adapter_fusion="anchor", grouping="even")
+    trainer.train()
+    assert trainer.stages[0].fusion == "last"

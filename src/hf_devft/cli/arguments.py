@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 import hf_devft
 from hf_devft.configuration import DevFTConfig
+from hf_devft.configuration.devft_config import RENAMED
 from hf_devft.tasks import TASKS
 
 
@@ -146,6 +147,9 @@ def parse_arguments(argv: Sequence[str], default_config: Path) -> tuple[RecipeAr
         config = Path(argv[position + 1])
         del argv[position : position + 2]
     values = _read_yaml(config)
+    for old, new in RENAMED.items():  # the command line wins, by either name
+        if _value_of(new, argv) is not None:
+            values.pop(old, None)
     kinds = (RecipeArguments, _config_class(_value_of("trainer", argv) or values.get("trainer", "devft")))
     options = {item.name: str(item.type) for kind in kinds for item in fields(kind) if item.init}
     lists = {key for key, kind in options.items() if "list[" in kind} - {"report_to", "debug"}

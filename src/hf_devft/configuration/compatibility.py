@@ -42,7 +42,8 @@ class Setup:
         mean_over_tokens: whether the loss is a mean over all of a batch's tokens, however the batch is cut.
         has_processor: whether there is what encodes rows and decodes answers (a tokenizer, say).
         has_evaluation: whether there is an `eval_dataset`.
-        server_rows: the server's own rows: `calibration_dataset`, for grouping also `eval_dataset`; False for none.
+        server_rows: the server's own rows, `calibration_dataset`; False for none.
+        remembers: whether the method has put something into its memory at the start of a stage.
     """
 
     args: TrainingArguments
@@ -56,6 +57,7 @@ class Setup:
     has_processor: bool | None = None
     has_evaluation: bool | None = None
     server_rows: Any = None
+    remembers: bool | None = None
 
     @cached_property
     def methods(self) -> Methods:
@@ -116,6 +118,15 @@ def _named(registry: Collection[str], default: str = "") -> Callable[[Setup], st
 _METHOD, _CORRECTION, _OPTIMIZER = _named(METHODS, "fedit"), _named(CORRECTIONS), _named(SERVER_OPTIMIZERS)
 
 
+def _trainer(setup: Setup) -> str:
+    return f"DevFT{setup.trainer.upper()}Trainer (--trainer {setup.trainer})"
+
+
+def _with(flag: str, value: bool = True) -> str:
+    """The names of the methods that have a flag, for the documentation."""
+    return ", ".join(f"`{name}`" for name, method in METHODS.items() if getattr(method, flag) == value)
+
+
 def _method_is(name: str) -> Callable[[Setup], bool]:
     return lambda setup: getattr(setup.methods.method, name)
 
@@ -127,7 +138,15 @@ def _records(setup: Setup) -> bool:
 def _remembers(setup: Setup) -> bool:
     """Whether values of the adapter outlive a round, with a client or with the server."""
     method = setup.methods.method
-    return _is_lossy(setup) or method.remembers or method.modifies_base_weights or _records(setup)
+    kept = setup.remembers or method.remembers or method.modifies_base_weights
+    return _is_lossy(setup) or kept or _records(setup)
+
+
+def _what_remembers(setup: Setup) -> str:
+    """What makes values of the adapter outlive a round, as an error has it."""
+    if _is_lossy(setup):
+        return _given("wire_dtype", "upload_fraction")(setup)
+    return _CORRECTION(setup) if _records(setup) else _METHOD(setup)
 
 
 def _is_lossy(setup: Setup) -> bool:
@@ -256,47 +275,51 @@ FACTS: dict[str, Fact] = {
         "an adapter on embeddings",
         lambda s: s.layout is not None and any("lora_embedding" in key for key in s.layout.keys),
     ),
+    "no head": Fact(
+        "a model without output embeddings",
+        lambda s: s.base is not None and s.base.get_output_embeddings() is None,
+        lambda s: f"{type(s.base).__name__}, which has no output embeddings",
+    ),
     "adapted head": Fact("`target_modules` that have the output embeddings", _adapts_head),
     "chosen layers": Fact(
         "`layers_to_transform`", lambda s: getattr(s.adapter, "layers_to_transform", None) is not None
     ),
     # methods, wire, participants
     "factors": Fact(
-        "methods about LoRA's factors (`ffa_lora`, `fedsa_lora`, `rolora`, `dofit`)",
+        f"methods about LoRA's factors ({_with('factors')})",
         _method_is("factors"),
         _METHOD,
     ),
     "products": Fact(
-        "methods about products of LoRA's factors (`flora`, `fedex_lora`, `flexlora`, `hlora`, `hetlora`)",
+        f"methods about products of LoRA's factors ({_with('products')})",
         _method_is("products"),
         _METHOD,
     ),
     "changed base": Fact(
-        "methods that change the base's weights (`flora`, `fedex_lora`)",
+        f"methods that change the base's weights ({_with('modifies_base_weights')})",
         _method_is("modifies_base_weights"),
         _METHOD,
     ),
     "parts in turns": Fact(
-        "methods that train parts of the adapter (`ffa_lora`, `rolora`, `droppeft`)",
+        f"methods that train parts of the adapter ({_with('partial')})",
         _method_is("partial"),
         _METHOD,
     ),
     "not optimisable": Fact(
-        "methods whose rounds have no coordinates in common (`flora`, `fedex_lora`, `flexlora`, `hlora`, `c2a`, "
-        "`dofit`)",
+        f"methods whose rounds have no coordinates in common ({_with('optimizable', False)})",
         lambda s: not s.methods.method.optimizable,
         _METHOD,
     ),
     "fixed adapter": Fact(
-        "methods by whose rules the server may not change the adapter (those above, `ffa_lora`, `fedsa_lora`, "
-        "`rolora`)",
+        "methods by whose rules the server may not change the adapter (those whose rounds have no coordinates in "
+        f"common, and {_with('factors')})",
         lambda s: (
             s.methods.method.factors or s.methods.method.modifies_base_weights or not s.methods.method.optimizable
         ),
         _METHOD,
     ),
     "no late updates": Fact(
-        "methods that need all of a round's updates at once (`rolora`, `c2a`, `dofit`, those of products, `scaffold`)",
+        f"methods that need all of a round's updates at once ({_with('supports_late_updates', False)}, `scaffold`)",
         lambda s: _records(s) or not s.methods.method.supports_late_updates,
         lambda s: _CORRECTION(s) if _records(s) else _METHOD(s),
     ),
@@ -307,15 +330,20 @@ FACTS: dict[str, Fact] = {
     "recorded gradients": Fact("`scaffold`", _records, _CORRECTION),
     "server optimiser": Fact("server optimisers", lambda s: s.methods.optimizer is not None, _OPTIMIZER),
     "memory of values": Fact(
-        "what remembers values of the adapter (a lossy wire, `fedsa_lora`, `c2a`, `dofit`, `flora`, `fedex_lora`, "
-        "`scaffold`)",
+        f"what remembers values of the adapter (a lossy wire, {_with('remembers')}, "
+        f"{_with('modifies_base_weights')}, `scaffold`)",
         _remembers,
-        lambda s: _given("wire_dtype", "upload_fraction")(s) if _is_lossy(s) else _METHOD(s),
+        _what_remembers,
     ),
     "late updates": Fact(
         '`client_selection="resource_aware"`',
         lambda s: SELECTIONS[s.args.client_selection].needs_resources,
         _given("client_selection"),
+    ),
+    "clock": Fact(
+        "`client_resources`",
+        lambda s: s.args.client_resources is not None or SELECTIONS[s.args.client_selection].needs_resources,
+        _given("client_resources", "client_selection"),
     ),
     "keep_last": Fact(
         '`beyond_capacity="keep_last"`', lambda s: s.args.beyond_capacity == "keep_last", _given("beyond_capacity")
@@ -371,8 +399,8 @@ FACTS: dict[str, Fact] = {
     ),
     # trainers and evaluation
     "stages": Fact("DevFT's rounds", lambda s: True),
-    "TRL": Fact("`--trainer sft` and `dpo`", lambda s: s.trainer != "devft", lambda s: f"--trainer {s.trainer}"),
-    "DPO": Fact("`--trainer dpo`", lambda s: s.trainer == "dpo", lambda s: "--trainer dpo"),
+    "TRL": Fact("`--trainer sft` and `dpo`", lambda s: s.trainer != "devft", _trainer),
+    "DPO": Fact("`--trainer dpo`", lambda s: s.trainer == "dpo", _trainer),
     "generated answers": Fact(
         "`predict_with_generate`", lambda s: s.args.predict_with_generate, _given("predict_with_generate")
     ),
@@ -407,14 +435,14 @@ _BOTH_TEACHINGS = (
 
 # (one fact, another, why, and what to change). The first that a run has is what it is refused for.
 CONFLICTS: list[tuple[str, str, str]] = [
-    ("TRL", "temporary head", "its losses read the weights of the head, not its adapter: leave it out"),
-    ("TRL", "calibrated", "it measures the loss of text, which TRL prepares: use another rule"),
-    ("TRL", "client_parallel processes", 'all add up metrics in every step: set client_placement="data_parallel"'),
     ("DPO", "several processes", "a batch of pairs cannot be cut: use one process"),
     ("DPO", "data_parallel", "a batch of pairs cannot be cut: use one process"),
     ("DPO", "smaller batches", "a batch of pairs cannot be cut: leave it out"),
     ("DPO", "moved weights", "no reference is left where the adapter is taken off: use another initialisation"),
     ("DPO", "generated answers", "it compares with one answer, and pairs have two: turn it off"),
+    ("TRL", "temporary head", "its losses read the weights of the head, not its adapter: leave it out"),
+    ("TRL", "calibrated", "it measures the loss of text, which TRL prepares: use another rule"),
+    ("TRL", "client_parallel processes", 'all add up metrics in every step: set client_placement="data_parallel"'),
     ("stages", "FSDP", "shard with DeepSpeed ZeRO-3 (recipes/accelerate/zero3.yaml)"),
     ("prefix", "rules that are not anchors", f"the layers above neither give nor receive: {_ANCHORS}"),
     *(("healing", other, why) for other, why in _BOTH_TEACHINGS),
@@ -436,6 +464,7 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("moved weights", "uneven adapter", "it is saved as plain LoRA of one rank: leave these out"),
     ("moved weights", "quantised base", "it changes the base's weights: use a base that is not quantised"),
     ("moved weights", "ZeRO-3", "it changes the base's weights, which are not whole: use ZeRO-2"),
+    ("temporary head", "no head", "it adapts these: leave it out"),
     ("temporary head", "adapted head", "it has an adapter already: leave one out"),
     ("temporary head", "memory of values", "some of them are dropped with the head: leave one out"),
     ("chosen layers", "two stacks", "it numbers the layers of one stack: choose that by `stack`"),
@@ -457,6 +486,7 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ),
     ("server optimiser", "not optimisable", "it steps from one round's adapter to the next: leave one out"),
     ("late updates", "no late updates", "none can come late: use another `client_selection`, or method"),
+    ("clock", "encoder and decoder", "a round's length is known of one stack of layers: leave it out"),
     ("parts in turns", "decay under DeepSpeed", "parts that are frozen would decay: set weight_decay=0"),
     ("keep_last", "not FedIT", 'it takes updates of other depths: use "fedit", or beyond_capacity="sit_out"'),
     ("keep_last", "correction", 'it takes updates of other depths: leave it out, or set beyond_capacity="sit_out"'),

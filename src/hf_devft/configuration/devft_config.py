@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 from hf_devft.configuration.compatibility import Setup, check_compatibility
 from hf_devft.configuration.stage_config import StageConfig, derive_layers, plan_stages
 from hf_devft.federation.heterogeneity.capacity import BEYOND_CAPACITY
-from hf_devft.federation.methods import CORRECTIONS, METHODS, SERVER_OPTIMIZERS, make_methods
+from hf_devft.federation.methods import CORRECTIONS, METHODS, SERVER_OPTIMIZERS
 from hf_devft.federation.partition import PARTITIONS
 from hf_devft.federation.sampling import PLACEMENTS
 from hf_devft.federation.selection import SELECTIONS
@@ -369,10 +369,7 @@ class DevFTConfig(TrainingArguments):
         # A client's tokens count against each other, on however many processes it is; never against another client's.
         self.average_tokens_across_devices = self.client_placement == "data_parallel"
         if self.ddp_find_unused_parameters is None:
-            # An adapter is on all layers, and torch warns of the search; but some methods let its parts take turns.
-            self.ddp_find_unused_parameters = make_methods(
-                self.federated_method, self.federated_method_kwargs
-            ).method.partial
+            self.ddp_find_unused_parameters = False  # an adapter is on all layers, and torch warns of the search
         _check_values(self)
         check_compatibility(Setup(self))
         if self.stage_layers is not None:
@@ -408,6 +405,9 @@ def _rename_options(args: DevFTConfig) -> None:
     """Move what is given by an option's earlier name to the new one, in place, with a warning."""
     for old, new in RENAMED.items():
         if (value := getattr(args, old)) is not None:
+            default = next(item.default for item in fields(args) if item.name == new)
+            if getattr(args, new) not in (default, value):
+                raise ValueError(f"{old}={value} is the earlier name of {new}={getattr(args, new)}: leave {old} out.")
             warnings.warn(f"{old} is now called {new}, and will go with version 0.3: use that.", FutureWarning, 4)
             setattr(args, new, value)
             setattr(args, old, None)
@@ -416,7 +416,7 @@ def _rename_options(args: DevFTConfig) -> None:
 def _check_values(args: DevFTConfig) -> None:
     """Refuse values that are wrong whatever the other options are, and numbers that contradict each other."""
     for option, choices in CHOICES.items():
-        if (value := getattr(args, option)) is not None and value not in choices:
+        if (value := getattr(args, option)) not in choices and not (value is None and option in ("task", "stack")):
             raise ValueError(f"{option}={value!r} is unknown: choose one of {_names(choices)}.")
     if any(name in OptimizerNames(args.optim).value for name in _UNSUPPORTED_OPTIMIZERS):
         raise ValueError(f"optim={OptimizerNames(args.optim).value!r} cannot start afresh with each client.")

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_devft.configuration import StageConfig
+from hf_devft.configuration.devft_config import RENAMED
 from hf_devft.configuration.stage_folder import FEDERATION, LEDGER, SUBMODEL
 from hf_devft.federation.ledger import Ledger
 from hf_devft.models.adapter_files import load_adapter
 from hf_devft.models.layout import State
 from hf_devft.models.residual import without_residual
-from hf_devft.run.setting import RENAMED
 
 
 RUN_STATE = "devft_state.json"

@@ -10,7 +10,6 @@ import numpy as np
 from peft import PeftConfig
 
 from hf_devft.configuration import DevFTConfig, StageConfig
-from hf_devft.configuration.devft_config import RENAMED
 from hf_devft.federation.partition import ClientData
 from hf_devft.models.layout import State
 
@@ -84,6 +83,3 @@ def check_same_adapter(adapter: State, own: State, where: str = "") -> None:
             f"the adapter{where} is not one of this base and LoRA config: names or shapes differ. Resume with the "
             "same."
         )
-
-
-__all__ = ["RENAMED", "check_same_adapter", "check_same_setting", "run_setting"]

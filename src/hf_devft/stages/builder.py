@@ -30,7 +30,7 @@ class SubmodelBuilder:
 
     @cached_property
     def _similarity(self) -> torch.Tensor:
-        return layer_similarity(self.stack)
+        return layer_similarity(find_layer_stack(self.base, self.which))
 
     def group(
         self, rule: str, capacity: int, seed: int, loss_of: Callable[[list[int]], float] | None = None

@@ -25,7 +25,7 @@ from hf_devft.tasks import TASKS, Encoding, Task, label_options, task_of
 from hf_devft.tasks.data import first_rows, map_datasets
 from hf_devft.tasks.metrics import IGNORED
 from hf_devft.trainer.mixin import DevFTMixin
-from hf_devft.trainer.preparation import clients_of, prepare_peft_config
+from hf_devft.trainer.preparation import check_config, clients_of, prepare_peft_config
 
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
         partitioner: Any = None,
         **kwargs,
     ):
+        check_config(args)
         given = given_adapter(model, args, peft_config)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         args.task = task_of(

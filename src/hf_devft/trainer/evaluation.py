@@ -26,6 +26,13 @@ def over_the_sets(metrics: Mapping[str, float], prefix: str, names: Collection[s
     return found
 
 
+def submodel_metrics(metrics: Mapping[str, float], datasets: Any) -> dict[str, float]:
+    """Choose what a stage's record has of an evaluation of its submodel: each set's metrics, and the mean loss."""
+    derived = over_the_sets(metrics, "eval", datasets) if isinstance(datasets, dict) else {}
+    kept = {key: value for key, value in metrics.items() if key.startswith("eval_") and key not in derived}
+    return kept | {key: derived[key] for key in ("eval_loss",) if key in derived}
+
+
 def named_sets(datasets: Any) -> dict[str, Dataset]:
     """Evaluation sets by their names; that of a single one is empty."""
     return datasets if isinstance(datasets, dict) else {"": datasets}

@@ -8,15 +8,20 @@ import torch
 
 from hf_devft.configuration import DevFTConfig
 from hf_devft.federation.batches import ClientBatches, FederatedBatchSampler
+from hf_devft.federation.heterogeneity.label_features import label_counts as count_labels
 from hf_devft.federation.heterogeneity.resources import ClientResources, load_resources, make_resources
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients, make_methods
 from hf_devft.federation.partition import ClientData
+from hf_devft.federation.processes import add_up as add_up_tensors
+from hf_devft.federation.processes import gather as gather_objects
 from hf_devft.federation.rounds import Federation
 from hf_devft.federation.sampling import Placement, local_trainings
 from hf_devft.federation.selection import SELECTIONS, ClientSelection
 from hf_devft.federation.wire import Wire
 from hf_devft.models.layout import State
+from hf_devft.run.checkpoint import Checkpoint
+from hf_devft.trainer.interface import FederatedTrainer
 
 
 def build_federation(
@@ -104,3 +109,22 @@ def gradient_obstacle(args: DevFTConfig, federation: Federation) -> str | None:
     if federation.method.corrects or federation.correction is not None:
         return f"federated_method={args.federated_method!r} looks at each client's gradients"
     return None
+
+
+def federation_of(trainer: FederatedTrainer, checkpoint: Checkpoint | None = None) -> Federation:
+    """Build the federation of a trainer's clients.
+
+    Raises:
+        ValueError: see `build_federation`.
+    """
+    rows: list[Any] = list(trainer.clients.rows.values())
+    return build_federation(
+        trainer.args,
+        trainer.clients,
+        trainer.placement,
+        trainer.client_batches,
+        lambda: count_labels(trainer.train_dataset, rows),
+        add_up_tensors,
+        gather_objects,
+        checkpoint.run.federation if checkpoint is not None else None,
+    )

@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.federation.batches import ClientBatches, client_loader
 from hf_devft.federation.ledger import Ledger
+from hf_devft.federation.methods import make_methods
 from hf_devft.federation.partition import ClientData
 from hf_devft.federation.sampling import Placement
 from hf_devft.hub.publisher import RunPublisher, push_all, submit_all
@@ -31,17 +31,18 @@ from hf_devft.run.progress import RoundProgressCallback
 from hf_devft.run.report import table_rows
 from hf_devft.run.tables import print_stages
 from hf_devft.trainer.active_stage import ActiveStage
-from hf_devft.trainer.evaluation import evaluate_full_depth, over_the_sets
+from hf_devft.trainer.evaluation import evaluate_full_depth, over_the_sets, submodel_metrics
 from hf_devft.trainer.federation_builder import make_sampler
 from hf_devft.trainer.model_in_use import ModelInUse
 from hf_devft.trainer.preparation import (
     check_arguments,
     check_batch_size,
     check_run,
+    check_trainer,
     clients_and_evaluation,
     prepare_run,
 )
-from hf_devft.trainer.resuming import download_last_stage, make_pusher, rotate
+from hf_devft.trainer.resuming import make_pusher, rotate, starting_point
 from hf_devft.trainer.session import TrainingSession
 
 
@@ -96,6 +97,8 @@ class DevFTMixin(Base):
         **kwargs,
     ):
         check_arguments(args, kwargs)
+        # Parts of the adapter may take turns.
+        args.ddp_find_unused_parameters |= make_methods(args.federated_method, args.federated_method_kwargs)[0].partial
         self.clients, eval_dataset = clients_and_evaluation(args, train_dataset, eval_dataset, partitioner)
         super().__init__(
             model=model, args=args, train_dataset=self.clients.dataset, eval_dataset=eval_dataset, **kwargs
@@ -106,9 +109,10 @@ class DevFTMixin(Base):
             self.model_accepts_loss_kwargs = False
         self.placement = Placement(args.client_placement, args.process_index, args.world_size)
         self.calibration_dataset = calibration_dataset
+        setup = check_trainer(self, initialisation)
         self.run, patched = prepare_run(self.model, args, self.clients, initialisation)
         self.models = ModelInUse(self, patched)
-        check_run(self, self.run)
+        check_run(self, self.run, setup)
         self._session: TrainingSession | None = None
         self._checkpoint: Checkpoint | None = None
         for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
@@ -156,12 +160,7 @@ class DevFTMixin(Base):
             resume_from_checkpoint: "last" is the newest checkpoint in `output_dir`, or the start where there is none,
                 so that one command starts a run and goes on with it.
         """
-        if resume_from_checkpoint == "last":
-            folder = Path(self.args.output_dir)
-            resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-        if not resume_from_checkpoint and self.args.resume_from_hub:
-            resume_from_checkpoint = download_last_stage(self.args)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint=starting_point(self.args, resume_from_checkpoint), **kwargs)
 
     def _inner_training_loop(
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
@@ -199,6 +198,7 @@ class DevFTMixin(Base):
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
             self._log_save_evaluate(None, session.schedule.rate(record.learning_rate), *log_how)
             self._finish_stage(active)
+            active = runner = None  # what it held is not needed to make the next one
             if self.control.should_training_stop:
                 break
         self.models.use_whole(self.run)
@@ -246,11 +246,12 @@ class DevFTMixin(Base):
         if self.is_world_process_zero():
             rows = table_rows(self.stages[: record.stage], run.start_metrics)
             save_state = functools.partial(session.save_finished, record.stage)
-            report = session.report(self.publisher and self.publisher.pusher.full_name())
+            publisher = self.publisher if self.args.push_to_hub else None
+            report = session.report(publisher and publisher.pusher.full_name())
             report.write(run.result(record, compact), rows, self.state.log_history, run.ledger, save_state)
-            if self.publisher is not None and self.publisher.pushes_each_stage:
+            if publisher is not None and publisher.pushes_each_stage:
                 self.callback_handler.on_push_begin(self.args, self.state, self.control)
-                self.publisher.submit_stage(record.stage)
+                publisher.submit_stage(record.stage)
             if not self.args.disable_tqdm:
                 print_stages(rows)
         self.accelerator.wait_for_everyone()
@@ -273,9 +274,7 @@ class DevFTMixin(Base):
         """As `Trainer`'s; the stage's record has the metrics of the round that the stage will hand on."""
         is_new_best = super()._determine_best_metric(metrics, trial)
         if self.run.active is not None and (is_new_best or not self.args.load_best_model_at_end):
-            self.run.active.record.metrics = {
-                key: value for key, value in metrics.items() if key.startswith("eval_") and "_worst_" not in key
-            }
+            self.run.active.record.metrics = submodel_metrics(metrics, self.eval_dataset)
         return is_new_best
 
     def evaluation_loop(self, *args, **kwargs):
@@ -302,11 +301,12 @@ class DevFTMixin(Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the full-depth adapter, and within a stage also the submodel's as it travels."""
+        folder = Path(output_dir or self.args.output_dir)
+        between = self.models.base is not None and (not self.models.is_whole or self.run.residual)
+        is_own = self.run.active is not None or between
+        state = None if is_own else adapter_state(self.model)  # on all processes, which may have parts of it
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            between = self.models.base is not None and (not self.models.is_whole or self.run.residual)
-            is_own = self.run.active is not None or between
-            self.run.save_adapters(folder, None if is_own else adapter_state(self.model))
+            self.run.save_adapters(folder, state)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
         if self.args.push_to_hub and not _internal_call:
@@ -317,13 +317,12 @@ class DevFTMixin(Base):
         asked."""
         run_dir = Path(self._get_output_dir(trial=trial))
         target = run_dir / f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:
-            best = run_dir / f"checkpoint-{self.state.best_global_step}"
-            if best == target or best.exists():
-                self.state.best_model_checkpoint = str(best)
+        best = run_dir / f"checkpoint-{self.state.best_global_step or None}"
+        if best == target or best.exists():
+            self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self._session.save_checkpoint(target)
-            if self.publisher is not None:
+            if self.publisher is not None and self.args.push_to_hub:
                 self.publisher.submit_checkpoint(target, self.state.global_step)
             rotate(run_dir, self.args, self.state)
         self.accelerator.wait_for_everyone()
@@ -346,7 +345,12 @@ class DevFTMixin(Base):
             self.publisher = RunPublisher(pusher, args.output_dir, args.hub_strategy, args.hub_always_push)
 
     def push_to_hub(
-        self, commit_message=None, blocking=True, token=None, revision=None, private=None
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
     ) -> CommitInfo | None:
         """Push every finished stage, each as a commit and a tag; where there is none, the adapter as it is.
 
@@ -355,6 +359,7 @@ class DevFTMixin(Base):
         Args:
             commit_message: where there is no stage; a stage's commit has its name.
             blocking: wait for it, and raise what goes wrong; else push beside what comes next, as training does.
+            token, revision, private: instead of `hub_token`, `hub_revision`, `hub_private_repo`.
 
         Returns:
             The last commit; None where all was there, on other processes than the main one, and if not waited for.
@@ -369,7 +374,7 @@ class DevFTMixin(Base):
         return push(pusher, Path(self.args.output_dir), commit_message or "Adapter")
 
     def _finish_current_push(self) -> None:
-        if self.publisher is not None:
+        if self.publisher is not None and self.args.push_to_hub:
             self.publisher.finish()
 
     # --- what the parts are given ---------------------------------------------------------------------------

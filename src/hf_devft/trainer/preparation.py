@@ -3,6 +3,7 @@ is spent."""
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ from hf_devft.stages.grouping import GroupingTask, group_layers
 from hf_devft.stages.transfer import check_alike
 from hf_devft.tasks.data import first_rows
 from hf_devft.trainer.federated_run import FederatedRun
+from hf_devft.trainer.federation_builder import federation_of
 from hf_devft.trainer.interface import FederatedTrainer
-from hf_devft.trainer.session import federation_of
 
 
 def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -> ClientData:
@@ -116,14 +117,23 @@ def check_stages(args: DevFTConfig, stages: Sequence[StageConfig], stack: LayerS
             group_layers(GroupingTask(stack.kinds, stage.num_layers))  # raises, and says why
 
 
+def check_config(args: Any) -> None:
+    """Refuse another config than ours.
+
+    Raises:
+        ValueError: says which is needed.
+    """
+    if not isinstance(args, DevFTConfig):
+        raise ValueError(f"args must be a DevFTConfig, not {type(args).__name__}: it has the options of stages, too.")
+
+
 def check_arguments(args: Any, kwargs: dict[str, Any]) -> None:
     """Refuse arguments of `Trainer` that federated rounds have no use for.
 
     Raises:
         ValueError: says what to do instead.
     """
-    if not isinstance(args, DevFTConfig):
-        raise ValueError(f"args must be a DevFTConfig, not {type(args).__name__}.")
+    check_config(args)
     if kwargs.get("optimizers", (None, None)) != (None, None):
         raise ValueError(
             "optimizers cannot be passed: each client starts a fresh one. Set `optim` and `learning_rate`, pass "
@@ -157,7 +167,6 @@ def prepare_run(
     """
     config = adapter_config_of(model, initialisation)
     keep_readable(model)
-    check_compatibility(Setup(args, adapter=config))
     patched = None if initialisation is None else initialise(model, initialisation)
     state = adapter_state(model)
     chooses = getattr(config, "layers_to_transform", None) is not None
@@ -179,36 +188,47 @@ def prepare_run(
     return run, patched
 
 
-def check_run(trainer: FederatedTrainer, run: FederatedRun) -> None:
-    """Refuse what cannot be trained, now that all of it is known.
+def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setup:
+    """Refuse what cannot be trained, as far as it is known before any work is spent on the adapter.
+
+    Returns:
+        What is known.
 
     Raises:
-        ValueError: another launch than DeepSpeed's, where that was asked for; see `check_compatibility`; options of
-            the method that do not fit the adapter.
+        ValueError: another launch than DeepSpeed's, where that was asked for; see `check_compatibility`.
     """
-    args, accelerator = trainer.args, trainer.accelerator
+    args, accelerator, given = trainer.args, trainer.accelerator, trainer.calibration_dataset
     if args.deepspeed_plugin is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise ValueError(
             f"DeepSpeed was asked for, but Accelerate runs {accelerator.distributed_type.value}: launch by "
             "`accelerate launch` with a config like recipes/accelerate/zero3.yaml."
         )
-    state, config = run.adapter.state, run.adapter.config
-    shapes = tuple(tensor.shape for tensor in state.values())
-    layout = AdapterLayout(tuple(state), shapes, lora_scaling(config))
-    given = trainer.calibration_dataset
-    check_compatibility(
-        Setup(
-            args,
-            trainer=trainer.kind,
-            adapter=config,
-            layout=layout,
-            base=trainer.model.get_base_model(),
-            num_stages=len(run.stages),
-            mixed_precision=accelerator.mixed_precision,
-            mean_over_tokens=bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func),
-            has_processor=trainer.processing_class is not None,
-            has_evaluation=trainer.eval_dataset is not None,
-            server_rows=False if given is None else given,
-        )
+    setup = Setup(
+        args,
+        trainer=trainer.kind,
+        adapter=adapter_config_of(trainer.model, initialisation),
+        base=trainer.model.get_base_model(),
+        mixed_precision=accelerator.mixed_precision,
+        mean_over_tokens=bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func),
+        has_processor=trainer.processing_class is not None,
+        has_evaluation=trainer.eval_dataset is not None,
+        server_rows=False if given is None else given,
     )
-    federation_of(trainer).method.begin_stage(layout, torch.zeros(sum(layout.sizes)))  # raises, and says why
+    check_compatibility(setup)
+    return setup
+
+
+def check_run(trainer: FederatedTrainer, run: FederatedRun, setup: Setup) -> None:
+    """Refuse what cannot be trained, now that the adapter and the stages are known, too.
+
+    Raises:
+        ValueError: see `check_compatibility`; options of the method that do not fit the adapter.
+    """
+    state = run.adapter.state
+    shapes = tuple(tensor.shape for tensor in state.values())
+    layout = AdapterLayout(tuple(state), shapes, lora_scaling(run.adapter.config))
+    setup = replace(setup, layout=layout, num_stages=len(run.stages))
+    check_compatibility(setup)
+    federation = federation_of(trainer)
+    federation.method.begin_stage(layout, torch.zeros(sum(layout.sizes)))  # raises, and says why
+    check_compatibility(replace(setup, remembers=bool(federation.memory.state_dict())))

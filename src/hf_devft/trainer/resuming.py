@@ -5,11 +5,28 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from transformers import TrainerState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from hf_devft.configuration import DevFTConfig
 from hf_devft.hub.download import download_stage, newest_commit
 from hf_devft.hub.push import HubPusher
+
+
+def starting_point(args: DevFTConfig, resume_from_checkpoint: str | bool | None) -> str | bool | None:
+    """Find where a run goes on: as given, or the newest checkpoint ("last"), or the newest stage on the Hub.
+
+    Returns:
+        What `Trainer.train` takes.
+
+    Raises:
+        ValueError: the repository cannot be read.
+    """
+    if resume_from_checkpoint == "last":
+        folder = Path(args.output_dir)
+        resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+    if not resume_from_checkpoint and args.resume_from_hub:
+        return download_last_stage(args)
+    return resume_from_checkpoint
 
 
 def download_last_stage(args: DevFTConfig) -> str:

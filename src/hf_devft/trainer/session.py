@@ -4,20 +4,18 @@ import functools
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_devft.configuration import StageConfig
 from hf_devft.configuration.stage_folder import SUBMODEL
 from hf_devft.federation.clients.local_training import LocalTraining
-from hf_devft.federation.heterogeneity.label_features import label_counts
 from hf_devft.federation.heterogeneity.resources import expected_flops
-from hf_devft.federation.processes import add_up, gather
-from hf_devft.federation.rounds import Federation, RoundOutcome
+from hf_devft.federation.processes import add_up
+from hf_devft.federation.rounds import RoundOutcome
 from hf_devft.federation.sampling import client_seed
 from hf_devft.models.flops import flops_per_token
 from hf_devft.models.layer_stack import encoders_of
@@ -34,7 +32,7 @@ from hf_devft.trainer.calibration import CalibrationLoss
 from hf_devft.trainer.client_batching import ClientBatching
 from hf_devft.trainer.evaluation import named_sets, number_of_rows
 from hf_devft.trainer.federated_run import FederatedRun
-from hf_devft.trainer.federation_builder import build_federation, gradient_obstacle
+from hf_devft.trainer.federation_builder import federation_of, gradient_obstacle
 from hf_devft.trainer.interface import FederatedTrainer
 from hf_devft.trainer.model_in_use import ModelInUse
 from hf_devft.trainer.schedule import RoundSchedule
@@ -88,7 +86,7 @@ class TrainingSession:
         started, trainer, run = time.perf_counter(), self.trainer, self.run
         self.peak_memory.release()
         self.peak_memory.reset()
-        factory = self._stage_factory()
+        factory = self._stage_factory(self.models.release())
         goes_on = checkpoint is not None and checkpoint.sub is not None
         sub = checkpoint.sub if goes_on else self._begin_anew(record, factory)
         active = factory.enter(
@@ -146,21 +144,19 @@ class TrainingSession:
         """Estimate what a round of a stage asks of each client; nothing without a clock."""
         if self.federation.selection.resources is None:
             return []
-        args, per_token = (
-            self.trainer.args,
-            flops_per_token(active.model, encoders=encoders_of(active.model.get_base_model())),
-        )
+        args = self.trainer.args
+        per_token = flops_per_token(active.model, encoders=encoders_of(active.model.get_base_model()))
         rows = args.local_steps * args.gradient_accumulation_steps * args.train_batch_size
         clients = self.run.clients
         return expected_flops(self.trainer.train_dataset, list(clients.rows.values()), rows, per_token)
 
-    def _stage_factory(self) -> StageFactory:
-        """Release the model in use; returns the factory of all stages, on the base."""
+    def _stage_factory(self, base: PreTrainedModel) -> StageFactory:
+        """Return the factory of all stages, on the base."""
         trainer, run, args = self.trainer, self.run, self.trainer.args
-        base = self.models.release()
         if self._factory is None:
             chooses = getattr(run.adapter.config, "layers_to_transform", None) is not None
-            rows = server_rows(trainer)
+            asked = args.healing_steps or args.distillation_steps or args.grouping == "calibrated"
+            rows = server_rows(trainer) if asked else None
             self._factory = StageFactory(
                 args=args,
                 stages=run.stages,
@@ -258,25 +254,6 @@ class TrainingSession:
             if (name := type(callback).__name__) in state.stateful_callbacks:
                 state.stateful_callbacks[name] = callback.state()
         state.save_to_json(str(folder / TRAINER_STATE_NAME))
-
-
-def federation_of(trainer: FederatedTrainer, checkpoint: Checkpoint | None = None) -> Federation:
-    """Build the federation of a trainer's clients.
-
-    Raises:
-        ValueError: see `build_federation`.
-    """
-    rows: list[Any] = list(trainer.clients.rows.values())
-    return build_federation(
-        trainer.args,
-        trainer.clients,
-        trainer.placement,
-        trainer.client_batches,
-        lambda: label_counts(trainer.train_dataset, rows),
-        add_up,
-        gather,
-        checkpoint.run.federation if checkpoint is not None else None,
-    )
 
 
 def server_rows(trainer: FederatedTrainer) -> Dataset | None:

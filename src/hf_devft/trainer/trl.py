@@ -16,7 +16,7 @@ from hf_devft.configuration import DevFTConfig, Setup, check_compatibility
 from hf_devft.embedded import resolve_model_name
 from hf_devft.federation.partition import ClientData
 from hf_devft.trainer.mixin import DevFTMixin
-from hf_devft.trainer.preparation import prepare_peft_config
+from hf_devft.trainer.preparation import check_config, prepare_peft_config
 
 
 try:
@@ -51,6 +51,7 @@ class TRLMixin(DevFTMixin):
     fused_outputs: tuple[str, ...]
 
     def __init__(self, model: Any, args: DevFTConfig, **kwargs):
+        check_config(args)
         adapter, initialisation = kwargs.get("peft_config"), None
         check_compatibility(Setup(args, trainer=self.kind, adapter=adapter))
         if adapter is not None:

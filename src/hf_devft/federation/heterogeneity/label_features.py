@@ -39,8 +39,8 @@ def label_counts(dataset: Dataset, rows: Sequence[np.ndarray]) -> np.ndarray:
     """
     if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names:
         raise ValueError(
-            "c2a and dofit need the distribution of the clients' labels: pass a dataset of text, or with a column "
-            "`labels`."
+            "the federated method needs the distribution of the clients' labels: pass a dataset of text, or with a "
+            "column `labels`, or use another method."
         )
     labels = dataset.with_format("arrow")["labels"].combine_chunks()
     if isinstance(labels, pyarrow.ListArray):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hf_devft.federation.heterogeneity.clock import Work
-from hf_devft.federation.selection.base import ClientSelection, Round
+from hf_devft.federation.sampling import ClientSelection, Round
 
 
 class ResourceAware(ClientSelection):

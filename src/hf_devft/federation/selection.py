@@ -3,8 +3,17 @@
 To add one of your own: a subclass of `ClientSelection` and `SELECTIONS["mine"] = MySelection`.
 """
 
+from collections.abc import Sequence
+
 from hf_devft.federation.heterogeneity.resource_aware import ResourceAware
-from hf_devft.federation.selection.base import BySize, ClientSelection
+from hf_devft.federation.sampling import ClientSelection
+
+
+class BySize(ClientSelection):
+    """Clients with more data are asked more often, in proportion to their examples."""
+
+    def weights(self) -> Sequence[float]:
+        return [self.examples[client] for client in self.candidates]
 
 
 SELECTIONS: dict[str, type[ClientSelection]] = {
