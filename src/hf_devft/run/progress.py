@@ -3,7 +3,9 @@
 import math
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import has_length
 
 from hf_devft.configuration import StageConfig
@@ -54,3 +56,11 @@ class RoundProgressCallback(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def show_rounds(trainer: Trainer, stages: list[StageConfig]) -> None:
+    """Put our bar in the place of a trainer's own progress callbacks; none with `disable_tqdm`."""
+    for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(RoundProgressCallback(stages))

@@ -13,8 +13,6 @@ from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_callback import PrinterCallback
 
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.federation.batches import ClientBatches, client_loader
@@ -27,7 +25,7 @@ from hf_devft.hub.push import finished_stages
 from hf_devft.models.adapter import adapter_state
 from hf_devft.models.weights import is_stored
 from hf_devft.run.checkpoint import Checkpoint
-from hf_devft.run.progress import RoundProgressCallback
+from hf_devft.run.progress import show_rounds
 from hf_devft.run.report import table_rows
 from hf_devft.run.tables import print_stages
 from hf_devft.trainer.active_stage import ActiveStage
@@ -115,10 +113,7 @@ class DevFTMixin(Base):
         check_run(self, self.run, setup)
         self._session: TrainingSession | None = None
         self._checkpoint: Checkpoint | None = None
-        for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
-            self.remove_callback(callback)
-        if not args.disable_tqdm:
-            self.add_callback(RoundProgressCallback(self.stages))
+        show_rounds(self, self.stages)
 
     @property
     def stages(self) -> list[StageConfig]:
@@ -317,9 +312,10 @@ class DevFTMixin(Base):
         asked."""
         run_dir = Path(self._get_output_dir(trial=trial))
         target = run_dir / f"checkpoint-{self.state.global_step}"
-        best = run_dir / f"checkpoint-{self.state.best_global_step or None}"
-        if best == target or best.exists():
-            self.state.best_model_checkpoint = str(best)
+        if self.state.best_global_step:
+            best = run_dir / f"checkpoint-{self.state.best_global_step}"
+            if best == target or best.exists():
+                self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self._session.save_checkpoint(target)
             if self.publisher is not None and self.args.push_to_hub:
