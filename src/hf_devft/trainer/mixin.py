@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Sampler
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.federation.batches import ClientBatches, client_loader
 from hf_devft.federation.ledger import Ledger
-from hf_devft.federation.methods import make_methods
 from hf_devft.federation.partition import ClientData
 from hf_devft.federation.sampling import Placement
 from hf_devft.hub.publisher import RunPublisher, push_all, submit_all
@@ -33,12 +32,12 @@ from hf_devft.trainer.evaluation import evaluate_full_depth, over_the_sets, subm
 from hf_devft.trainer.federation_builder import make_sampler
 from hf_devft.trainer.model_in_use import ModelInUse
 from hf_devft.trainer.preparation import (
-    check_arguments,
     check_batch_size,
     check_run,
     check_trainer,
     clients_and_evaluation,
     prepare_run,
+    settle_arguments,
 )
 from hf_devft.trainer.resuming import make_pusher, rotate, starting_point
 from hf_devft.trainer.session import TrainingSession
@@ -94,9 +93,7 @@ class DevFTMixin(Base):
         initialisation: str | None = None,
         **kwargs,
     ):
-        check_arguments(args, kwargs)
-        # Parts of the adapter may take turns.
-        args.ddp_find_unused_parameters |= make_methods(args.federated_method, args.federated_method_kwargs)[0].partial
+        settle_arguments(args, kwargs)
         self.clients, eval_dataset = clients_and_evaluation(args, train_dataset, eval_dataset, partitioner)
         super().__init__(
             model=model, args=args, train_dataset=self.clients.dataset, eval_dataset=eval_dataset, **kwargs

@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel
 
 from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compatibility
 from hf_devft.federation.heterogeneity.capacity import Capacities
+from hf_devft.federation.methods import make_methods
 from hf_devft.federation.partition import ClientData, hold_out, make_clients
 from hf_devft.models.adapter import adapter_state
 from hf_devft.models.initialisation import initialise, moves_weights, without_weight_based_init
@@ -127,8 +128,9 @@ def check_config(args: Any) -> None:
         raise ValueError(f"args must be a DevFTConfig, not {type(args).__name__}: it has the options of stages, too.")
 
 
-def check_arguments(args: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse arguments of `Trainer` that federated rounds have no use for.
+def settle_arguments(args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of `Trainer` that federated rounds have no use for, and settle in `args` what the method asks of
+    DDP.
 
     Raises:
         ValueError: says what to do instead.
@@ -141,6 +143,8 @@ def check_arguments(args: Any, kwargs: dict[str, Any]) -> None:
         )
     if kwargs.get("model_init") is not None:
         raise ValueError("model_init is not supported: pass `model`.")
+    method = make_methods(args.federated_method, args.federated_method_kwargs).method
+    args.ddp_find_unused_parameters |= method.partial  # parts of the adapter take turns
 
 
 def check_batch_size(asked: int, known: int) -> None:
