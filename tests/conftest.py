@@ -1,5 +1,6 @@
 import gc
 import os
+import shutil
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the network
@@ -9,7 +10,7 @@ import datasets
 import hypothesis
 import pytest
 from peft import LoraConfig
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from hf_devft import DevFTConfig, DevFTTrainer
@@ -53,6 +54,13 @@ def tiny_llama(layers: int = 4, seed: int = 0) -> LlamaForCausalLM:
         initializer_range=0.2,
     )
     return LlamaForCausalLM(config).eval()
+
+
+class CopyAtSaves(TrainerCallback):
+    """Copies the output folder at each checkpoint, to `{output_dir}-at-{step}`: what a stop just then leaves."""
+
+    def on_save(self, args, state, control, **kwargs):
+        shutil.copytree(args.output_dir, f"{args.output_dir}-at-{state.global_step}")
 
 
 # Rules by which a layer's adapter is no other layer's.

@@ -129,8 +129,7 @@ def check_config(args: Any) -> None:
 
 
 def settle_arguments(args: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse arguments of `Trainer` that federated rounds have no use for, and settle in `args` what the method asks of
-    DDP.
+    """Refuse arguments of `Trainer` that federated rounds have no use for, and settle in `args` what DDP is asked.
 
     Raises:
         ValueError: says what to do instead.
