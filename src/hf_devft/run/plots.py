@@ -14,7 +14,7 @@ def plot_run(log_history: list[dict], ledger: Ledger, stages: list[StageConfig])
         ledger: for the bytes sent until a round.
         stages: the finished stages.
     """
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4.5))  # whose default margins fit: a layout engine would draw it twice
     axes = figure.add_subplot()
     sent = lambda rows: [ledger.bytes_until(row["step"]) / 1e6 for row in rows]  # noqa: E731
     for stage in stages:
