@@ -241,8 +241,9 @@ def alone(tmp_path_factory) -> Path:
     return output
 
 
-# What asks something of the engine: frozen parts, skipped layers, tapped gradients, open weights, a head.
-ON_ENGINES = ["fedsa_lora", "rolora", "flora", "droppeft", "fedprox", "scaffold", "progfed", "distilled", "healed"]
+# What asks something of the engine: frozen parts (RoLoRA's, in "fedprox"), skipped layers, tapped gradients, open
+# weights, a head.
+ON_ENGINES = ["fedsa_lora", "flora", "droppeft", "fedprox", "scaffold", "progfed", "distilled", "healed"]
 NOT_WHOLE = ["flora", "distilled", "healed"]  # as their models are cut under ZeRO-3
 
 
