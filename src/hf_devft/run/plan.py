@@ -169,9 +169,9 @@ class _Submodels:
         stored = _base_bytes(submodel, own, (args.model_init_kwargs or {}).get("quantization_config"))
         if args.temporary_head and layers < len(stack):
             config, _ = with_head(config, submodel)
-        return new_adapter(
-            submodel, without_weight_based_init(remap_layers_to_transform(config, [group[0] for group in groups]))
-        ), stored
+        config = without_weight_based_init(remap_layers_to_transform(config, [group[0] for group in groups]))
+        with torch.device("meta"):  # no value is drawn for an adapter that is only looked at
+            return new_adapter(submodel, config), stored
 
     def _activations(self, layers: int, rows: int, length: int) -> tuple[int, list[int]]:
         everything, lengths = activations(self._model(layers)[0], rows, length)
