@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_launch import ROUNDING, difference, launch, run
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TrainerCallback
 
+from hf_devft import DevFTTrainer
 from hf_devft.configuration.stage_folder import FEDERATION
 from hf_devft.federation.methods import METHODS
 from hf_devft.models.adapter_files import load_adapter
@@ -45,9 +46,23 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+def assert_adapter_is_what_was_trained(trainer: DevFTTrainer, with_head: bool) -> None:
+    """Plain PEFT on the plain base computes what the trained model computes, and the adapter has moved."""
+    folder = Path(trainer.args.output_dir)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        trained = trainer.model(input_ids=ids).logits
+        model = PeftModel.from_pretrained(tiny_llama(), folder)
+        torch.testing.assert_close(model(input_ids=ids).logits, trained, rtol=1e-4, atol=1e-4)
+        assert (trained - tiny_llama()(input_ids=ids).logits).abs().max() > 1e-3
+    compact = load_adapter(folder / "stage-1" / "submodel")[1]
+    assert {key.split(".layers.")[1].split(".")[0] for key in compact if ".layers." in key} == {"0", "1"}
+    assert any("lm_head" in key for key in compact) == with_head
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_a_stopped_run_goes_on_bit_for_bit(make_trainer, tmp_path, name):
-    """In the middle of a stage and between two stages; of a run, every file but the clocks' readings."""
+def test_a_run_leaves_what_it_trained_and_so_does_a_stopped_one(make_trainer, tmp_path, name):
+    """Stopped between two stages and in the middle of one: the same files, bit for bit, but for clocks."""
     options = RUNS[name] | {
         "save_strategy": "steps",
         "save_steps": 1,
@@ -56,6 +71,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(make_trainer, tmp_path, name):
     }
     whole = make_trainer(output_dir=tmp_path / "whole", callbacks=[CopyAtSaves()], **options)
     whole.train()
+    assert_adapter_is_what_was_trained(whole, with_head=name == "progfed")
     for stopped_at in (2, 3):
         folder = tmp_path / f"whole-at-{stopped_at}"
         resumed = make_trainer(output_dir=folder, **options)
@@ -64,23 +80,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(make_trainer, tmp_path, name):
             assert difference(tmp_path / "whole" / there, folder / there) == 0
         ledgers = [[(r.bytes_down, r.bytes_up, r.flops, r.loss) for r in t.ledger.rounds] for t in (whole, resumed)]
         assert ledgers[0] == ledgers[1]
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_the_adapter_is_what_was_trained(make_trainer, name):
-    """Plain PEFT on the plain base computes what the trained model computes, and the adapter has moved."""
-    trainer = make_trainer(**RUNS[name], clients_per_round=3, peft_config=lora(r=4))
-    trainer.train()
-    folder = trainer.args.output_dir
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
-        trained = trainer.model(input_ids=ids).logits
-        model = PeftModel.from_pretrained(tiny_llama(), folder)
-        torch.testing.assert_close(model(input_ids=ids).logits, trained, rtol=1e-4, atol=1e-4)
-        assert (trained - tiny_llama()(input_ids=ids).logits).abs().max() > 1e-3
-    compact = load_adapter(Path(folder) / "stage-1" / "submodel")[1]
-    assert {key.split(".layers.")[1].split(".")[0] for key in compact if ".layers." in key} == {"0", "1"}
-    assert any("lm_head" in key for key in compact) == (name == "progfed")
 
 
 def test_the_card_says_what_was_used(make_trainer):
