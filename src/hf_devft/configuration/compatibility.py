@@ -21,6 +21,7 @@ from hf_devft.federation.methods.droppeft import DropPEFT
 from hf_devft.federation.methods.fedit import FedIT
 from hf_devft.federation.methods.ffa_lora import FFALoRA
 from hf_devft.federation.selection import SELECTIONS
+from hf_devft.models.adapter import chooses_layers
 from hf_devft.models.initialisation import moves_weights
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.models.supported import uneven_options
@@ -281,9 +282,7 @@ FACTS: dict[str, Fact] = {
         lambda s: f"{type(s.base).__name__}, which has no output embeddings",
     ),
     "adapted head": Fact("`target_modules` that have the output embeddings", _adapts_head),
-    "chosen layers": Fact(
-        "`layers_to_transform`", lambda s: getattr(s.adapter, "layers_to_transform", None) is not None
-    ),
+    "chosen layers": Fact("`layers_to_transform`", lambda s: chooses_layers(s.adapter)),
     # methods, wire, participants
     "factors": Fact(
         f"methods about LoRA's factors ({_with('factors')})",

@@ -48,12 +48,17 @@ def attach_adapter(base: PreTrainedModel, config: PeftConfig, state: State, grow
     return model
 
 
+def chooses_layers(config: PeftConfig | None) -> bool:
+    """Whether an adapter is for some layers only."""
+    return getattr(config, "layers_to_transform", None) is not None
+
+
 def remap_layers_to_transform(config: PeftConfig, kept: Sequence[int]) -> PeftConfig:
     """Copy the config of an adapter for a model that has only the layers `kept`: `layers_to_transform` has the numbers
     that layers have there."""
-    chosen = getattr(config, "layers_to_transform", None)
-    if chosen is None:
+    if not chooses_layers(config):
         return config
+    chosen = config.layers_to_transform
     chosen = {chosen} if isinstance(chosen, int) else set(chosen)
     config = copy.deepcopy(config)
     config.layers_to_transform = [index for index, layer in enumerate(kept) if layer in chosen]

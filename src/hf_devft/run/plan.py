@@ -17,7 +17,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compatibility
-from hf_devft.federation.batches import FederatedBatchSampler
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients, make_methods
 from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
@@ -29,6 +28,7 @@ from hf_devft.models.initialisation import without_weight_based_init
 from hf_devft.models.layer_stack import encoders_of, find_layer_stack, watch_lengths, with_layers
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.models.supported import check_adapter
+from hf_devft.run.client_batches import make_sampler
 from hf_devft.stages.grouping import GroupingTask, group_layers
 from hf_devft.tasks import answers_prompts
 
@@ -137,19 +137,12 @@ def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range
         return [(args.train_batch_size, args.max_length)] * (len(rounds) * args.clients_per_round * steps)
     lengths = np.fromiter(map(len, clients.dataset["input_ids"]), dtype=int)
     everyone = range(len(clients.rows))
-    sampler = FederatedBatchSampler(
-        rows=list(clients.rows.values()),
-        turns=[
-            (index, client)
-            for index in rounds
-            for client in sample_clients(everyone, args.clients_per_round, args.seed, index)
-        ],
-        batches_per_client=steps,
-        batch_size=args.train_batch_size,
-        drop_last=args.dataloader_drop_last,
-        data_seed=args.seed if args.data_seed is None else args.data_seed,
-    )
-    return [(len(batch), 8 * -(-int(lengths[batch].max()) // 8)) for batch in sampler]
+    order = [
+        (index, client)
+        for index in rounds
+        for client in sample_clients(everyone, args.clients_per_round, args.seed, index)
+    ]
+    return [(len(batch), 8 * -(-int(lengths[batch].max()) // 8)) for batch in make_sampler(args, clients, order)]
 
 
 class _Submodels:

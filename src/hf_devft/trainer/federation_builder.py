@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from hf_devft.configuration import DevFTConfig
-from hf_devft.federation.batches import ClientBatches, FederatedBatchSampler
+from hf_devft.federation.batches import ClientBatches
 from hf_devft.federation.heterogeneity.label_features import label_counts as count_labels
 from hf_devft.federation.heterogeneity.resources import ClientResources, load_resources, make_resources
 from hf_devft.federation.memory import Memory
@@ -87,21 +87,6 @@ def build_selection(args: DevFTConfig, examples: list[int], names: list[str]) ->
         resources = load_resources(args.client_resources, names)
     selection.begin_run(args.clients_per_round, examples, args.client_dropout_rate, args.seed, resources)
     return selection
-
-
-def make_sampler(
-    args: DevFTConfig, clients: ClientData, order: Iterable[tuple[int, int]], placement: Placement
-) -> FederatedBatchSampler:
-    """Make what draws the batches of local trainings, (round, client), in this order, as rows."""
-    return FederatedBatchSampler(
-        rows=list(clients.rows.values()),
-        turns=order,
-        batches_per_client=args.local_steps * args.gradient_accumulation_steps,
-        batch_size=args.train_batch_size,
-        drop_last=args.dataloader_drop_last,
-        data_seed=args.seed if args.data_seed is None else args.data_seed,
-        placement=placement,
-    )
 
 
 def gradient_obstacle(args: DevFTConfig, federation: Federation) -> str | None:

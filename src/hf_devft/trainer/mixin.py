@@ -24,12 +24,12 @@ from hf_devft.hub.push import finished_stages
 from hf_devft.models.adapter import adapter_state
 from hf_devft.models.weights import is_stored
 from hf_devft.run.checkpoint import Checkpoint
+from hf_devft.run.client_batches import make_sampler
 from hf_devft.run.progress import show_rounds
 from hf_devft.run.report import table_rows
 from hf_devft.run.tables import print_stages
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.evaluation import evaluate_full_depth, over_the_sets, submodel_metrics
-from hf_devft.trainer.federation_builder import make_sampler
 from hf_devft.trainer.model_in_use import ModelInUse
 from hf_devft.trainer.preparation import (
     check_batch_size,
@@ -39,7 +39,7 @@ from hf_devft.trainer.preparation import (
     prepare_run,
     settle_arguments,
 )
-from hf_devft.trainer.resuming import make_pusher, rotate, starting_point
+from hf_devft.trainer.resuming import make_pusher, repository, rotate, starting_point
 from hf_devft.trainer.session import TrainingSession
 
 
@@ -105,7 +105,7 @@ class DevFTMixin(Base):
         self.placement = Placement(args.client_placement, args.process_index, args.world_size)
         self.calibration_dataset = calibration_dataset
         setup = check_trainer(self, initialisation)
-        self.run, patched = prepare_run(self.model, args, self.clients, initialisation)
+        self.run, patched = prepare_run(self.model, setup.adapter, args, self.clients, initialisation)
         self.models = ModelInUse(self, patched)
         check_run(self, self.run, setup)
         self._session: TrainingSession | None = None
@@ -332,7 +332,7 @@ class DevFTMixin(Base):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Settle where to push. The repository is made by the first push, so that no run waits or dies for the Hub."""
         args = self.args
-        self.hub_model_id = args.hub_model_id or Path(args.output_dir).absolute().name
+        self.hub_model_id = repository(args)
         if self.is_world_process_zero():
             pusher = make_pusher(args, token, None, private)
             self.publisher = RunPublisher(pusher, args.output_dir, args.hub_strategy, args.hub_always_push)

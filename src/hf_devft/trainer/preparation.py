@@ -15,7 +15,7 @@ from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compat
 from hf_devft.federation.heterogeneity.capacity import Capacities
 from hf_devft.federation.methods import make_methods
 from hf_devft.federation.partition import ClientData, hold_out, make_clients
-from hf_devft.models.adapter import adapter_state
+from hf_devft.models.adapter import adapter_state, chooses_layers
 from hf_devft.models.initialisation import initialise, moves_weights, without_weight_based_init
 from hf_devft.models.layer_stack import LayerStack
 from hf_devft.models.layout import AdapterLayout, lora_scaling
@@ -160,20 +160,21 @@ def check_batch_size(asked: int, known: int) -> None:
 
 
 def prepare_run(
-    model: Any, args: DevFTConfig, clients: ClientData, initialisation: str | None
+    model: Any, config: PeftConfig, args: DevFTConfig, clients: ClientData, initialisation: str | None
 ) -> tuple[FederatedRun, PatchedBaseWeights | None]:
     """Make the state of a run that has not begun, on a model with its new adapter. Returns it, and the weights that
     the adapter's initialisation has changed, in the model, where it has.
 
+    Args:
+        config: of the adapter; see `adapter_config_of`.
+
     Raises:
         ValueError: an adapter that stages cannot carry, or stages that the model, or its clients, cannot have.
     """
-    config = adapter_config_of(model, initialisation)
     keep_readable(model)
     patched = None if initialisation is None else initialise(model, initialisation)
     state = adapter_state(model)
-    chooses = getattr(config, "layers_to_transform", None) is not None
-    stack = layer_stack(model.get_base_model(), args.stack, state if chooses else None)
+    stack = layer_stack(model.get_base_model(), args.stack, state if chooses_layers(config) else None)
     check_alike(state, stack.names, stack.kinds)
     stages = args.resolve_stages(len(stack))
     depths = [stage.num_layers for stage in stages]

@@ -45,10 +45,15 @@ def download_last_stage(args: DevFTConfig) -> str:
         return download_stage(args.resume_from_hub, commit, args.hub_token, healed=bool(args.healing_steps))
 
 
+def repository(args: DevFTConfig) -> str:
+    """Name the repository that a run pushes to: as given, or as its output folder."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
+
+
 def make_pusher(args: DevFTConfig, token: str | None, revision: str | None, private: bool | None) -> HubPusher:
     """Make what commits to the run's repository; arguments that are None are those of the config."""
     return HubPusher(
-        args.hub_model_id or Path(args.output_dir).absolute().name,
+        repository(args),
         HfApi(token=args.hub_token if token is None else token),
         args.hub_private_repo if private is None else private,
         revision or args.hub_revision,

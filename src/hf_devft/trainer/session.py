@@ -3,6 +3,7 @@
 import functools
 import time
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from hf_devft.federation.heterogeneity.resources import expected_flops
 from hf_devft.federation.processes import add_up
 from hf_devft.federation.rounds import RoundOutcome
 from hf_devft.federation.sampling import client_seed
+from hf_devft.models.adapter import chooses_layers
 from hf_devft.models.flops import flops_per_token
 from hf_devft.models.layer_stack import encoders_of
 from hf_devft.models.layout import State
@@ -25,7 +27,6 @@ from hf_devft.run.files import atomic_folder
 from hf_devft.run.peak_memory import PeakMemory
 from hf_devft.run.report import RunReport, describe_setup
 from hf_devft.stages.builder import SubmodelBuilder
-from hf_devft.stages.transfer import fuse_adapter
 from hf_devft.tasks.data import first_rows
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.calibration import CalibrationLoss
@@ -114,17 +115,11 @@ class TrainingSession:
         full-depth adapter; returns the submodel's."""
         record.totals, record.metrics = {}, {}
         record.groups = factory.group(record)
-        fuse = functools.partial(
-            fuse_adapter,
-            names=self.run.adapter.names,
-            groups=record.groups,
-            fusion=record.adapter_fusion,
-            beta=record.fusion_beta,
-        )
-        self.federation.memory.carry(lambda name, state: fuse(state))
+        adapter, rule = self.run.adapter, (record.groups, record.adapter_fusion, record.fusion_beta)
+        self.federation.memory.carry(lambda name, state: replace(adapter, state=state).fuse(*rule))
         state = self.trainer.state
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        return fuse(self.run.adapter.state)
+        return adapter.fuse(*rule)
 
     def _begin_rounds(self, active: ActiveStage) -> None:
         state, record = self.trainer.state, active.record
@@ -154,13 +149,14 @@ class TrainingSession:
         """Return the factory of all stages, on the base."""
         trainer, run, args = self.trainer, self.run, self.trainer.args
         if self._factory is None:
-            chooses = getattr(run.adapter.config, "layers_to_transform", None) is not None
             asked = args.healing_steps or args.distillation_steps or args.grouping == "calibrated"
             rows = server_rows(trainer) if asked else None
             self._factory = StageFactory(
                 args=args,
                 stages=run.stages,
-                builder=SubmodelBuilder(base, args.stack, run.adapter.state if chooses else None),
+                builder=SubmodelBuilder(
+                    base, args.stack, run.adapter.state if chooses_layers(run.adapter.config) else None
+                ),
                 teacher=ServerTeacher(
                     args, rows, trainer.processing_class, trainer.server_batches, self.autocast, run.healed
                 ),

@@ -1,0 +1,27 @@
+"""Which rows are in the batches of local trainings: what a run draws, and its plan counts."""
+
+from collections.abc import Iterable
+
+from hf_devft.configuration import DevFTConfig
+from hf_devft.federation.batches import FederatedBatchSampler
+from hf_devft.federation.partition import ClientData
+from hf_devft.federation.sampling import Placement
+
+
+def make_sampler(
+    args: DevFTConfig, clients: ClientData, order: Iterable[tuple[int, int]], placement: Placement | None = None
+) -> FederatedBatchSampler:
+    """Make what draws the batches of local trainings, (round, client), in this order, as rows.
+
+    Args:
+        placement: this process's share of them; default: all.
+    """
+    return FederatedBatchSampler(
+        rows=list(clients.rows.values()),
+        turns=order,
+        batches_per_client=args.local_steps * args.gradient_accumulation_steps,
+        batch_size=args.train_batch_size,
+        drop_last=args.dataloader_drop_last,
+        data_seed=args.seed if args.data_seed is None else args.data_seed,
+        placement=placement,
+    )
