@@ -1,6 +1,7 @@
 import gc
 import os
 import shutil
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the network
@@ -61,6 +62,17 @@ class CopyAtSaves(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         shutil.copytree(args.output_dir, f"{args.output_dir}-at-{state.global_step}")
+
+
+def resume_after_stages(make_trainer, folder: Path, **options) -> tuple[DevFTTrainer, dict[int, DevFTTrainer]]:
+    """Train a run of three stages, and again from the folders of its first two: (the whole, {stage: what went on})."""
+    options = {"stage_layers": [2, 3, 4]} | options
+    whole, resumed = make_trainer(output_dir=folder / "whole", **options), {}
+    whole.train()
+    for stage in (1, 2):
+        resumed[stage] = make_trainer(output_dir=folder / f"resumed-{stage}", **options)
+        resumed[stage].train(resume_from_checkpoint=str(folder / "whole" / f"stage-{stage}"))
+    return whole, resumed
 
 
 # Rules by which a layer's adapter is no other layer's.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CopyAtSaves, config, lora, tiny_llama
+from conftest import CopyAtSaves, config, lora, resume_after_stages, tiny_llama
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -380,18 +380,13 @@ def test_resume_gives_the_same_adapter_bit_for_bit(make_trainer, tmp_path, trans
 
 
 def test_a_finished_stages_folder_is_where_a_run_can_go_on(make_trainer, tmp_path):
-    options = {"stage_layers": [2, 3, 4], "lr_scheduler_type": "cosine", "transfer": "split"}
-    whole = make_trainer(output_dir=tmp_path / "whole", **options)
-    whole.train()
-    for stage in (1, 2):
-        folder = tmp_path / f"resumed-{stage}"
-        resumed = make_trainer(output_dir=folder, **options)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"stage-{stage}"))
-        assert_equal(final_adapter(resumed), final_adapter(whole))
-        assert clockless(resumed.ledger) == clockless(whole.ledger)
-        assert not (folder / f"stage-{stage}").exists()
+    whole, resumed = resume_after_stages(make_trainer, tmp_path, lr_scheduler_type="cosine", transfer="split")
+    for stage, trainer in resumed.items():
+        assert_equal(final_adapter(trainer), final_adapter(whole))
+        assert clockless(trainer.ledger) == clockless(whole.ledger)
+        assert not (Path(trainer.args.output_dir) / f"stage-{stage}").exists()
     with pytest.raises(ValueError, match="nothing is left to do"):
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "stage-3"))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "stage-3"))
 
 
 @pytest.mark.parametrize("resume", [None, True])

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ANCHORS, config, lora
+from conftest import ANCHORS, config, lora, resume_after_stages
 from datasets import Dataset
 from peft import LoraConfig
-from test_methods_in_runs import weights
 from test_mixin import assert_equal, final_adapter
 from test_models import ENCODER
 from transformers import BertConfig, BertForSequenceClassification
@@ -72,17 +71,12 @@ def test_texts_without_prompts_are_read_as_they_are(make_trainer, distances):
 
 @pytest.mark.parametrize("transfer", ["broadcast", "anchor"])
 def test_it_is_done_again_where_a_run_goes_on_after_a_stage(make_trainer, tmp_path, transfer):
-    options = {
-        "stage_layers": [2, 3, 4], "stage_rounds": [1], "transfer": transfer, "distillation_steps": 2,
-        "generation_max_new_tokens": 4, "peft_config": lora(lora_dropout=0.3),
-    }  # fmt: skip
-    whole = make_trainer(output_dir=tmp_path / "whole", **options)
-    whole.train()
-    for stage in (1, 2):
-        folder = tmp_path / f"resumed-{stage}"
-        resumed = make_trainer(output_dir=folder, **options)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"stage-{stage}"))
-        assert_equal(weights(folder), weights(tmp_path / "whole"))
+    whole, resumed = resume_after_stages(
+        make_trainer, tmp_path, stage_rounds=[1], transfer=transfer, distillation_steps=2,
+        generation_max_new_tokens=4, peft_config=lora(lora_dropout=0.3),
+    )  # fmt: skip
+    for trainer in resumed.values():
+        assert_equal(final_adapter(trainer), final_adapter(whole))
 
 
 def test_a_run_that_goes_on_within_a_stage_knows_what_was_spent(make_trainer, tmp_path):
