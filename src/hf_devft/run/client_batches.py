@@ -9,12 +9,12 @@ from hf_devft.federation.sampling import Placement
 
 
 def make_sampler(
-    args: DevFTConfig, clients: ClientData, order: Iterable[tuple[int, int]], placement: Placement | None = None
+    args: DevFTConfig, clients: ClientData, order: Iterable[tuple[int, int]], placement: Placement
 ) -> FederatedBatchSampler:
     """Make what draws the batches of local trainings, (round, client), in this order, as rows.
 
     Args:
-        placement: this process's share of them; default: all.
+        placement: this process's share of each batch.
     """
     return FederatedBatchSampler(
         rows=list(clients.rows.values()),

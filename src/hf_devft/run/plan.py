@@ -20,7 +20,7 @@ from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compat
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients, make_methods
 from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
-from hf_devft.federation.sampling import sample_clients
+from hf_devft.federation.sampling import Placement, sample_clients
 from hf_devft.federation.wire import Wire
 from hf_devft.models.adapter import new_adapter, remap_layers_to_transform, with_head
 from hf_devft.models.flops import flops_per_token, forward_flops
@@ -142,7 +142,8 @@ def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range
         for index in rounds
         for client in sample_clients(everyone, args.clients_per_round, args.seed, index)
     ]
-    return [(len(batch), 8 * -(-int(lengths[batch].max()) // 8)) for batch in make_sampler(args, clients, order)]
+    sampler = make_sampler(args, clients, order, Placement())  # which has all of the work
+    return [(len(batch), 8 * -(-int(lengths[batch].max()) // 8)) for batch in sampler]
 
 
 class _Submodels:
