@@ -33,7 +33,7 @@ quickstart: install  ## Run the main job: federated tuning in stages on the embe
 # Each takes about 2 GB; many tests start two processes more.
 TEST_PROCESSES ?= 2
 test: $(TESTABLE)  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 SHORT := outputs/benchmark
 benchmark: install  ## Run a short version of every benchmark (benchmarks/results has the long ones)

@@ -26,6 +26,11 @@ datasets.disable_progress_bars()
 logging.disable_progress_bar()
 
 
+def pytest_collection_modifyitems(items):
+    """Whole runs first: on several processes, no long file is left for the end."""
+    items.sort(key=lambda item: item.path.parent.name not in ("trainer", "hub", "recipes", "tests"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(BASE_PATH)

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from hf_devft.run.files import atomic_folder, link_or_copy
+from hf_devft.run.files import atomic_folder, delete_folders, link_or_copy
 
 
 def test_a_folder_appears_whole(tmp_path):
@@ -35,6 +35,14 @@ def test_leftovers_of_a_killed_write_are_cleared(tmp_path):
     with atomic_folder(tmp_path / "stage-1") as folder:
         (folder / "a").write_text("1")
     assert [path.name for path in (tmp_path / "stage-1").iterdir()] == ["a"]
+
+
+def test_a_deleted_folder_takes_leftovers_of_killed_deletions_with_it(tmp_path):
+    for name in ("checkpoint-4", ".checkpoint-2.old", "checkpoint-6"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    delete_folders([tmp_path / "checkpoint-4"], leftovers=[tmp_path / ".checkpoint-2.old"])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
 
 
 @pytest.mark.parametrize("links", [True, False])

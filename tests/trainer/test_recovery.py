@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,26 @@ def test_a_checkpoint_that_a_kill_left_over_goes(make_trainer):
     assert len(kept) > 1
     make_trainer(**options, save_total_limit=1).train(resume_from_checkpoint="last")
     assert [path.name for path in output.glob("checkpoint-*")] == kept[-1:]
+
+
+def test_a_deletion_that_a_kill_cut_short_deletes_nothing_else(make_trainer, monkeypatch):
+    """What is left of the folder must not be taken for the newest checkpoint, which is kept."""
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer = make_trainer(**options)
+    output = Path(trainer.args.output_dir)
+    rmtree = shutil.rmtree
+
+    def killed(path, *args, **kwargs):
+        if Path(path).name in ("checkpoint-1", ".checkpoint-1.old") and Path(path).exists():
+            next(Path(path).glob("*.json")).unlink()
+            os.utime(path, (time.time() + 100, time.time() + 100))  # a slow disk
+            raise KeyboardInterrupt
+        rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    monkeypatch.undo()
+    make_trainer(**options).train(resume_from_checkpoint="last")
+    last = trainer.run.num_rounds
+    assert sorted(path.name for path in output.glob("*checkpoint-*")) == [f"checkpoint-{last}"]

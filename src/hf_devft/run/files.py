@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,6 +38,17 @@ def _flush(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def delete_folders(paths: Iterable[Path], leftovers: Iterable[Path]) -> None:
+    """Delete folders that must not be met half deleted: rename each, then delete it.
+
+    Args:
+        leftovers: what a kill may have left of earlier deletions.
+    """
+    renamed = [path.rename(path.with_name(f".{path.name}.old")) for path in paths]
+    for folder in [*leftovers, *renamed]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

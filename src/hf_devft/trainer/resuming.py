@@ -5,11 +5,12 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from transformers import TrainerState
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from hf_devft.configuration import DevFTConfig
 from hf_devft.hub.download import download_stage, newest_commit
 from hf_devft.hub.push import HubPusher
+from hf_devft.run.files import delete_folders
 
 
 def starting_point(args: DevFTConfig, resume_from_checkpoint: str | bool | None) -> str | bool | None:
@@ -61,10 +62,14 @@ def make_pusher(args: DevFTConfig, token: str | None, revision: str | None, priv
 
 
 def rotate(run_dir: Path, args: DevFTConfig, state: TrainerState) -> None:
-    """Delete the oldest checkpoints beyond `save_total_limit`, but not the best."""
-    rotate_checkpoints(
-        output_dir=str(run_dir),
-        save_total_limit=args.save_total_limit,
-        best_model_checkpoint=state.best_model_checkpoint,
-        use_mtime=True,
-    )
+    """Delete the oldest checkpoints beyond `save_total_limit`, but neither the newest nor the best.
+
+    Not by transformers' `rotate_checkpoints`: of a checkpoint whose deletion was cut short it would take what is left
+    for the newest.
+    """
+    limit = args.save_total_limit or 0
+    found = sort_checkpoints(str(run_dir), use_mtime=True)
+    protected = {*found[-1:], str(state.best_model_checkpoint)}.intersection(found)
+    surplus = len(found) - max(limit, len(protected)) if limit > 0 else 0
+    oldest = [Path(path) for path in found if path not in protected][: max(0, surplus)]
+    delete_folders(oldest, leftovers=list(run_dir.glob(".checkpoint-*.old")))
