@@ -15,6 +15,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from hf_devft.models.gguf import load_unpacked, locate
 from hf_devft.models.layer_stack import LayerNames, find_layer_stack
 from hf_devft.models.weights import Stored
 
@@ -29,17 +30,20 @@ def load_base(
     """`auto_class.from_pretrained`, with the layers left in the checkpoint: on the meta device, and read by
     `dense`.
 
-    Loaded at once instead: a base that is quantised (its layers must be seen to be packed), one that DeepSpeed ZeRO-3
-    cuts while it loads, and one for which a `device_map` was given.
+    Loaded at once instead: a base that is quantised (its layers must be seen to be packed), one from a GGUF file, one
+    that DeepSpeed ZeRO-3 cuts while it loads, and one for which a `device_map` was given.
 
     Args:
-        name_or_path: a Hub name or a folder.
+        name_or_path: a Hub name or a folder; or a `.gguf` file, see `locate`.
         auto_class: of transformers. which: see `find_layer_stack`. whole: whether to load everything at once.
         options: of `from_pretrained`.
 
     Returns:
         The model; `model.missing_modules` names the modules that the checkpoint does not have.
     """
+    name_or_path, options = locate(name_or_path, options)
+    if "gguf_file" in options:
+        return _with_missing_modules(*load_unpacked(name_or_path, auto_class, options))
     config = _config(name_or_path, options)
     quantized = options.get("quantization_config") or getattr(config, "quantization_config", None)
     if whole or quantized or is_deepspeed_zero3_enabled() or "device_map" in options:
@@ -76,7 +80,7 @@ def empty_base(name_or_path: str, auto_class: type = AutoModelForCausalLM, **opt
     Args:
         name_or_path, options: as for `load_base`; a quantisation is left to who needs to know of it.
     """
-    config = _config(name_or_path, options)
+    config = _config(*locate(name_or_path, options))
     dtype = options.get("dtype", "auto")
     with init_empty_weights():
         model = auto_class.from_config(
@@ -97,7 +101,7 @@ def where_from(options: dict[str, Any]) -> dict[str, Any]:
     """Those of `from_pretrained`'s options that say where files come from; tokenizers and configs take them too."""
     names = (
         "revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies",
-        "trust_remote_code", "code_revision",
+        "trust_remote_code", "code_revision", "gguf_file",
     )  # fmt: skip
     return {name: options[name] for name in names if name in options}
 

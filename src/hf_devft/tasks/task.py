@@ -90,14 +90,19 @@ class Task:
     def snippet(self, base: str | None, labels: list[str] | None) -> tuple[str, str]:
         """Python that loads an adapter of this task from LOCATION with PEFT: imports, and the rest."""
         auto, processor = self.auto_class.__name__, self.processor_class.__name__
-        labels = f", id2label={dict(enumerate(labels))}" if labels else ""
+        options = f", id2label={dict(enumerate(labels))}" if labels else ""
         last = f"processor = {processor}.from_pretrained(LOCATION)"
-        if self.peft_type is not None:
+        folder, _, file = (base or "").rpartition("/")
+        if self.peft_type is not None and not file.endswith(".gguf"):
             peft = auto.replace("AutoModel", "AutoPeftModel")
             imports = f"from peft import {peft}\nfrom transformers import {processor}"
-            return imports, f"model = {peft}.from_pretrained(LOCATION{labels})\n{last}"
-        imports = f"from peft import PeftModel\nfrom transformers import {auto}, {processor}"
-        load = f'base = {auto}.from_pretrained("{base}"{labels})\nmodel = PeftModel.from_pretrained(base, LOCATION)'
+            return imports, f"model = {peft}.from_pretrained(LOCATION{options})\n{last}"
+        names = [auto, processor]
+        if file.endswith(".gguf"):
+            base, names = folder, [*names, "GgufConfig"]
+            options += f', gguf_file="{file}", quantization_config=GgufConfig(dequantize=True)'
+        imports = f"from peft import PeftModel\nfrom transformers import {', '.join(names)}"
+        load = f'base = {auto}.from_pretrained("{base}"{options})\nmodel = PeftModel.from_pretrained(base, LOCATION)'
         return imports, f"{load}\n{last}"
 
 

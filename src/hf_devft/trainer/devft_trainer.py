@@ -18,6 +18,7 @@ from hf_devft.hub.download import fetch_adapter
 from hf_devft.models.adapter import attach_adapter, new_adapter
 from hf_devft.models.adapter_files import load_adapter
 from hf_devft.models.base_difference import base_difference
+from hf_devft.models.gguf import check_unpacked, locate
 from hf_devft.models.layout import State
 from hf_devft.models.streaming import load_base, where_from
 from hf_devft.models.supported import check_adapter
@@ -76,6 +77,8 @@ class DevFTTrainer(DevFTMixin, Trainer):
             None if isinstance(base, str) else base, getattr(given.config, "task_type", None), args.task
         )
         check_compatibility(Setup(args, adapter=given.config))
+        if not isinstance(base, str):
+            check_unpacked(base)
         task = TASKS[args.task]
         # The data first: a mistake in it is found before a large model is loaded.
         if isinstance(train_dataset, dict):  # clients may hold different formats
@@ -181,7 +184,7 @@ def _load(
     options = args.model_init_kwargs or {}
     if task.classes is not None:
         options = labels_of(task, rows, name, options) | options
-    path = resolve_model_name(name)
+    path, options = locate(resolve_model_name(name), options)
     # Both look at the weights of every layer.
     whole = getattr(adapter.config, "use_dora", False) or adapter.initialisation is not None
     model = load_base(path, task.auto_class, args.stack, whole, **options)
@@ -250,7 +253,8 @@ def labels_of(task: Task, dataset: Dataset, name: str, options: dict[str, Any]) 
     """Make the model's options for the labels of these rows; none where its checkpoint has been trained on them."""
     column = "labels" if _is_encoded(dataset) else task.classes
     found = label_options(dataset if _is_encoded(dataset) else task.to_columns(dataset), column)
-    trained = AutoConfig.from_pretrained(resolve_model_name(name), **where_from(options))
+    path, options = locate(resolve_model_name(name), options)
+    trained = AutoConfig.from_pretrained(path, **where_from(options))
     names, known = set(found["label2id"]), set(trained.id2label.values())
     if (trained.architectures or [""])[0] in task.model_names.values() and (
         names <= known or (all(map(str.isdigit, names)) and len(names) <= len(known))
@@ -271,8 +275,7 @@ def _check_prompts(rows: Dataset) -> None:
 def add_placeholder_answers(task: Task, rows: Any, args: DevFTConfig) -> Any:
     """Give the server's rows an answer that counts for nothing, where they have none and need none, as teaching only
     asks them."""
-    asked = args.healing_steps or args.distillation_steps
-    only = asked and args.grouping != "calibrated"  # which measures the loss of answers
+    only = args.asks_server_texts and args.grouping != "calibrated"  # which measures the loss of answers
     if not (only and isinstance(rows, Dataset)) or _is_encoded(rows):
         return rows
     names, count = set(rows.column_names), len(rows)

@@ -60,6 +60,10 @@ class TRLMixin(DevFTMixin):
         # TRL and PEFT still read an alias that transformers 5 has renamed, at every step.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         base = resolve_model_name(model) if isinstance(model, str) else model
+        if isinstance(base, str) and base.endswith(".gguf"):
+            raise ValueError(
+                f"TRL does not load {base}: pass the model, as `hf_devft.models.streaming.load_base` reads it."
+            )
         super().__init__(base, args, initialisation=initialisation, **kwargs)
 
     def _prepare_dataset(self, dataset: Dataset, *rest: Any) -> Dataset:
