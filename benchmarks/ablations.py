@@ -12,11 +12,11 @@ from itertools import product
 from recipe_runs import arguments, publish_runs, run_all, table
 
 
-GROUPINGS = ("deconfliction", "even", "random", "calibrated")
+GROUPINGS = ("normalized_cut", "even", "random", "calibrated")
 FUSIONS = ("differential", "mean", "sum", "anchor")
 TRANSFERS = ("broadcast", "anchor", "split")
 SHORT = ["--eval_strategy", "no", "--eval_on_start", "false", "--save_strategy", "no", "--stage_rounds", "4"]
-PAPER = [*SHORT, "--grouping", "deconfliction", "--fusion", "differential", "--transfer", "broadcast"]
+PAPER = [*SHORT, "--grouping", "normalized_cut", "--fusion", "differential", "--transfer", "broadcast"]
 
 
 def rules(grouping: str, fusion: str, transfer: str) -> list[str]:
@@ -30,7 +30,7 @@ def stages(*layers: int) -> list[str]:
 
 
 # The paper's rules and the sizes first: a stopped benchmark has them.
-VARIANTS = {"deconfliction, differential, broadcast (paper)": PAPER}
+VARIANTS = {"normalized_cut, differential, broadcast": PAPER}
 VARIANTS |= {f"β = {beta}": [*PAPER, "--fusion_beta", str(beta)] for beta in (0.0, 0.05, 0.3)}  # the paper's: 0.1
 VARIANTS |= {
     "16 layers (FedIT)": stages(16),

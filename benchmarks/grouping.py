@@ -67,7 +67,7 @@ def measure(folder: Path, step: str, cached: bool) -> tuple[float, float]:
     from hf_devft.models.layer_stack import find_layer_stack
     from hf_devft.models.streaming import load_base
     from hf_devft.run.peak_memory import PeakMemory
-    from hf_devft.stages.grouping import GroupingTask, group_layers, layer_similarity
+    from hf_devft.stages.grouping import GroupingTask, group_layers, similarity_of, weight_gram
     from hf_devft.stages.submodel import build_submodel
 
     memory = PeakMemory(torch.device("cpu"))
@@ -79,7 +79,7 @@ def measure(folder: Path, step: str, cached: bool) -> tuple[float, float]:
     even = group_layers(GroupingTask(stack.kinds, CAPACITY), "even")
     works: dict[str, Callable] = {
         "read": lambda: [read(path) for path in folder.glob("*.safetensors")],
-        "similarity": lambda: layer_similarity(stack),
+        "similarity": lambda: similarity_of(weight_gram(stack)),
         "fusion": lambda: build_submodel(base, stack, even, "differential"),
     }
     prepare(folder, cached)

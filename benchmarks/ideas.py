@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hf_devft import StageConfig
 from hf_devft.federation.methods.lora import truncated_product
 from hf_devft.models.layer_stack import find_layer_stack
-from hf_devft.models.layout import lora_scaling
+from hf_devft.models.layout import State, lora_scaling
 from hf_devft.models.weights import dense
 from hf_devft.stages import GROUPINGS
 from hf_devft.stages.global_adapter import GlobalAdapter
@@ -67,7 +67,7 @@ def protected(first: int, last: int) -> Callable[[GroupingTask], Groups]:
         depth, between = len(task.kinds), task.capacity - first - last
         middle = range(first, depth - last)
         similarity = task.similarity()[first : depth - last, first : depth - last]
-        inner = GROUPINGS["deconfliction"](GroupingTask([0] * len(middle), between, task.seed, lambda: similarity))
+        inner = GROUPINGS["normalized_cut"](GroupingTask([0] * len(middle), between, task.seed, lambda: similarity))
         ends = [[layer] for layer in (*range(first), *range(depth - last, depth))]
         return sorted([*ends, *([middle[index] for index in group] for group in inner)])
 
@@ -80,7 +80,7 @@ GROUPINGS["last_protected"], GROUPINGS["ends_protected"] = protected(0, 1), prot
 def group_by_function() -> None:
     """Similarity of what the layers add to the residual stream on calibration texts, for that of their weights."""
 
-    def group(self: StageFactory, record: StageConfig) -> Groups:
+    def group(self: StageFactory, record: StageConfig, adapter: State) -> Groups:
         batches = self.teacher.batches_of(self.teacher.rows, self.args.eval_batch_size, None)
         similarity = similarity_of_what_is_added(self.builder.whole().eval(), batches)
         kinds = self.builder.stack.kinds

@@ -20,7 +20,7 @@ CHOSEN = (
     "FedIT, 6e-3 linear, 16 rounds",
     "FedIT, 6e-3 linear, 30 rounds",
     "FedIT, 6e-3 linear, 16 rounds, alpha 32",
-    "DevFT, the paper's rules, 4-8-16",
+    "DevFT, the paper's rules with balanced groups, 4-8-16",
     "DevFT 4-16, 12 + 4 rounds, 6e-3, 9e-3 linear",
     "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled",
     "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled, alpha 32",

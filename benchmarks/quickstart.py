@@ -9,15 +9,16 @@ Runs every variant with every seed through the recipe, one after another, and wr
 from recipe_runs import COLUMNS, arguments, publish_runs, run_all, table
 
 
-PAPER = ["--grouping", "deconfliction", "--fusion", "differential", "--transfer", "broadcast"]
-ANCHORS = ["--grouping", "deconfliction", "--fusion", "anchor", "--transfer", "broadcast"]
+BALANCED = ["--grouping", "normalized_cut"]
+ANCHORS = [*BALANCED, "--fusion", "anchor", "--transfer", "broadcast"]
 CALIBRATED = ["--grouping", "calibrated", "--fusion", "anchor", "--transfer", "anchor"]
 # Name -> (config, overrides). A round is 2 clients of 10 local steps of 16 examples.
 VARIANTS = {
     "FedIT, 30 rounds (`fedit.yaml`)": ("fedit.yaml", []),
     "FedIT, 18 rounds: about DevFT's bytes": ("fedit.yaml", ["--stage_rounds", "18"]),
-    "DevFT, 30 rounds, the paper's rules": ("paper.yaml", PAPER),
-    "DevFT, 30 rounds, the paper's groups, anchor fusion": ("paper.yaml", ANCHORS),
+    "DevFT, 30 rounds, the paper's rules": ("paper.yaml", []),
+    "DevFT, 30 rounds, the paper's rules with balanced groups": ("paper.yaml", BALANCED),
+    "DevFT, 30 rounds, balanced groups, anchor fusion": ("paper.yaml", ANCHORS),
     "DevFT, 30 rounds, calibrated groups, anchors only": ("paper.yaml", CALIBRATED),
 }
 SHOWN = COLUMNS | {

@@ -51,8 +51,11 @@ def run_recipe(
         points = {"curve": read_curve(Path(folder) / f"stage-{len(stages)}", stages)} if curve else {}
     names = ("bytes", "flops", "seconds")
     totals = {name: sum(stage["totals"][name] for stage in stages) for name in names}
+    totals["client_flops"] = totals["flops"]
     totals["flops"] += sum(stage["totals"]["setup_flops"] for stage in stages)  # of the server
-    by_stage = [{"layers": s["num_layers"], "metrics": s["metrics"], "totals": s["totals"]} for s in stages]
+    by_stage = [
+        {"layers": s["num_layers"], "metrics": s["metrics"], "peak_memory": s["totals"]["peak_memory"]} for s in stages
+    ]
     wall = time.perf_counter() - started
     return {"metrics": stages[-1]["metrics"], "totals": totals, "wall_seconds": wall, "stages": by_stage} | points
 
@@ -145,7 +148,8 @@ def to_row(name: str, seed: int, run: dict) -> dict:
         "totals": run["totals"] | {"seconds": round(run["totals"]["seconds"], 1)},
         "wall_seconds": round(run["wall_seconds"], 1),
         "stages": [
-            [stage["layers"], *(_round(stage["metrics"].get(key)) for key in _STAGE)] for stage in run["stages"]
+            [stage["layers"], *(_round(stage["metrics"].get(key)) for key in _STAGE), stage["peak_memory"]]
+            for stage in run["stages"]
         ],
     }
     if "curve" in run:
@@ -163,9 +167,13 @@ def _round(value: float | None) -> float | None:
 
 def _from_row(row: dict) -> dict:
     """A run, from what `to_row` has made of it."""
-    named = [dict(zip(_STAGE, values, strict=True)) for _, *values in row["stages"]]
+    named = [dict(zip(_STAGE, values, strict=False)) for _, *values in row["stages"]]
     stages = [
-        {"layers": stage[0], "metrics": {key: value for key, value in metrics.items() if value is not None}}
+        {
+            "layers": stage[0],
+            "metrics": {key: value for key, value in metrics.items() if value is not None},
+            "peak_memory": stage[-1] if len(stage) > 1 + len(_STAGE) else None,  # rows of before lack it
+        }
         for stage, metrics in zip(row["stages"], named, strict=True)
     ]
     curve = [
@@ -222,14 +230,17 @@ def publish_runs(options: argparse.Namespace, text: str, figure: Figure | None =
     print(text)
 
 
-def arguments(name: str, doc: str) -> argparse.Namespace:
-    """The command line of a benchmark of whole runs."""
+def arguments(
+    name: str, doc: str, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> argparse.Namespace:
+    """The command line of a benchmark of whole runs; `add` adds flags of its own."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.jsonl")
     parser.add_argument("--base", help="that all runs train; default: the embedded one")
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose name has one of these in it")
+    add(parser)
     options = parser.parse_args()
     options.name = name
     options.results.parent.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,10 @@ VARIANTS = {
         "FedIT, 6e-3 linear, 16 rounds, alpha 32": fedit(16, "6e-3", *LINEAR, *ALPHA_32),
         "FedIT, 6e-3 linear, 16 rounds, int4": fedit(16, "6e-3", *LINEAR, *INT4),
         "FedIT, 6e-3 linear, 30 rounds, int4": fedit(30, "6e-3", *LINEAR, *INT4),
-        "DevFT, the paper's rules, 4-8-16": ("paper.yaml", OFTEN),
+        "DevFT, the paper's rules with balanced groups, 4-8-16": (
+            "paper.yaml",
+            [*OFTEN, "--grouping", "normalized_cut"],
+        ),
         "DevFT 4-16, 16 + 8 rounds, 6e-3, 9e-3 linear": devft("4 16", "16 8", "6e-3 9e-3", *LINEAR),
         "DevFT 4-16, 12 + 4 rounds, 6e-3, 9e-3 linear": devft("4 16", "12 4", "6e-3 9e-3", *LINEAR),
         "DevFT 4-8-16, 12 + 4 + 6 rounds, 6e-3, 8e-3, 1e-2 linear": devft(
@@ -175,7 +178,7 @@ DRAWN = (
     "FedIT, 6e-3 linear, 30 rounds",
     "FedIT, 6e-3 linear, 16 rounds, int4",
     "FedIT of rank 2, 6e-3 linear, 16 rounds",
-    "DevFT, the paper's rules, 4-8-16",
+    "DevFT, the paper's rules with balanced groups, 4-8-16",
     "DevFT 4-8-16, 12 + 4 + 6 rounds, 6e-3, 8e-3, 1e-2 linear",
     "DevFT 4-16, 12 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps",
     "DevFT 4-16, 36 + 4 rounds, 6e-3, 4e-3 linear, distilled in 240 steps",

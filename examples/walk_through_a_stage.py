@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from hf_devft.embedded import resolve_model_name
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.models.streaming import load_base
-from hf_devft.stages.grouping import GroupingTask, group_layers, layer_similarity
+from hf_devft.stages.grouping import GroupingTask, group_layers, similarity_of, weight_gram
 from hf_devft.stages.submodel import build_submodel
 
 
@@ -22,7 +22,7 @@ stack = find_layer_stack(base)
 print(f"{len(stack)} layers in {', '.join(stack.names.lists)}")
 
 # %% How alike they are: the cosine of their weights (§3.2 of the paper)
-similarity = layer_similarity(stack)
+similarity = similarity_of(weight_gram(stack))
 
 # %% Groups of layers that conflict least
 capacity = max(2, len(stack) // 4)

@@ -26,6 +26,7 @@ from hf_devft.embedded import resolve_model_name, task_dataset
 from hf_devft.embedded.families import preference_pairs
 from hf_devft.hub.download import fetch_adapter
 from hf_devft.models.adapter_files import load_adapter
+from hf_devft.models.gguf import locate
 from hf_devft.models.streaming import empty_base, where_from
 from hf_devft.run.plan import RunPlan, plan_run
 from hf_devft.run.plan_table import print_plan
@@ -43,13 +44,13 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
     are held out of training."""
     task = TASKS[args.task or "text-generation"]
     to_columns = task.to_columns if recipe.trainer == "devft" else lambda rows: rows  # TRL converts for itself
-    asked = args.grouping == "calibrated" or args.healing_steps or args.distillation_steps
+    asked = args.asks_server_texts
     calibration = None
     if recipe.calibration_file:
         if not asked or recipe.trainer != "devft":
             raise ValueError(
-                'calibration_file is read for grouping="calibrated", healing_steps and distillation_steps of '
-                "--trainer devft: set one of them, or leave it out."
+                'calibration_file is read for grouping="calibrated", fusion="bridge", healing_steps and '
+                "distillation_steps of --trainer devft: set one of them, or leave it out."
             )
         calibration = load_files(
             recipe.calibration_file, lambda rows: to_columns(add_placeholder_answers(task, rows, args))
@@ -78,7 +79,7 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
 
 def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
     """What the run will cost; data on the Hub is not downloaded for it."""
-    path, options = resolve_model_name(recipe.model_name_or_path), args.model_init_kwargs or {}
+    path, options = locate(resolve_model_name(recipe.model_name_or_path), args.model_init_kwargs or {})
     task = TASKS[args.task or "text-generation"]
     config = recipe.lora_config(args.task)
     if recipe.adapter_name_or_path:

@@ -110,7 +110,7 @@ def make_trainer(tmp_path, tasks, tokenizer):
 
     def make(*, model=None, train_dataset=None, peft_config=None, output_dir=None, cls=DevFTTrainer, **kwargs):
         passed = {name: kwargs.pop(name) for name in list(kwargs) if name in _TRAINER_ARGUMENTS}
-        if kwargs.get("healing_steps") or kwargs.get("distillation_steps"):
+        if kwargs.get("healing_steps") or kwargs.get("distillation_steps") or kwargs.get("fusion") == "bridge":
             passed.setdefault("calibration_dataset", task_dataset(8, seed=1))
         return cls(
             model if model is not None else tiny_llama(),

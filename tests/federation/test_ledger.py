@@ -3,7 +3,7 @@ from conftest import lora, tiny_llama
 from peft import get_peft_model
 
 from hf_devft.federation.ledger import Ledger, RoundRecord
-from hf_devft.models.flops import flops_per_token
+from hf_devft.models.flops import flops_per_token, forward_flops
 from hf_devft.run.peak_memory import PeakMemory
 
 
@@ -44,6 +44,16 @@ def test_flops_count_every_matrix_once():
     model = get_peft_model(base, lora())
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert flops_per_token(model) == (4 * (matrices + head) + 6 * adapter,)
+
+
+def test_no_gradient_goes_through_layers_below_all_that_is_trained():
+    model = get_peft_model(tiny_llama(4), lora(target_modules=["q_proj", "v_proj"], layers_to_transform=[2, 3]))
+    everywhere = get_peft_model(tiny_llama(4), lora(target_modules=["q_proj", "v_proj"]))
+    adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    layer = 16 * 16 * 2 + 16 * 8 * 2 + 16 * 24 * 3
+    (saved,) = (a - b for a, b in zip(flops_per_token(everywhere), flops_per_token(model), strict=True))
+    assert saved == 2 * 2 * layer + 6 * adapter
+    assert forward_flops(model.get_base_model()) > 0
 
 
 def test_peak_memory_is_of_the_time_since_the_reset():

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.models.streaming import load_base
 from hf_devft.models.weights import dense, is_stored, read_slice
-from hf_devft.stages.grouping import layer_similarity
+from hf_devft.stages.grouping import similarity_of, weight_gram
 from hf_devft.stages.submodel import build_submodel, build_whole
 
 
@@ -31,7 +31,7 @@ def test_layers_are_read_when_a_submodel_needs_them(checkpoint):
     parameters = [parameter for layer in stack.layers for parameter in layer.parameters()]
     assert all(map(is_stored, parameters))
     assert not any(parameter.is_meta for parameter in streamed.parameters() if not is_stored(parameter))
-    torch.testing.assert_close(layer_similarity(stack), layer_similarity(same))
+    torch.testing.assert_close(similarity_of(weight_gram(stack)), similarity_of(weight_gram(same)))
     for fusion in ("differential", "mean", "anchor"):
         groups = copy.deepcopy(GROUPS)
         submodels = [build_submodel(m, s, groups, fusion) for m, s in ((streamed, stack), (loaded, same))]

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.models.weights import dense, keep_readable, store_like
 from hf_devft.stages.fusion import fuse
-from hf_devft.stages.grouping import layer_similarity
+from hf_devft.stages.grouping import similarity_of, weight_gram
 from hf_devft.stages.submodel import build_submodel
 
 
@@ -66,6 +66,6 @@ def test_a_group_is_dequantised_fused_and_quantised_again(quantised):
 def test_similarity_of_quantised_layers(quantised):
     with torch.no_grad():
         quantised.eval()(torch.tensor([[3, 9, 27]]))  # would repack the weights on some CPUs
-    similarity = layer_similarity(find_layer_stack(quantised))
-    plain = layer_similarity(find_layer_stack(wide_model()))
+    similarity = similarity_of(weight_gram(find_layer_stack(quantised)))
+    plain = similarity_of(weight_gram(find_layer_stack(wide_model())))
     torch.testing.assert_close(similarity, plain, atol=0.05, rtol=0)

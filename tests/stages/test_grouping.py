@@ -1,11 +1,14 @@
+import copy
+
 import pytest
 import torch
 from architectures import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from hf_devft.models.layer_stack import find_layer_stack
-from hf_devft.stages.grouping import GROUPINGS, GroupingTask, group_layers, layer_similarity
+from hf_devft.stages.grouping import GROUPINGS, GroupingTask, adapter_gram, group_layers, similarity_of, weight_gram
 
 
 @st.composite
@@ -23,9 +26,11 @@ def grouping_tasks(draw):
         vectors = vectors[torch.randint(depth, (depth,), generator=generator)]  # equal layers
     similarity = torch.nn.functional.cosine_similarity(vectors[:, None], vectors[None], dim=-1)
     importance = torch.rand(depth, generator=generator).tolist()
+    errors = torch.rand(depth, depth, generator=generator)
     return GroupingTask(
-        kinds, capacity, seed, lambda: similarity, lambda kept: -sum(importance[layer] for layer in kept)
-    )
+        kinds, capacity, seed, lambda: similarity, lambda kept: -sum(importance[layer] for layer in kept),
+        lambda: errors,
+    )  # fmt: skip
 
 
 def test_a_prefix_keeps_the_first_layers():
@@ -41,15 +46,36 @@ def test_groups_partition_the_layers(rule, task):
     assert sorted(layer for group in groups for layer in group) == list(range(len(task.kinds)))
     assert all(group == sorted(group) for group in groups)
     assert [group[0] for group in groups] == sorted(group[0] for group in groups)
-    assert all(len({task.kinds[layer] for layer in group}) == 1 for group in groups)
+    if rule != "bridged":  # which moves nothing from layer to layer
+        assert all(len({task.kinds[layer] for layer in group}) == 1 for group in groups)
     assert group_layers(task, rule) == groups, "same seed, same groups"
 
 
-def test_deconfliction_finds_the_blocks_of_a_similarity():
+@pytest.mark.parametrize("rule", ["deconfliction", "normalized_cut"])
+def test_cuts_find_the_blocks_of_a_similarity(rule):
     blocks = torch.tensor([0, 1, 0, 2, 1, 2, 0, 1])
     similarity = torch.where(blocks[:, None] == blocks, 0.9, 0.05)
-    groups = group_layers(GroupingTask([0] * 8, 3, similarity=lambda: similarity), "deconfliction")
+    groups = group_layers(GroupingTask([0] * 8, 3, similarity=lambda: similarity), rule)
     assert groups == [[0, 2, 6], [1, 4, 7], [3, 5]]
+
+
+def test_only_the_normalised_cut_balances_the_groups():
+    """Of two cliques and a layer that is hardly tied to any, cutting that one off costs least."""
+    similarity = torch.full((6, 6), 0.3)
+    similarity[:3, :3] = similarity[3:5, 3:5] = 1
+    similarity[5, :5] = similarity[:5, 5] = 0.05
+    similarity.fill_diagonal_(1)
+    task = GroupingTask([0] * 6, 2, similarity=lambda: similarity)
+    assert group_layers(task, "deconfliction") == [[0, 1, 2, 3, 4], [5]]
+    assert group_layers(task, "normalized_cut") == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_layers_that_point_apart_are_cut_first():
+    """Edges of negative weight are worth cutting: every pair but (0, 1) and (2, 3) conflicts."""
+    similarity = torch.full((4, 4), -0.2)
+    similarity[0, 1] = similarity[1, 0] = similarity[2, 3] = similarity[3, 2] = 0.3
+    similarity.fill_diagonal_(1)
+    assert group_layers(GroupingTask([0] * 4, 2, similarity=lambda: similarity)) == [[0, 1], [2, 3]]
 
 
 def test_even_groups_are_contiguous():
@@ -67,6 +93,11 @@ def test_calibrated_without_texts_is_an_error():
         group_layers(GroupingTask([0] * 4, 2), "calibrated")
 
 
+def test_bridged_without_texts_is_an_error():
+    with pytest.raises(ValueError, match="calibration_dataset"):
+        group_layers(GroupingTask([0] * 4, 2), "bridged")
+
+
 @pytest.mark.parametrize("capacity", [0, 1, 7])
 def test_impossible_capacity(capacity):
     with pytest.raises(ValueError, match="choose a capacity from 2 to 6"):
@@ -77,10 +108,27 @@ def test_similarity_is_the_cosine_of_the_flattened_layers():
     stack = find_layer_stack(tiny_model("llama"))
     flat = [torch.cat([parameter.flatten() for parameter in layer.parameters()]) for layer in stack.layers]
     expected = torch.nn.functional.cosine_similarity(torch.stack(flat)[:, None], torch.stack(flat)[None], dim=-1)
-    torch.testing.assert_close(layer_similarity(stack), expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(similarity_of(weight_gram(stack)), expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_layers_adapter_is_part_of_it():
+    base = tiny_model("llama")
+    stack = find_layer_stack(base)
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    state = {key: torch.randn_like(tensor) for key, tensor in get_peft_model_state_dict(model).items()}
+    flat = [
+        torch.cat(
+            [parameter.flatten() for parameter in layer.parameters()]
+            + [tensor.flatten() for key, tensor in state.items() if f".layers.{index}." in key]
+        )
+        for index, layer in enumerate(stack.layers)
+    ]
+    expected = torch.nn.functional.cosine_similarity(torch.stack(flat)[:, None], torch.stack(flat)[None], dim=-1)
+    similarity = similarity_of(weight_gram(stack) + adapter_gram(stack, state))
+    torch.testing.assert_close(similarity, expected.detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_layers_of_different_kinds_have_no_similarity():
-    similarity = layer_similarity(find_layer_stack(tiny_model("gemma2")))
+    similarity = similarity_of(weight_gram(find_layer_stack(tiny_model("gemma2"))))
     assert similarity[0, 1] == 0
     assert similarity[0, 2] != 0

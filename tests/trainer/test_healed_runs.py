@@ -18,13 +18,14 @@ from hf_devft.trainer import server_teacher
 from hf_devft.trainer.server_teacher import ServerTeacher
 
 
+BRIDGED = {"grouping": "bridged", "fusion": "bridge", "transfer": "anchor"}
 OPTIONS = {"healing_steps": 20, "healing_learning_rate": 1e-2, "generation_max_new_tokens": 4}
 
 
 @pytest.fixture
 def distances(monkeypatch) -> list[list[float]]:
     """How far submodels are from the whole base, unhealed and healed."""
-    found, heal = [], ServerTeacher.heal
+    found, heal = [], ServerTeacher.stand_for_base
 
     def watched(self, record, builder, submodel, layers):
         plain = builder.build(record.groups, record.fusion, record.fusion_beta)
@@ -35,13 +36,13 @@ def distances(monkeypatch) -> list[list[float]]:
             found.append([divergence(said, model.eval()(ids).logits).item() for model in (plain, submodel)])
         return flops
 
-    monkeypatch.setattr(ServerTeacher, "heal", watched)
+    monkeypatch.setattr(ServerTeacher, "stand_for_base", watched)
     return found
 
 
-@pytest.mark.parametrize("fusion", ["anchor", "differential"])
-def test_a_submodel_says_what_the_base_says(make_trainer, distances, fusion):
-    trainer = make_trainer(fusion=fusion, **OPTIONS | {"healing_steps": 100})
+@pytest.mark.parametrize("rules", [{"fusion": "anchor"}, {"fusion": "differential"}, BRIDGED])
+def test_a_submodel_says_what_the_base_says(make_trainer, distances, rules):
+    trainer = make_trainer(**OPTIONS | {"healing_steps": 100} | rules)
     trainer.train()
     ((plain, healed),) = distances  # at full depth all layers are the base's own
     assert healed < 0.8 * plain
@@ -53,8 +54,9 @@ def test_a_submodel_says_what_the_base_says(make_trainer, distances, fusion):
     assert "| server TFLOPs |" in card
 
 
-def test_the_healed_submodel_is_the_one_that_was_trained(make_trainer, eval_tasks, tokenizer, tmp_path):
-    trainer = make_trainer(eval_dataset=eval_tasks, eval_strategy="epoch", **OPTIONS)
+@pytest.mark.parametrize("options", [OPTIONS, BRIDGED, OPTIONS | BRIDGED], ids=["healed", "bridged", "both"])
+def test_the_taught_submodel_is_the_one_that_was_trained(make_trainer, eval_tasks, tokenizer, tmp_path, options):
+    trainer = make_trainer(eval_dataset=eval_tasks, eval_strategy="epoch", **options)
     trainer.train()
     run = Path(trainer.args.output_dir)
     model = load_submodel(tiny_llama(), run, stage=1)
@@ -62,7 +64,7 @@ def test_the_healed_submodel_is_the_one_that_was_trained(make_trainer, eval_task
     assert loss == pytest.approx(trainer.stages[0].metrics["eval_loss"], rel=1e-6)
     assert not list((run / "stage-2").rglob("healed*"))
     healed_path(run / "stage-1" / "submodel", 1).unlink()
-    with pytest.raises(ValueError, match="was healed"):
+    with pytest.raises(ValueError, match="was healed or bridged"):
         load_submodel(tiny_llama(), run, stage=1)
 
 
@@ -88,7 +90,7 @@ def test_a_run_that_goes_on_has_the_layers_that_it_had(make_trainer, tmp_path, p
         assert all(torch.equal(before[name], after[name]) for name in before) == (stage <= known)
     if known == 2:
         healed_path(folder / "submodel", 1).unlink()
-        with pytest.raises(ValueError, match="lacks the healed layers of stage 1"):
+        with pytest.raises(ValueError, match="lacks the healed layers or bridges of stage 1"):
             make_trainer(output_dir=tmp_path / "lacking", **options).train(resume_from_checkpoint=str(folder))
 
 
@@ -115,11 +117,12 @@ def test_the_base_answers_once(make_trainer, monkeypatch):
     assert first > second > 0
 
 
-def test_it_goes_with_a_base_that_is_read_layer_by_layer(make_trainer, tmp_path):
+@pytest.mark.parametrize("options", [OPTIONS, BRIDGED], ids=["healed", "bridged"])
+def test_it_goes_with_a_base_that_is_read_layer_by_layer(make_trainer, tmp_path, options):
     tiny_llama().save_pretrained(tmp_path / "base")
     adapters = []
     for model in (str(tmp_path / "base"), tiny_llama()):
-        trainer = make_trainer(model=model, output_dir=tmp_path / "run", **OPTIONS)
+        trainer = make_trainer(model=model, output_dir=tmp_path / "run", **options)
         trainer.train()
         adapters.append(final_adapter(trainer))
     assert_equal(*adapters)

@@ -35,7 +35,16 @@ RUNS = {name: {"federated_method": name} for name in METHODS} | {
     },
     # On the server it is AdamW that steps.
     "distilled": {"distillation_steps": 3, "generation_max_new_tokens": 3, "learning_rate": 1e-2},
-    "healed": {"healing_steps": 3, "distillation_steps": 2, "generation_max_new_tokens": 3, "learning_rate": 1e-2},
+    "healed": {
+        "grouping": "bridged",
+        "fusion": "bridge",
+        "transfer": "anchor",
+        "healing_steps": 3,
+        "distillation_steps": 2,
+        "generation_max_new_tokens": 3,
+        "learning_rate": 1e-2,
+    },
+    "adapters": {"stage_layers": None, "adapter_layers": [2, 4], "adapter_layers_from": "first"},
     "keep-last": {"client_max_layers": [2, 4], "beyond_capacity": "keep_last"},
     "top-k": {"federated_method": "scaffold", "wire_dtype": "bf16", "upload_fraction": 0.2},
 }
@@ -242,7 +251,7 @@ def alone(tmp_path_factory) -> Path:
 
 # What asks something of the engine: frozen parts (RoLoRA's, in "fedprox"), skipped layers, tapped gradients, open
 # weights, a head.
-ON_ENGINES = ["fedsa_lora", "flora", "droppeft", "fedprox", "scaffold", "progfed", "distilled", "healed"]
+ON_ENGINES = ["fedsa_lora", "flora", "droppeft", "fedprox", "scaffold", "progfed", "distilled", "healed", "adapters"]
 NOT_WHOLE = ["flora", "distilled", "healed"]  # as their models are cut under ZeRO-3
 
 

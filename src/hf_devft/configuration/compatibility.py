@@ -103,7 +103,7 @@ def _given(*options: str) -> Callable[[Setup], str]:
 
 
 def _all_are_anchors(setup: Setup, *options: str) -> bool:
-    return {getattr(setup.args, option) for option in options} == {"anchor"}
+    return {getattr(setup.args, option) for option in options} <= {"anchor", "bridge"}
 
 
 def _named(registry: Collection[str], default: str = "") -> Callable[[Setup], str]:
@@ -217,9 +217,34 @@ FACTS: dict[str, Fact] = {
     ),
     "prefix": Fact('`grouping="prefix"`', lambda s: s.args.grouping == "prefix", _given("grouping")),
     "calibrated": Fact('`grouping="calibrated"`', lambda s: s.args.grouping == "calibrated", _given("grouping")),
+    "bridges": Fact(
+        '`fusion="bridge"` or `grouping="bridged"`',
+        lambda s: s.args.fusion == "bridge" or s.args.grouping == "bridged",
+        _given("grouping", "fusion"),
+    ),
+    "no bridges": Fact('`fusion` other than `"bridge"`', lambda s: s.args.fusion != "bridge", _given("fusion")),
+    "scattered groups": Fact(
+        '`grouping` of `"deconfliction"`, `"normalized_cut"` or `"random"`',
+        lambda s: s.args.grouping in ("deconfliction", "normalized_cut", "random"),
+        _given("grouping"),
+    ),
+    "more than anchors receive": Fact(
+        '`transfer` other than `"anchor"`', lambda s: s.args.transfer != "anchor", _given("transfer")
+    ),
     "split": Fact('`transfer="split"`', lambda s: s.args.transfer == "split", _given("transfer")),
     "anchor transfer": Fact('`transfer="anchor"`', lambda s: s.args.transfer == "anchor", _given("transfer")),
     "temporary head": Fact("`temporary_head`", lambda s: s.args.temporary_head, _given("temporary_head")),
+    "adapter stages": Fact("`adapter_layers`", lambda s: s.args.adapter_layers, _given("adapter_layers")),
+    "submodels": Fact(
+        "`stage_layers` of several stages", lambda s: len(s.args.stage_layers or ()) > 1, _given("stage_layers")
+    ),
+    "pattern of modules": Fact(
+        "`target_modules` as one regular expression",
+        lambda s: (
+            isinstance(getattr(s.adapter, "target_modules", None), str) and s.adapter.target_modules != "all-linear"
+        ),
+        lambda s: f"target_modules={s.adapter.target_modules!r}",
+    ),
     "one stage": Fact("a single stage", lambda s: s.num_stages == 1),
     # the server's teaching
     "healing": Fact("`healing_steps`", lambda s: s.args.healing_steps, _given("healing_steps")),
@@ -453,6 +478,24 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("distillation", "fixed adapter", "it changes the adapter: leave one out"),
     ("distillation", "split", 'no layer gets back what it learned from: set transfer="broadcast" or "anchor"'),
     ("distillation", "temporary head", "the head is dropped before its stage could be asked: leave it out"),
+    ("adapter stages", "submodels", "all layers compute in every stage: leave one out"),
+    ("adapter stages", "bridges", "no layer is left out: leave one out"),
+    ("adapter stages", "healing", "no layer is left out: leave one out"),
+    ("adapter stages", "distillation", "nothing is lost where layers get an adapter: leave one out"),
+    ("adapter stages", "temporary head", "every stage has the head as it is: leave one out"),
+    ("adapter stages", "chosen layers", "both say which layers have an adapter: leave one out"),
+    ("adapter stages", "pattern of modules", "PEFT chooses layers only of modules by name: name them"),
+    ("adapter stages", "two stacks", "it numbers the layers of one stack: choose that by `stack`"),
+    ("adapter stages", "no LoRA factors", "PEFT chooses layers of LoRA alone: use a `LoraConfig`"),
+    ("adapter stages", "moved weights", "every module needs its adapter: use another initialisation"),
+    ("bridges", "no bridges", 'it chooses what bridges stand for: set fusion="bridge"'),
+    ("bridges", "scattered groups", 'a bridge stands for layers that follow one another: set grouping="bridged"'),
+    ("bridges", "more than anchors receive", 'layers that are bridged keep what they have: set transfer="anchor"'),
+    ("bridges", "one stage", "nothing is left out: leave it out"),
+    ("bridges", "no texts", "they are fitted on texts of the server's own: pass `calibration_dataset`"),
+    ("bridges", "two stacks", "they stand for layers of one stack: choose that by `stack`"),
+    ("bridges", "ZeRO-3", "no process has the whole base: use ZeRO-2"),
+    ("bridges", "TRL", _OUTPUT_ONLY),
     ("calibrated", "no calibration texts", "it measures losses on calibration texts: pass `calibration_dataset`"),
     ("calibrated", "ZeRO-3", "it measures many submodels, which are whole nowhere: group otherwise, or use ZeRO-2"),
     ("DoRA", "fused layers", 'it keeps norms of a layer\'s own weights: set fusion="anchor", adapter_fusion="anchor"'),

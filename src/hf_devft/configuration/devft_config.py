@@ -1,6 +1,5 @@
 """`DevFTConfig`: what the user says of a run."""
 
-import os
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
@@ -13,7 +12,7 @@ from transformers.integrations import is_deepspeed_available
 from transformers.training_args import OptimizerNames
 
 from hf_devft.configuration.compatibility import Setup, check_compatibility
-from hf_devft.configuration.stage_config import StageConfig, derive_layers, plan_stages
+from hf_devft.configuration.stage_config import StageConfig, adapted_layers, derive_layers, plan_stages
 from hf_devft.federation.heterogeneity.capacity import BEYOND_CAPACITY
 from hf_devft.federation.methods import CORRECTIONS, METHODS, SERVER_OPTIMIZERS
 from hf_devft.federation.partition import PARTITIONS
@@ -43,6 +42,8 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 _UNSUPPORTED_OPTIMIZERS = ("schedule_free", "lomo", "adalomo", "layerwise")
 # Options of an earlier version: {old name: new name}.
 RENAMED = {"wire_top_k": "upload_fraction"}
+# Where the layers of `adapter_layers` are.
+ENDS = ("first", "last")
 # Option -> what it may name. The registries are the only lists: a rule that is registered there is a choice here.
 CHOICES: dict[str, Collection[str]] = {
     "grouping": GROUPINGS,
@@ -56,6 +57,7 @@ CHOICES: dict[str, Collection[str]] = {
     "client_selection": SELECTIONS,
     "client_placement": PLACEMENTS,
     "wire_dtype": WIRE_DTYPES,
+    "adapter_layers_from": ENDS,
 }
 # Option -> the least value that it may have.
 _MINIMA = {
@@ -102,21 +104,32 @@ class DevFTConfig(TrainingArguments):
             Rounds of each stage: one value, or one per stage.
         stage_learning_rates (`float` or `list[float]`, *optional*, defaults to `learning_rate`):
             Learning rate of each stage before the schedule: one value, or one per stage.
+        adapter_layers (`list[int]`, *optional*):
+            Other stages than of submodels (ours): in each one all layers compute, but only so many of them have an
+            adapter, increasing, in the last one all. What was learned stays as it is where the others get theirs. With
+            `stage_layers` left out.
+        adapter_layers_from (`str`, *optional*, defaults to `"last"`):
+            Which layers these are: the `"last"`, so that no gradient goes through those below and nothing of them is
+            kept in memory, or the `"first"`.
 
     > Parameters that control the rules of a stage
 
         grouping (`str`, *optional*, defaults to `"deconfliction"`):
-            Which layers share a group: `"deconfliction"` (paper), `"even"`, `"random"`, `"calibrated"`, or
-            `"prefix"`, the first layers, as ProgFed grows (with `fusion` and `transfer` `"anchor"`).
+            Which layers share a group: `"deconfliction"` (paper), `"normalized_cut"` (the same with balanced groups),
+            `"even"`, `"random"`, `"calibrated"`, `"prefix"`, the first layers, as ProgFed grows (with `fusion` and
+            `transfer` `"anchor"`), or `"bridged"` (ours, with `fusion="bridge"`), which leaves out those blocks of
+            layers that bridges stand for best.
         calibration_samples (`int`, *optional*, defaults to `32`):
             Texts of the server's, from `calibration_dataset`, that `"calibrated"` grouping measures the loss on (else
-            from `eval_dataset`), and that `healing_steps` and `distillation_steps` ask.
+            from `eval_dataset`), that bridges are fitted on, and that `healing_steps` and `distillation_steps` ask.
         fusion (`str`, *optional*, defaults to `"anchor"`):
             A group's representative: `"differential"` (paper), `"mean"`, `"sum"`, or `"anchor"`, its first layer as it
             is (our choice: with `"broadcast"` the best of benchmarks/results/quickstart.md and
-            ablations.md, by little).
+            ablations.md, by little). `"bridge"` (ours, for bases that were not grown) is that with a bridge behind it
+            for the layers that follow, h + W rmsnorm(h) + b, found by regression on the texts in
+            `calibration_dataset`, without labels: the layers that stay read nearly what they have always read.
         fusion_beta (`float`, *optional*, defaults to `0.1`):
-            β of differential fusion (paper: 0.1).
+            β of differential fusion (paper: 0.1; 0.15 for LLaMA2-13B).
         stack (`str`, *optional*):
             Which layers of an encoder-decoder model the stages shorten, `"encoder"` or `"decoder"`. By default both,
             whose layers are counted together in `stage_layers`.
@@ -258,11 +271,18 @@ class DevFTConfig(TrainingArguments):
     stage_learning_rates: list[float] | None = field(
         default=None, metadata={"help": "Learning rate of each stage: one value, or one per stage."}
     )
+    adapter_layers: list[int] | None = field(
+        default=None, metadata={"help": "Instead of submodels: layers with an adapter in each stage."}
+    )
+    adapter_layers_from: str = field(
+        default="last", metadata={"help": f"Which layers adapter_layers counts: {_names(ENDS)}."}
+    )
     grouping: str = field(
         default="deconfliction", metadata={"help": f"Which layers share a group: {_names(GROUPINGS)}."}
     )
     calibration_samples: int = field(
-        default=32, metadata={"help": "The server's texts, for calibrated grouping, healing and distillation."}
+        default=32,
+        metadata={"help": "The server's texts, for grouping, bridges, healing and distillation."},
     )
     fusion: str = field(default="anchor", metadata={"help": f"A group's representative: {_names(FUSIONS)}."})
     fusion_beta: float = field(default=0.1, metadata={"help": "Beta of differential fusion."})
@@ -356,8 +376,8 @@ class DevFTConfig(TrainingArguments):
     def __post_init__(self):
         if self.deepspeed and not is_deepspeed_available():
             raise ImportError("DeepSpeed is not installed: pip install 'hf-devft[deepspeed]'")
-        # Several processes without an accelerator would each take itself for the only one.
-        self.use_cpu |= int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+        # Without that, bf16 is refused, and of several processes each would take itself for the only one.
+        self.use_cpu |= not torch.accelerator.is_available()
         super().__post_init__()
         _rename_options(self)
         self.adapter_fusion = self.adapter_fusion or self.fusion
@@ -372,30 +392,43 @@ class DevFTConfig(TrainingArguments):
             self.ddp_find_unused_parameters = False  # an adapter is on all layers, and torch warns of the search
         _check_values(self)
         check_compatibility(Setup(self))
-        if self.stage_layers is not None:
-            self.stage_layers = list(self.stage_layers)
-            self.resolve_stages(self.stage_layers[-1] if self.stage_layers else 0)
+        for option in ("stage_layers", "adapter_layers"):
+            if (layers := getattr(self, option)) is not None:
+                setattr(self, option, list(layers))
+                self.resolve_stages(layers[-1] if layers else 0)
+
+    @property
+    def asks_server_texts(self) -> bool:
+        """Whether grouping or teaching needs texts of the server's own."""
+        bridges = self.fusion == "bridge" or self.grouping == "bridged"
+        return bool(bridges or self.grouping == "calibrated" or self.healing_steps or self.distillation_steps)
 
     def resolve_stages(self, num_layers: int) -> list[StageConfig]:
         """Make the records of a run's stages on a model of `num_layers` layers.
 
         Raises:
-            ValueError: capacities that do not increase from at least 1 to exactly `num_layers`, or a list of rounds
-                or learning rates that is neither one value nor one per stage.
+            ValueError: numbers of layers that do not increase from at least 1 to exactly `num_layers`, or a list of
+                rounds or learning rates that is neither one value nor one per stage.
         """
         rules = ("grouping", "fusion", "fusion_beta", "transfer", "adapter_fusion", "stack", "federated_method")
         derived = derive_layers(num_layers, self.initial_layers, self.growth_factor)
-        layers = self.stage_layers or derived
+        option = "adapter_layers" if self.adapter_layers else "stage_layers"
+        layers = list(getattr(self, option) or derived)
         if any(a >= b for a, b in pairwise([0, *layers])) or layers[-1:] != [num_layers]:
             raise ValueError(
-                f"stage_layers={layers} must increase from 1 or more and end at the model's {num_layers} layers, such "
-                f"as {derived}."
+                f"{option}={layers} must increase from 1 or more and end at the model's {num_layers} layers, such as "
+                f"{derived}."
             )
+        adapted: list[list[int] | None] = [None] * len(layers)
+        if self.adapter_layers:
+            adapted = adapted_layers(layers, self.adapter_layers_from)
+            layers = [num_layers] * len(layers)
         return plan_stages(
             layers,
             self.stage_rounds,
             self.stage_learning_rates or self.learning_rate,
             self.healing_steps,
+            adapted,
             task=self.task or "text-generation",
             **{name: getattr(self, name) for name in rules},
         )

@@ -25,16 +25,17 @@ class StageConfig(PushToHubMixin):
         grouping, fusion, fusion_beta, transfer, adapter_fusion, stack: the rules; see `DevFTConfig`.
         task: what the model is for; see `DevFTConfig`. labels: of its classes, in order.
         federated_method: how updates were combined.
-        healing_steps: those that the submodel's layers were healed in; where there are some, their weights are in
-            `submodel/healed-N.safetensors`.
+        healing_steps: those that the submodel's layers were healed in. Where there are some, or bridges, the weights
+            that the server has made are in `submodel/healed-N.safetensors`.
+        adapted: the layers that have an adapter, where only some of the submodel's have one; None for all.
         groups: the layers of the base in each group, as they were found.
         base_model_name_or_path, base_model_revision: the base.
         rounds_done: rounds that ran; fewer than `rounds` where the stage ended early.
         metrics: evaluation of the round that the stage handed on: of the submodel (`eval_*`), where there was one
             then, and at full depth (`eval_full_*`).
         totals: the ledger's totals of this stage (bytes, tokens, FLOPs, seconds, peak memory), and beside them
-            `setup_seconds` (grouping, calibration, fusion, healing, distillation), `setup_flops` (healing and
-            distillation, on the server) and `base_bytes` (the submodel's base weights).
+            `setup_seconds` (grouping, calibration, fusion, bridges, healing, distillation), `setup_flops` (bridges,
+            healing and distillation, on the server) and `base_bytes` (the submodel's base weights).
     """
 
     stage: int
@@ -53,12 +54,23 @@ class StageConfig(PushToHubMixin):
     labels: list[str] | None = None
     federated_method: str = "fedit"
     healing_steps: int = 0
+    adapted: list[int] | None = None
     groups: list[list[int]] | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     rounds_done: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def has_bridges(self) -> bool:
+        """Whether bridges stand for some layers in its submodel."""
+        return self.fusion == "bridge" and self.num_layers < self.full_layers
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether its submodel has weights that the server has made, and the base does not have."""
+        return bool(self.healing_steps) or self.has_bridges
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Write `stage_config.json` into a folder. What `push_to_hub` passes on for models is ignored."""
@@ -137,6 +149,7 @@ def plan_stages(
     rounds: int | list[int],
     learning_rates: float | list[float],
     healing_steps: int,
+    adapted: list[list[int] | None],
     **common: Any,
 ) -> list[StageConfig]:
     """Make the records of a run's stages.
@@ -144,6 +157,7 @@ def plan_stages(
     Args:
         layers: of each stage; of the last one the model's. rounds, learning_rates: one value, or one per stage.
         healing_steps: of all stages that have fewer layers than the model.
+        adapted: the layers that have an adapter in each stage; None for all.
         common: what is the same in all stages.
 
     Raises:
@@ -164,10 +178,22 @@ def plan_stages(
             rounds=rounds[index],
             learning_rate=rates[index],
             healing_steps=healing_steps if layers[index] < layers[-1] else 0,
+            adapted=adapted[index],
             **common,
         )
         for index in range(len(layers))
     ]
+
+
+def adapted_layers(counts: list[int], end: str) -> list[list[int] | None]:
+    """List the layers that have an adapter in each stage.
+
+    Args:
+        counts: how many in each stage; in the last one all. end: "first" or "last".
+    """
+    depth = counts[-1]
+    layers = {"first": lambda count: range(count), "last": lambda count: range(depth - count, depth)}[end]
+    return [None if count == depth else list(layers(count)) for count in counts]
 
 
 def _one_per_stage(option: str, value: Any, count: int) -> list:

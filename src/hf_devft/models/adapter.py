@@ -65,6 +65,15 @@ def remap_layers_to_transform(config: PeftConfig, kept: Sequence[int]) -> PeftCo
     return config
 
 
+def on_layers(config: PeftConfig, layers: Sequence[int] | None) -> PeftConfig:
+    """Copy the config of an adapter that is on all layers so that it is on some only; None for all."""
+    if layers is None:
+        return config
+    config = copy.deepcopy(config)
+    config.layers_to_transform = list(layers)
+    return config
+
+
 def with_head(config: PeftConfig, base: PreTrainedModel) -> tuple[PeftConfig, str]:
     """Copy the config of an adapter so that it is on the output embeddings, too; returns it, and their name.
 

@@ -1,15 +1,20 @@
 """FLOPs of a model by formula: what a position costs in training, and in a forward pass."""
 
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from hf_devft.models.layer_stack import find_layer_stack
 
 
 def flops_per_token(
     model: torch.nn.Module, skipped: Iterable[torch.nn.Module] = (), encoders: Sequence[torch.nn.Module] = ()
 ) -> tuple[float, ...]:
     """Count the FLOPs of training on one position of each stack of layers: 4 per frozen and 6 per trainable matrix
-    weight.
+    weight, 2 in layers below all that is trained.
 
     Two for the forward pass and two for the gradient of the input; two more for a weight's own gradient (Kaplan
     et al. 2020, arXiv 2001.08361, §2.1, without the weight gradients that LoRA does not take). Attention scores,
@@ -23,6 +28,7 @@ def flops_per_token(
         Those of each of `encoders`, then those of all other weights.
     """
     out = {id(weight) for module in skipped for weight in module.parameters()}
+    below = {id(weight) for layer in _layers_below(model) for weight in layer.parameters()}
     flops = []
     embeddings = _embeddings(model)
     if embeddings is not None and not (
@@ -35,13 +41,27 @@ def flops_per_token(
             weights = [weight for weight in weights if weight is not embeddings]
         out |= set(map(id, weights))
         matrices = [(weight, shape) for weight in weights if len(shape := _shape(weight)) > 1]
-        flops.append(float(sum((6 if weight.requires_grad else 4) * shape.numel() for weight, shape in matrices)))
+        per_weight = [2 if id(weight) in below else 6 if weight.requires_grad else 4 for weight, _ in matrices]
+        flops.append(float(sum(map(operator.mul, per_weight, (shape.numel() for _, shape in matrices)))))
     return tuple(flops)
 
 
 def forward_flops(model: torch.nn.Module) -> float:
     """Count the FLOPs of one position without gradients: half of what frozen weights take in training."""
     return sum(flops_per_token(model)) / 2
+
+
+def _layers_below(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of a model's one stack that no gradient goes through, as all that is trained is above them."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        return []
+    stack = find_layer_stack(base)
+    trained = [any(weight.requires_grad for weight in layer.parameters()) for layer in stack.layers]
+    embeddings = _embeddings(base)
+    if len(stack.names.lists) > 1 or True not in trained or (embeddings is not None and embeddings.requires_grad):
+        return []
+    return stack.layers[: trained.index(True)]
 
 
 def _embeddings(model: torch.nn.Module) -> torch.nn.Parameter | None:

@@ -1,4 +1,4 @@
-"""Files of a submodel's healed layers: their weights, by stage."""
+"""Files of a submodel's healed layers, or of its bridges: their weights, by stage."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def healed_path(folder: str | Path, stage: int | str) -> Path:
 
 
 def save_healed(path: Path, state: State) -> None:
-    """Write `healed_state` in one move."""
+    """Write `taught_state` in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(
@@ -33,5 +33,6 @@ def read_healed(path: Path) -> State:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"the submodel was healed, but {path} cannot be read: {error}. Fetch the run's folder again, whole."
+            f"the submodel was healed or bridged, but {path} cannot be read: {error}. Fetch the run's folder again, "
+            "whole."
         ) from error

@@ -1,4 +1,4 @@
-"""Where a run keeps the layers that it has healed, so that it heals each submodel once."""
+"""Where a run keeps the layers that it has healed, and its bridges, so that it makes each submodel once."""
 
 import shutil
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class HealedLayers:
         """List the stages whose healed layers a run needs to go on within `stage` or after it: its own, and those that
         clients train who can hold no more."""
         first = 1 if self._earlier else stage
-        return [record.stage for record in self._stages[first - 1 : stage] if record.healing_steps]
+        return [record.stage for record in self._stages[first - 1 : stage] if record.is_taught]
 
     def copy_into(self, folder: Path, stage: int) -> None:
         """Link what `stage` needs into a folder of its compact adapter."""
@@ -52,8 +52,8 @@ class HealedLayers:
             paths = [path for place in places if (path := healed_path(place, needed)).exists()]
             if not paths:
                 raise ValueError(
-                    f"{folder} lacks the healed layers of stage {needed}, {healed_path(SUBMODEL, needed)}: give the "
-                    "whole folder, as the run has left it."
+                    f"{folder} lacks the healed layers or bridges of stage {needed}, {healed_path(SUBMODEL, needed)}: "
+                    "give the whole folder, as the run has left it."
                 )
             if self._is_main:
                 link_or_copy(paths[0], self.path(needed))

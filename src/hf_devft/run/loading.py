@@ -18,7 +18,7 @@ from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.models.streaming import load_base
 from hf_devft.stages.fusion import FUSIONS
 from hf_devft.stages.submodel import build_submodel, layers_of
-from hf_devft.stages.teaching.healing import load_healed_state
+from hf_devft.stages.teaching.healing import load_taught_state
 from hf_devft.tasks import TASKS
 
 
@@ -31,7 +31,8 @@ def load_submodel(
 ) -> PeftModel:
     """Load the submodel that a stage trained, with the adapter it trained, for devices that run only the small one.
 
-    `.merge_and_unload()` makes it a plain transformers model, whose `save_pretrained` needs no code of ours to load.
+    `.merge_and_unload()` makes it a plain transformers model, whose `save_pretrained` needs no code of ours to load;
+    not where it has bridges.
 
     Args:
         base: the run's base, as a model or by name (then only the layers of the submodel's groups are read); give it
@@ -62,8 +63,9 @@ def load_submodel(
     folder = fetch_adapter(name_or_path, f"stage-{stage}/{SUBMODEL}", revision, token)
     adapter = load_adapter(folder)
     submodel = build_submodel(base, stack, config.groups, config.fusion, config.fusion_beta)
-    if config.healing_steps:
-        load_healed_state(layers_of(submodel, stack, config.groups), read_healed(healed_path(folder, stage)))
+    if config.is_taught:
+        state = read_healed(healed_path(folder, stage))
+        load_taught_state(layers_of(submodel, stack, config.groups), state, bridges_only=not config.healing_steps)
     return attach_adapter(submodel, *adapter).requires_grad_(False).eval()
 
 

@@ -22,14 +22,16 @@ from hf_devft.federation.methods import Clients, make_methods
 from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
 from hf_devft.federation.sampling import Placement, sample_clients
 from hf_devft.federation.wire import Wire
-from hf_devft.models.adapter import new_adapter, remap_layers_to_transform, with_head
+from hf_devft.models.adapter import new_adapter, on_layers, remap_layers_to_transform, with_head
 from hf_devft.models.flops import flops_per_token, forward_flops
 from hf_devft.models.initialisation import without_weight_based_init
 from hf_devft.models.layer_stack import encoders_of, find_layer_stack, watch_lengths, with_layers
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.models.supported import check_adapter
 from hf_devft.run.client_batches import make_sampler
+from hf_devft.stages.bridges import add_bridges
 from hf_devft.stages.grouping import GroupingTask, group_layers
+from hf_devft.stages.teaching.bridging import bridge_errors_flops, fit_flops
 from hf_devft.tasks import answers_prompts
 
 
@@ -49,7 +51,7 @@ class StagePlan:
         base_bytes: of the submodel's base weights.
         bytes_down, bytes_up: to and from one client in one round, on average.
         bytes: both ways, of all clients in all rounds; flops, tokens (padding included): likewise.
-        setup_flops: of the server's healing and distillation before the first round, in as long texts as the
+        setup_flops: of the server's bridges, healing and distillation before the first round, in as long texts as the
             clients', the answers to prompts included.
         client_memory: peak in bytes of base, adapter, optimiser and activations of one micro-batch.
         server_memory: peak in bytes of the submodel that it makes, and of aggregation, healing or distillation;
@@ -118,7 +120,7 @@ def plan_run(
     ends = np.cumsum([0, *(stage.rounds for stage in stages)]).tolist()
     batches = functools.partial(planned_batches, args, clients)
     submodels = _Submodels(args, base, peft_config)
-    layout = AdapterLayout.of(submodels.model(stages[-1].num_layers)[0])
+    layout = AdapterLayout.of(submodels.model(stages[-1])[0])
     setup = Setup(args, trainer, adapter=peft_config, layout=layout, base=base, num_stages=len(stages))
     check_compatibility(setup)
     plans = [
@@ -152,27 +154,37 @@ class _Submodels:
     def __init__(self, args: DevFTConfig, base: PreTrainedModel, peft_config: PeftConfig):
         self._args, self._base, self._peft_config = args, base, peft_config
         self._stack = find_layer_stack(base, args.stack)
-        self.model, self.activations = functools.cache(self._model), functools.cache(self._activations)
+        self._known = functools.cache(self._model), functools.cache(self._activations)
 
-    def _model(self, layers: int) -> tuple[PeftModel, int]:
+    def model(self, stage: StageConfig) -> tuple[PeftModel, int]:
         """(with its adapter, bytes of its base weights)."""
+        return self._known[0](stage.num_layers, tuple(stage.adapted or ()))
+
+    def activations(self, stage: StageConfig, rows: int, length: int) -> tuple[int, list[int]]:
+        """See `activations`."""
+        return self._known[1](stage.num_layers, tuple(stage.adapted or ()), rows, length)
+
+    def _model(self, layers: int, adapted: tuple[int, ...]) -> tuple[PeftModel, int]:
         args, stack, config = self._args, self._stack, self._peft_config
         groups = group_layers(GroupingTask(stack.kinds, layers), "even")  # of any grouping's sizes
         submodel = with_layers(self._base, stack, [group[0] for group in groups])
         own = stack.names.keeping([group[0] for group in groups]).layers(submodel)
+        if args.fusion == "bridge":
+            add_bridges(submodel, own, groups)
         stored = _base_bytes(submodel, own, (args.model_init_kwargs or {}).get("quantization_config"))
         if args.temporary_head and layers < len(stack):
             config, _ = with_head(config, submodel)
-        config = without_weight_based_init(remap_layers_to_transform(config, [group[0] for group in groups]))
+        config = remap_layers_to_transform(config, [group[0] for group in groups])
+        config = without_weight_based_init(on_layers(config, adapted or None))
         with torch.device("meta"):  # no value is drawn for an adapter that is only looked at
             return new_adapter(submodel, config), stored
 
-    def _activations(self, layers: int, rows: int, length: int) -> tuple[int, list[int]]:
-        everything, lengths = activations(self._model(layers)[0], rows, length)
+    def _activations(self, layers: int, adapted: tuple[int, ...], rows: int, length: int) -> tuple[int, list[int]]:
+        everything, lengths = activations(self._model(layers, adapted)[0], rows, length)
         if not self._args.activation_checkpointing:
             return everything, lengths
         # Each layer's input, and what one layer at a time keeps when it is computed again.
-        inputs, _ = activations(self._model(layers)[0], rows, length, checkpointing=True)
+        inputs, _ = activations(self._model(layers, adapted)[0], rows, length, checkpointing=True)
         return min(everything, inputs + everything // layers), lengths
 
 
@@ -184,11 +196,11 @@ def _plan_stage(
     smaller: StageConfig | None = None,
 ) -> StagePlan:
     """Plan a stage that comes after `smaller`."""
-    model, base_bytes = submodels.model(stage.num_layers)
+    model, base_bytes = submodels.model(stage)
     layout = AdapterLayout.of(model)
     down, up, trained = _messages(args, layout)
     encoders = encoders_of(model.get_base_model())
-    kept, lengths = submodels.activations(stage.num_layers, *max(batches, key=math.prod))
+    kept, lengths = submodels.activations(stage, *max(batches, key=math.prod))
     turns, returning = args.clients_per_round * stage.rounds, 1 - args.client_dropout_rate
     reads_tokens = model.get_base_model().main_input_name == "input_ids"
     positions = [  # of each stack; of an encoder and a decoder that read tokens, as if both had as many
@@ -212,6 +224,7 @@ def _plan_stage(
         client_memory=client_memory,
         server_memory=max(
             base_bytes + _SERVER_BYTES * sum(layout.sizes),
+            submodels.model(_whole(stage))[1] if stage.has_bridges else 0,
             _healing_memory(args, submodels, stage, kept),
             _distillation_memory(args, submodels, smaller, client_memory),
         ),
@@ -222,14 +235,14 @@ def _distillation_memory(args: DevFTConfig, submodels: _Submodels, smaller: Stag
     """What a client's training takes, and the smaller submodel that teaches."""
     if not args.distillation_steps or smaller is None:
         return 0
-    return student + submodels.model(smaller.num_layers)[1]
+    return student + submodels.model(smaller)[1]
 
 
 def _healing_memory(args: DevFTConfig, submodels: _Submodels, stage: StageConfig, kept: int) -> int:
     """The whole base, the submodel's weights with their gradients and moments in float32, and the activations."""
     if not args.healing_steps or stage.num_layers == stage.full_layers:
         return 0
-    model, (_, whole_bytes) = submodels.model(stage.num_layers)[0], submodels.model(stage.full_layers)
+    model, (_, whole_bytes) = submodels.model(stage)[0], submodels.model(_whole(stage))
     layers = find_layer_stack(model.get_base_model(), args.stack).layers
     values = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if "lora_" not in name)
     return whole_bytes + _TRAINED_BYTES * values + kept
@@ -242,22 +255,34 @@ def _teaching_flops(
     smaller: StageConfig | None,
     length: float,
 ) -> float:
-    """Of healing by the whole base, where the stage has fewer layers, and of distillation from `smaller`, on texts of
-    `length` positions, that are answered first where the task is to answer."""
-    own, total = submodels.model(stage.num_layers)[0], 0.0
+    """Of bridges and of healing by the whole base, where the stage has fewer layers, and of distillation from
+    `smaller`, on texts of `length` positions, that are answered first where the task is to answer."""
+    own, total = submodels.model(stage)[0], 0.0
     asked = args.calibration_samples if answers_prompts(args.task) else 0
 
-    def taught_by(layers: int, answers: int, steps: int, flops: float) -> float:
-        answering = forward_flops(submodels.model(layers)[0])
+    def taught_by(teacher: StageConfig, answers: int, steps: int, flops: float) -> float:
+        answering = forward_flops(submodels.model(teacher)[0])
         return length * (answers * answering + steps * args.train_batch_size * (answering + flops))
 
+    if stage.has_bridges:
+        whole = submodels.model(_whole(stage))[0].get_base_model()
+        positions, depth = round(length * args.calibration_samples), stage.full_layers
+        blocks = min(stage.num_layers, depth - stage.num_layers)  # at most
+        total += positions * forward_flops(whole) + fit_flops(whole, blocks, positions)
+        if args.grouping == "bridged" and smaller is None:  # they hold for all stages
+            total += positions * forward_flops(whole) + bridge_errors_flops(whole, depth, positions)
     if args.healing_steps and stage.num_layers < stage.full_layers:
         answers = 0 if smaller else asked  # the base answers once
-        total += taught_by(stage.full_layers, answers, args.healing_steps, 3 * forward_flops(own))
+        total += taught_by(_whole(stage), answers, args.healing_steps, 3 * forward_flops(own))
     if args.distillation_steps and smaller is not None:
         steps = args.distillation_steps
-        total += taught_by(smaller.num_layers, asked, steps, sum(flops_per_token(own)))
+        total += taught_by(smaller, asked, steps, sum(flops_per_token(own)))
     return total
+
+
+def _whole(stage: StageConfig) -> StageConfig:
+    """The stage of the whole model."""
+    return replace(stage, num_layers=stage.full_layers, adapted=None)
 
 
 def _base_bytes(model: PreTrainedModel, layers: list[nn.Module], quantization: dict[str, Any] | None) -> int:

@@ -42,6 +42,8 @@ def print_plan(plan: RunPlan) -> None:
         f"{plan.without_stages.flops / plan.total.flops:.2f}x the FLOPs."
     )
     if plan.total.setup_flops:
-        Console().print(f"Healing and distillation on the server take about {_si(plan.total.setup_flops)} FLOPs more.")
+        Console().print(
+            f"Bridges, healing and distillation on the server take about {_si(plan.total.setup_flops)} FLOPs more."
+        )
     if not plan.measured:
         Console().print("Rows were not measured: FLOPs and memory are as if each had `max_length` tokens.")

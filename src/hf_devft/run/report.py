@@ -143,7 +143,7 @@ def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: PeftConf
     special = {
         "what travels": None if args.wire_dtype == "fp32" and args.upload_fraction == 1 else
         f"{args.wire_dtype}, {args.upload_fraction:.0%} of a client's changes",
-        "submodels": f"healed in {args.healing_steps} steps on the server's texts" if args.healing_steps else None,
+        "submodels": _teaching(args),
         "where layers come back": f"{args.distillation_steps} steps of distillation on the server's texts"
         if args.distillation_steps else None,
         "participants": None if args.client_selection == "uniform" else args.client_selection,
@@ -159,6 +159,13 @@ def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: PeftConf
         "adapter": _adapter(peft_config),
         "seed": args.seed,
     } | {name: value for name, value in special.items() if value is not None}
+
+
+def _teaching(args: DevFTConfig) -> str | None:
+    """Describe what makes submodels stand for the base."""
+    bridged = ["bridged"] if args.fusion == "bridge" else []
+    healed = [f"healed in {args.healing_steps} steps"] if args.healing_steps else []
+    return f"{' and '.join([*bridged, *healed])} on the server's texts" if bridged or healed else None
 
 
 def _adapter(config: PeftConfig) -> str:

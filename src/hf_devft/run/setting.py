@@ -42,9 +42,11 @@ def run_setting(
 
     return {option: getattr(args, option) for option in (*_RULES, *_FEDERATION)} | {
         "stage_layers": [stage.num_layers for stage in stages],
+        "adapter_layers": [stage.adapted for stage in stages] if args.adapter_layers else None,
         "lora_alpha": getattr(adapter, "lora_alpha", None),
         "init_lora_weights": initialisation,
         "distillation": of("distillation_steps", *_ANSWERING),
+        "bridged on": args.calibration_samples if args.fusion == "bridge" else None,
         "healing": of("healing_steps", "healing_learning_rate", *_ANSWERING),
         "num_clients": len(clients.rows),
         "rows of the clients (checksum)": zlib.crc32(np.concatenate([*clients.rows.values()]).tobytes()),

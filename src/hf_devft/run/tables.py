@@ -14,6 +14,7 @@ from hf_devft.configuration import StageConfig
 _COLUMNS = {
     "stage": lambda stage: f"{stage.stage}/{stage.num_stages}" if stage.stage else "start",
     "layers": lambda stage: str(stage.num_layers),
+    "with an\nadapter": lambda stage: stage.adapted and str(len(stage.adapted)),
     "rounds": lambda stage: str(stage.rounds_done),
     "loss\nsubm.": lambda stage: _number(stage.metrics.get("eval_loss"), ".3f"),
     "loss\nfull": lambda stage: _number(stage.metrics.get("eval_full_loss"), ".3f"),

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_devft.models.layer_stack import LayerStack, find_layer_stack
 from hf_devft.models.layout import State
-from hf_devft.stages.grouping import GroupingTask, Groups, group_layers, layer_similarity
+from hf_devft.stages.grouping import GroupingTask, Groups, adapter_gram, group_layers, similarity_of, weight_gram
 from hf_devft.stages.submodel import build_submodel, build_whole, layers_of
 from hf_devft.stages.transfer import kinds_by_adapter
 
@@ -29,14 +29,29 @@ class SubmodelBuilder:
         self.stack = layer_stack(base, which, adapter)
 
     @cached_property
-    def _similarity(self) -> torch.Tensor:
-        return layer_similarity(find_layer_stack(self.base, self.which))
+    def _weight_gram(self) -> torch.Tensor:
+        return weight_gram(self.stack)
+
+    def similarity(self, adapter: State) -> torch.Tensor:
+        """Compute the cosines between layers with their parameters of a full-depth adapter: L x L; see
+        `similarity_of`."""
+        return similarity_of(self._weight_gram + adapter_gram(self.stack, adapter))
 
     def group(
-        self, rule: str, capacity: int, seed: int, loss_of: Callable[[list[int]], float] | None = None
+        self,
+        rule: str,
+        capacity: int,
+        seed: int,
+        adapter: State,
+        loss_of: Callable[[list[int]], float] | None = None,
+        bridge_errors: Callable[[], torch.Tensor] | None = None,
     ) -> Groups:
-        """Group the layers into `capacity` groups by a rule of `GROUPINGS`; see `GroupingTask`."""
-        task = GroupingTask(self.stack.kinds, capacity, seed, lambda: self._similarity, loss_of)
+        """Group the layers into `capacity` groups by a rule of `GROUPINGS`; see `GroupingTask`.
+
+        Args:
+            adapter: the full-depth adapter, as it is when the stage begins.
+        """
+        task = GroupingTask(self.stack.kinds, capacity, seed, lambda: self.similarity(adapter), loss_of, bridge_errors)
         return group_layers(task, rule)
 
     def build(self, groups: Groups, fusion: str, beta: float) -> PreTrainedModel:

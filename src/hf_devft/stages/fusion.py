@@ -2,6 +2,7 @@
 
 A rule works on the tensors of one parameter name. The same rules fuse base weights and adapters, so members that are
 all equal should fuse to just that (only the sum does not). A new rule is one function and one line in `FUSIONS`.
+"bridge" is the anchor, too: `bridges.py` has what stands for the others.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -37,20 +38,26 @@ def anchor_only(anchor: torch.Tensor, others: Iterable[torch.Tensor], size: int,
     return anchor
 
 
-FUSIONS: dict[str, Fusion] = {"differential": differential, "mean": mean, "sum": total, "anchor": anchor_only}
+FUSIONS: dict[str, Fusion] = {
+    "differential": differential,
+    "mean": mean,
+    "sum": total,
+    "anchor": anchor_only,
+    "bridge": anchor_only,
+}
 
 
 def fuse(members: Sequence[torch.Tensor], rule: str = "differential", beta: float = 0.1) -> torch.Tensor:
     """Fuse `members` (the first is the anchor) into one, in their shape and dtype, computed in float32 or wider.
 
     `members` may be a sequence that reads a member when it is asked for it: none is asked for that the rule does not
-    use. A group of one, and any group under "anchor", gives the anchor's own tensor back, not a copy.
+    use. A group of one, and any group of which the anchor stays, gives the anchor's own tensor back, not a copy.
 
     Args:
         rule: a name in `FUSIONS`. beta: β of differential fusion (paper: 0.1).
     """
     anchor = members[0]
-    if len(members) == 1 or rule == "anchor":
+    if len(members) == 1 or FUSIONS[rule] is anchor_only:
         return anchor
     wide = torch.promote_types(anchor.dtype, torch.float32)
     others = (members[index].to(wide) for index in range(1, len(members)))

@@ -1,18 +1,19 @@
 """The full-depth adapter: what a stage starts from, and what it hands on."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from hf_devft.models.adapter import attach_adapter, remap_layers_to_transform
+from hf_devft.models.adapter import attach_adapter, on_layers, remap_layers_to_transform
 from hf_devft.models.initialisation import move_weights, on_whole_weights
 from hf_devft.models.layer_stack import LayerNames
 from hf_devft.models.layout import State
 from hf_devft.models.residual import product_adapter
 from hf_devft.stages.grouping import Groups
-from hf_devft.stages.transfer import expand_adapter, fuse_adapter
+from hf_devft.stages.transfer import expand_adapter, fuse_adapter, keep_layers
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,14 @@ class GlobalAdapter:
     names: LayerNames
     initial: State = field(default_factory=dict)
 
-    def fuse(self, groups: Groups, fusion: str, beta: float = 0.0) -> State:
-        """Fuse it over these groups: the adapter of their submodel; see `fuse_adapter`."""
-        return fuse_adapter(self.state, self.names, groups, fusion, beta)
+    def fuse(self, groups: Groups, fusion: str, beta: float = 0.0, adapted: Collection[int] | None = None) -> State:
+        """Fuse it over these groups: the adapter of their submodel; see `fuse_adapter`.
+
+        Args:
+            adapted: the submodel's layers that have one; None for all.
+        """
+        fused = fuse_adapter(self.state, self.names, groups, fusion, beta)
+        return keep_layers(fused, self.names, adapted)
 
     def expand(self, sub: State, groups: Groups, transfer: str) -> "GlobalAdapter":
         """Transfer what a stage has trained, `sub`, to full depth; returns a new adapter. See `expand_adapter`."""
@@ -44,13 +50,21 @@ class GlobalAdapter:
         """Transfer some of a submodel's tensors to full depth. Layers that receive nothing have the global adapter's
         values, where `sub` are an adapter's, else zeros."""
         full = expand_adapter({key: torch.zeros_like(value) for key, value in sub.items()}, {}, self.names, groups)
+        full = self._on_all_layers(full)
         if is_adapter:
             full |= {key: self.state[key] for key in full if key in self.state}
         return expand_adapter(sub, full, self.names, groups, transfer)
 
-    def config_of(self, groups: Groups) -> PeftConfig:
-        """Return the config of the adapter of the submodel of these groups."""
-        return remap_layers_to_transform(self.config, [group[0] for group in groups])
+    def _on_all_layers(self, zeros: State) -> State:
+        """Add what other layers have by the same names, also zeros, where only some layers are in a state."""
+        shapes = {parts[1]: value for key, value in zeros.items() if (parts := self.names.split(key)) is not None}
+        mine = {parts for key in self.state if (parts := self.names.split(key)) is not None}
+        missing = {self.names.join(layer, rest): shapes[rest] for layer, rest in mine if rest in shapes}
+        return {key: torch.zeros_like(value) for key, value in missing.items() if key not in zeros} | zeros
+
+    def config_of(self, groups: Groups, adapted: Sequence[int] | None = None) -> PeftConfig:
+        """Return the config of the adapter of the submodel of these groups, on all or some of its layers."""
+        return on_layers(remap_layers_to_transform(self.config, [group[0] for group in groups]), adapted)
 
     # --- on a model -----------------------------------------------------------------------------------------
 

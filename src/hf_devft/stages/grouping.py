@@ -2,7 +2,7 @@
 
 A grouping is a list of groups, a group an ascending list of layer indices. Groups are ordered by their
 first layer (the anchor), every layer is in exactly one, none is empty, and all layers of a group are of
-one kind. A new rule is one function and one line in `GROUPINGS`.
+one kind (but where bridges stand for them). A new rule is one function and one line in `GROUPINGS`.
 """
 
 import warnings
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.cluster import SpectralClustering
+from sklearn.cluster import KMeans, SpectralClustering
 
 from hf_devft.models.layer_stack import LayerStack
+from hf_devft.models.layout import State
 from hf_devft.models.weights import dense, is_cheap_to_read, piece_size, read_slice
+from hf_devft.stages.bridges import best_blocks
 
 
 Groups = list[list[int]]
@@ -28,8 +30,9 @@ class GroupingTask:
         kinds: L values; layers may share a group only if theirs are equal.
         capacity: number of groups, from the number of distinct kinds to L.
         seed: for k-means and random groups.
-        similarity: () -> L x L cosine similarity of the layers' base weights.
+        similarity: () -> L x L cosine similarity of the layers' weights, their adapters' among them.
         loss_of: kept layer indices -> loss of the model with only those, on calibration texts; or None.
+        bridge_errors: () -> L x L, how badly a bridge would stand for each block of layers; see `bridge_errors`.
     """
 
     kinds: Sequence[Hashable]
@@ -37,13 +40,14 @@ class GroupingTask:
     seed: int = 0
     similarity: Callable[[], torch.Tensor] | None = None
     loss_of: Callable[[list[int]], float] | None = None
+    bridge_errors: Callable[[], torch.Tensor] | None = None
 
 
-def layer_similarity(stack: LayerStack) -> torch.Tensor:
-    """W_ij = cos(vec θ_i, vec θ_j) over the layers' base weights: L x L, float32, on the CPU (§3.2, eq. 3).
+def weight_gram(stack: LayerStack) -> torch.Tensor:
+    """<vec θ_i, vec θ_j> over the layers' base weights: L x L, float64, on the CPU.
 
     One Gram matrix per parameter name, added up over pieces of it, so that no more than a piece of each layer is held
-    beside the layers themselves. Layers of different kinds have similarity 0.
+    beside the layers themselves. Between layers of different kinds it is 0.
     """
     gram = torch.zeros(len(stack), len(stack), dtype=torch.float64)
     for members in _by_kind(stack.kinds).values():
@@ -51,6 +55,26 @@ def layer_similarity(stack: LayerStack) -> torch.Tensor:
         for parameters in zip(*(stack.layers[member].parameters() for member in members), strict=True):
             for rows in _pieces(parameters):
                 gram[index[:, None], index] += (rows @ rows.T).cpu().double()
+    return gram
+
+
+def adapter_gram(stack: LayerStack, adapter: State) -> torch.Tensor:
+    """As `weight_gram`, over the layers' parameters of a full-depth adapter."""
+    gram = torch.zeros(len(stack), len(stack), dtype=torch.float64)
+    own: list[dict] = [{} for _ in stack.layers]
+    for key, tensor in adapter.items():
+        if (parts := stack.names.split(key)) is not None:
+            own[parts[0]][parts[1]] = tensor
+    for members in _by_kind(stack.kinds).values():
+        index = torch.tensor(members)
+        for name in own[members[0]]:
+            rows = torch.stack([own[member][name].flatten().float() for member in members])
+            gram[index[:, None], index] += (rows @ rows.T).cpu().double()
+    return gram
+
+
+def similarity_of(gram: torch.Tensor) -> torch.Tensor:
+    """W_ij = cos(vec θ_i, vec θ_j) from the layers' inner products: L x L, float32 (§3.2, eq. 3)."""
     norms = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
     return (gram / torch.outer(norms, norms)).float()
 
@@ -94,22 +118,45 @@ def _per_kind(rule: Callable[[GroupingTask, list[int], int], Groups]) -> Callabl
     return grouping
 
 
-def _deconfliction(task: GroupingTask, members: list[int], count: int) -> Groups:
-    """Spectral clustering: normalised Laplacian of the similarity graph, k-means on its eigenvectors (§3.2)."""
-    if count == len(members) or count == 1:
-        return [[member] for member in members] if count > 1 else [members]
-    weights = task.similarity().numpy()[np.ix_(members, members)].clip(min=0)
-    clustering = SpectralClustering(count, affinity="precomputed", random_state=task.seed)
+# (L x L similarity, number of clusters, seed) -> a label for each of the L layers.
+Clustering = Callable[[np.ndarray, int, int], np.ndarray]
+
+
+def _clusters(cluster: Clustering) -> Callable[[GroupingTask, list[int], int], Groups]:
+    """A rule for one kind from a clustering of its similarity graph."""
+
+    def rule(task: GroupingTask, members: list[int], count: int) -> Groups:
+        assert task.similarity is not None
+        if count in (1, len(members)):
+            return [[member] for member in members] if count > 1 else [members]
+        labels = cluster(task.similarity().numpy()[np.ix_(members, members)], count, task.seed)
+        groups = [[members[i] for i in np.flatnonzero(labels == label)] for label in np.unique(labels)]
+        while len(groups) < count:  # k-means may return fewer clusters than asked for
+            largest = max(groups, key=len)
+            groups.remove(largest)
+            groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        return groups
+
+    return rule
+
+
+def _minimum_cut(similarity: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """k-means on the eigenvectors of the Laplacian D - W of the `count` smallest eigenvalues: the relaxed minimum cut,
+    as the paper's published version has it (§3.2). Edges between layers that point apart have a negative weight."""
+    laplacian = np.diag(similarity.sum(1)) - similarity
+    vectors = np.linalg.eigh(laplacian.astype(np.float64))[1][:, :count]
+    with warnings.catch_warnings():  # where there are fewer distinct layers than clusters
+        warnings.filterwarnings("ignore", message="Number of distinct clusters")
+        return KMeans(count, n_init=10, random_state=seed).fit_predict(vectors)
+
+
+def _normalized_cut(similarity: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Spectral clustering by the normalised Laplacian (Shi and Malik 2000), which balances the clusters (our rule)."""
+    clustering = SpectralClustering(count, affinity="precomputed", random_state=seed)
     with warnings.catch_warnings():
         # Layers whose weights point apart make a graph of several components: that is what is looked for.
         warnings.filterwarnings("ignore", message="Graph is not fully connected")
-        labels = clustering.fit_predict(weights)
-    groups = [[members[i] for i in np.flatnonzero(labels == label)] for label in np.unique(labels)]
-    while len(groups) < count:  # k-means may return fewer clusters than asked for
-        largest = max(groups, key=len)
-        groups.remove(largest)
-        groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-    return groups
+        return clustering.fit_predict(similarity.clip(min=0))
 
 
 def _even(task: GroupingTask, members: list[int], count: int) -> Groups:
@@ -158,12 +205,26 @@ def calibrated(task: GroupingTask) -> Groups:
     return list(groups.values())
 
 
+def bridged(task: GroupingTask) -> Groups:
+    """Leave out the blocks of layers that bridges stand for with the least error in all (our rule). Layers of several
+    kinds may be in one block, as nothing is moved between them.
+
+    Raises:
+        ValueError: no texts.
+    """
+    if task.bridge_errors is None:
+        raise ValueError('grouping="bridged" needs texts of the server\'s: pass `calibration_dataset`.')
+    return best_blocks(task.bridge_errors(), task.capacity)
+
+
 GROUPINGS: dict[str, Callable[[GroupingTask], Groups]] = {
-    "deconfliction": _per_kind(_deconfliction),
+    "deconfliction": _per_kind(_clusters(_minimum_cut)),
+    "normalized_cut": _per_kind(_clusters(_normalized_cut)),
     "even": _per_kind(_even),
     "random": _per_kind(_random),
     "calibrated": calibrated,
     "prefix": _per_kind(_prefix),
+    "bridged": bridged,
 }
 
 

@@ -6,7 +6,8 @@ from transformers import PreTrainedModel
 
 from hf_devft.models.layer_stack import LayerStack, find_layer_stack, with_layers
 from hf_devft.models.weights import DenseValues, is_stored, store_like
-from hf_devft.stages.fusion import fuse
+from hf_devft.stages.bridges import add_bridges, check_contiguous
+from hf_devft.stages.fusion import FUSIONS, anchor_only, fuse
 from hf_devft.stages.grouping import Groups
 
 
@@ -22,14 +23,20 @@ def build_submodel(
         beta: weight of the differences in differential fusion (paper: 0.1).
 
     Returns:
-        A new model; `model` stays as it is. Only fused tensors are new memory, and layers that are still in the
-        checkpoint; 4-bit parameters are dequantised, fused and quantised again.
+        A new model; `model` stays as it is. Only fused tensors are new memory, bridges, and layers that are still in
+        the checkpoint; 4-bit parameters are dequantised, fused and quantised again. Bridges change nothing as yet.
+
+    Raises:
+        ValueError: groups that cannot be bridged.
     """
     submodel = with_layers(model, stack, [group[0] for group in groups])
     for layer, group in zip(layers_of(submodel, stack, groups), groups, strict=True):
         members = [stack.layers[index] for index in group]
-        if (len(group) > 1 and fusion != "anchor") or any(map(is_stored, layer.parameters())):
+        if (len(group) > 1 and FUSIONS[fusion] is not anchor_only) or any(map(is_stored, layer.parameters())):
             _fuse_into(layer, members, fusion, beta)
+    if fusion == "bridge":
+        check_contiguous(groups)
+        add_bridges(submodel, layers_of(submodel, stack, groups), groups)
     return submodel
 
 

@@ -4,7 +4,7 @@ Keys are PEFT's own, such as "base_model.model.model.layers.3.self_attn.q_proj.l
 not belong to the layer stack (an adapted head, `modules_to_save`) are the same at every depth and pass through.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 import torch
 
@@ -71,6 +71,13 @@ def fuse_adapter(
             tensors = [full[names.join(layer, rest)] for layer in groups[index]]
             fused[short.join(index, rest)] = fuse(tensors, fusion, beta)
     return fused
+
+
+def keep_layers(state: State, names: LayerNames, layers: Collection[int] | None) -> State:
+    """Leave out the tensors of other layers; None for all."""
+    if layers is None:
+        return state
+    return {key: tensor for key, tensor in state.items() if (parts := names.split(key)) is None or parts[0] in layers}
 
 
 def _broadcast(key: str, tensor: torch.Tensor, group: list[int]) -> dict[int, torch.Tensor]:

@@ -64,7 +64,7 @@ class DevFTMixin(Base):
         train_dataset: one dataset to partition as `args` says, or {client: dataset}.
         partitioner: any object with flwr-datasets' `Partitioner` interface, instead of `args.partition`.
         calibration_dataset: the server's own rows, in the form of `eval_dataset`, for `args.healing_steps`,
-            `args.distillation_steps` and `grouping="calibrated"` (whose default is `eval_dataset`).
+            `args.distillation_steps`, `fusion="bridge"` and `grouping="calibrated"` (whose default is `eval_dataset`).
         initialisation: the second value of `prepare_peft_config`, where the adapter was made by the first.
 
     Attributes:

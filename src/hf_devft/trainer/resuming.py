@@ -43,7 +43,9 @@ def download_last_stage(args: DevFTConfig) -> str:
         commit = newest_commit(args.resume_from_hub, args.hub_revision, args.hub_token)
     commit = broadcast_object_list([commit])[0]
     with args.main_process_first(desc="download of the last stage"):
-        return download_stage(args.resume_from_hub, commit, args.hub_token, healed=bool(args.healing_steps))
+        return download_stage(
+            args.resume_from_hub, commit, args.hub_token, healed=bool(args.healing_steps) or args.fusion == "bridge"
+        )
 
 
 def repository(args: DevFTConfig) -> str:

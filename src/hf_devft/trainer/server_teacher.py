@@ -1,5 +1,5 @@
-"""What the server teaches on its own texts: a submodel, to stand for the whole base (healing); a larger submodel, what
-the smaller one before it answers (distillation)."""
+"""What the server teaches on its own texts: a submodel, to stand for the whole base (bridges, healing); a larger
+submodel, what the smaller one before it answers (distillation)."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -19,9 +19,11 @@ from hf_devft.models.adapter import adapter_state, load_adapter_state
 from hf_devft.models.flops import flops_per_token, forward_flops
 from hf_devft.models.layer_files import read_healed, save_healed
 from hf_devft.run.healed_layers import HealedLayers
+from hf_devft.stages.bridges import BRIDGE
 from hf_devft.stages.builder import SubmodelBuilder
+from hf_devft.stages.teaching.bridging import bridge_errors, bridge_errors_flops, fit_bridges, fit_flops
 from hf_devft.stages.teaching.distillation import distil
-from hf_devft.stages.teaching.healing import heal, healed_state, load_healed_state
+from hf_devft.stages.teaching.healing import heal, load_taught_state, taught_state
 from hf_devft.tasks import answers_prompts
 from hf_devft.tasks.generation import continuations, prompt_and_answer
 from hf_devft.tasks.metrics import IGNORED
@@ -33,8 +35,8 @@ BatchesOf = Callable[[Dataset, int, Sampler | None], Iterable[Inputs]]
 
 
 class ServerTeacher:
-    """Heals and distils on the server's own texts, of which no label is used. The main process does it, and what it
-    has made is everyone's, as machines may differ in their last bits.
+    """Bridges, heals and distils on the server's own texts, of which no label is used. The main process does it, and
+    what it has made is everyone's, as machines may differ in their last bits.
 
     A federated precedent is FedDF (Lin et al. 2020, arXiv 2006.07242), which distils many clients' models into one.
 
@@ -59,11 +61,26 @@ class ServerTeacher:
         self.args, self.rows, self.processor = args, rows, processor
         self.batches_of, self.autocast, self.healed = batches_of, autocast, healed
         self._base_answers: Dataset | None = None  # to the server's prompts; the base does not change
+        self._bridge_errors: torch.Tensor | None = None  # of its layers
 
-    def heal(
+    def bridge_errors(self, builder: SubmodelBuilder) -> tuple[torch.Tensor, float]:
+        """Estimate how badly bridges would stand for each block of layers; see `bridging.bridge_errors`. Returns that,
+        and the FLOPs that it took."""
+        if self._bridge_errors is not None:
+            return self._bridge_errors, 0.0
+        flops = 0.0
+        if self.args.process_index == 0:
+            teacher, layers, batches = self._reading(builder)
+            self._bridge_errors = bridge_errors(teacher, layers, batches, self._precision_of(builder))
+            flops = self._reading_flops(teacher) + bridge_errors_flops(teacher, len(layers), self._num_positions())
+        self._bridge_errors, flops = broadcast_object_list([self._bridge_errors, flops])
+        return self._bridge_errors, flops
+
+    def stand_for_base(
         self, record: StageConfig, builder: SubmodelBuilder, submodel: PreTrainedModel, layers: list[nn.Module]
     ) -> float:
-        """Teach a stage's submodel to predict as the whole base does; what this run has taught before is read again.
+        """Make a stage's submodel stand for the whole base, by bridges or healing or both, as its record says; what
+        this run has made before is read again.
 
         Args:
             submodel: without adapter; its `layers` get new weights, in place.
@@ -71,17 +88,50 @@ class ServerTeacher:
         Returns:
             The FLOPs that it took.
         """
-        path, flops = self.healed.path(record.stage), 0.0
+        path, flops, bridges_only = self.healed.path(record.stage), 0.0, not record.healing_steps
         if self.args.process_index == 0:
             if path.exists():
-                load_healed_state(layers, read_healed(path))
+                load_taught_state(layers, read_healed(path), bridges_only)
             else:
-                flops = self._heal(record.stage, builder, submodel, layers)
-                save_healed(path, healed_state(layers))
+                if record.has_bridges:
+                    flops += self._bridge(record, builder, layers)
+                if record.healing_steps:
+                    flops += self._heal(record.stage, builder, submodel, layers)
+                save_healed(path, taught_state(layers, bridges_only))
         if self.args.world_size > 1:
-            state = {name: tensor.to(self.args.device, copy=True) for name, tensor in healed_state(layers).items()}
-            load_healed_state(layers, broadcast(state))
+            made = taught_state(layers, bridges_only)
+            state = {name: tensor.to(self.args.device, copy=True) for name, tensor in made.items()}
+            load_taught_state(layers, broadcast(state), bridges_only)
         return broadcast_object_list([flops])[0]
+
+    def _bridge(self, record: StageConfig, builder: SubmodelBuilder, layers: list[nn.Module]) -> float:
+        teacher, whole, batches = self._reading(builder)
+        bridges = {
+            (group[0], group[-1]): layer.get_submodule(BRIDGE)
+            for group, layer in zip(record.groups or [], layers, strict=True)
+            if len(group) > 1
+        }
+        fit_bridges(teacher, whole, bridges, batches, self._precision_of(builder))
+        return self._reading_flops(teacher) + fit_flops(teacher, len(bridges), self._num_positions())
+
+    def _reading(self, builder: SubmodelBuilder) -> tuple[PreTrainedModel, list[nn.Module], Iterable[Inputs]]:
+        """The whole base, its layers, and the server's texts as it reads them, without labels."""
+        set_seed(self.args.seed)  # collators may draw
+        teacher = builder.whole().to(self.args.device).requires_grad_(False)
+        assert self.rows is not None
+        batches = map(_without_labels, self.batches_of(self.rows, self.args.eval_batch_size, None))
+        return teacher, builder.stack.names.layers(teacher), batches
+
+    def _num_positions(self) -> int:
+        """In the server's texts, without padding."""
+        assert self.rows is not None
+        return sum(map(len, self.rows["input_ids"])) if "input_ids" in self.rows.column_names else len(self.rows)
+
+    def _reading_flops(self, teacher: PreTrainedModel) -> float:
+        return self._num_positions() * forward_flops(teacher)
+
+    def _precision_of(self, builder: SubmodelBuilder) -> Callable[[], AbstractContextManager]:
+        return functools.partial(self._half_precision, builder.base.dtype == torch.bfloat16)
 
     def _heal(self, stage: int, builder: SubmodelBuilder, submodel: PreTrainedModel, layers: list[nn.Module]) -> float:
         args, flops = self.args, 0.0
@@ -96,7 +146,7 @@ class ServerTeacher:
             self._batches(self._base_answers, args.healing_steps, args.seed + stage),
             args.healing_steps,
             args.healing_learning_rate,
-            functools.partial(self._half_precision, builder.base.dtype == torch.bfloat16),
+            self._precision_of(builder),
         )
         return flops + positions * (forward_flops(teacher) + 3 * forward_flops(submodel))
 
@@ -134,8 +184,7 @@ class ServerTeacher:
         size = self.args.train_batch_size
         generator = torch.Generator().manual_seed(seed)
         sampler = RandomSampler(rows, num_samples=steps * size, generator=generator)
-        for inputs in self.batches_of(rows, size, sampler):
-            yield {name: value for name, value in inputs.items() if name != "labels"}
+        return map(_without_labels, self.batches_of(rows, size, sampler))
 
     def _answered(self, teacher: PreTrainedModel | PeftModel) -> tuple[Dataset, float]:
         """Let the teacher answer the server's prompts; returns the rows with its answers, and the FLOPs."""
@@ -158,3 +207,7 @@ class ServerTeacher:
         labels = [[IGNORED] * len(text) for text in texts]
         flops = sum(map(len, told.values())) * forward_flops(teacher)
         return Dataset.from_dict({"input_ids": texts, "labels": labels}), flops
+
+
+def _without_labels(inputs: Inputs) -> Inputs:
+    return {name: value for name, value in inputs.items() if name != "labels"}

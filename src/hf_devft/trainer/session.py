@@ -114,8 +114,9 @@ class TrainingSession:
         """Group a stage's layers, noting it in its record, and fuse by the groups what is remembered and the
         full-depth adapter; returns the submodel's."""
         record.totals, record.metrics = {}, {}
-        record.groups = factory.group(record)
-        adapter, rule = self.run.adapter, (record.groups, record.adapter_fusion, record.fusion_beta)
+        adapter = self.run.adapter
+        record.groups = factory.group(record, adapter.state)
+        rule = (record.groups, record.adapter_fusion, record.fusion_beta, record.adapted)
         self.federation.memory.carry(lambda name, state: replace(adapter, state=state).fuse(*rule))
         state = self.trainer.state
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
@@ -149,8 +150,7 @@ class TrainingSession:
         """Return the factory of all stages, on the base."""
         trainer, run, args = self.trainer, self.run, self.trainer.args
         if self._factory is None:
-            asked = args.healing_steps or args.distillation_steps or args.grouping == "calibrated"
-            rows = server_rows(trainer) if asked else None
+            rows = server_rows(trainer) if args.asks_server_texts else None
             self._factory = StageFactory(
                 args=args,
                 stages=run.stages,

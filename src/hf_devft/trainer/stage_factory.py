@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -31,7 +32,7 @@ class StageFactory:
     Attributes:
         args: the run's. stages: the records of all of them.
         builder: makes submodels of the base.
-        teacher: heals and distils, where that is asked for.
+        teacher: bridges, heals and distils, where that is asked for.
         calibration: measures losses for `grouping="calibrated"`.
         capacities: which stage's submodel each client trains.
         batching: how many clients share a batch.
@@ -49,11 +50,23 @@ class StageFactory:
     build_engine: Callable[[PeftModel], Engine]
     reseed: Callable[[], None]
 
-    def group(self, record: StageConfig) -> Groups:
+    def group(self, record: StageConfig, adapter: State) -> Groups:
         """Group a stage's layers; the main process's groups are everyone's, as machines may differ in their last
-        bits."""
+        bits.
+
+        Args:
+            adapter: the full-depth adapter that the stage starts from.
+        """
         loss_of = self.calibration.of(self.builder)
-        groups = self.builder.group(record.grouping, record.num_layers, self.args.seed, loss_of)
+
+        def bridge_errors() -> torch.Tensor:
+            errors, flops = self.teacher.bridge_errors(self.builder)
+            _spend(record, flops)
+            return errors
+
+        groups = self.builder.group(
+            record.grouping, record.num_layers, self.args.seed, adapter, loss_of, bridge_errors
+        )
         return broadcast_object_list([groups])[0]
 
     def enter(
@@ -69,7 +82,7 @@ class StageFactory:
         """
         submodel = self._submodel(record)
         base_bytes = sum(map(stored_bytes, submodel.parameters()))
-        config, head = adapter.config_of(record.groups), None
+        config, head = adapter.config_of(record.groups, record.adapted), None
         if self.args.temporary_head and record.num_layers < record.full_layers:
             config, head = with_head(config, submodel)
         model = attach_adapter(submodel, config, sub, grows=head is not None)
@@ -95,11 +108,12 @@ class StageFactory:
         )
 
     def _submodel(self, record: StageConfig) -> PreTrainedModel:
-        """Build the submodel of a stage whose groups are known, without adapter, healed where that is asked for."""
+        """Build the submodel of a stage whose groups are known, without adapter; bridged or healed where that is
+        asked for."""
         submodel = self.builder.build(record.groups, record.fusion, record.fusion_beta)
-        if record.healing_steps:
+        if record.is_taught:
             layers = self.builder.layers_of(submodel, record.groups)
-            _spend(record, self.teacher.heal(record, self.builder, submodel, layers))
+            _spend(record, self.teacher.stand_for_base(record, self.builder, submodel, layers))
             self.reseed()
         return submodel
 

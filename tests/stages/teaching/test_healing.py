@@ -8,7 +8,7 @@ from hf_devft.models.layer_files import healed_path, read_healed, save_healed
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.stages.submodel import build_submodel, build_whole, layers_of
 from hf_devft.stages.teaching.distillation import divergence
-from hf_devft.stages.teaching.healing import heal, healed_state, load_healed_state
+from hf_devft.stages.teaching.healing import heal, load_taught_state, taught_state
 
 
 GROUPS = [[0, 1], [2, 3]]
@@ -58,7 +58,7 @@ def test_weights_that_are_tied_stay_so():
     assert layers[0].mlp.up_proj.weight is layers[0].mlp.gate_proj.weight
     assert torch.equal(base.model.layers[0].mlp.up_proj.weight, before)
     again, others = cut(base)
-    load_healed_state(others, healed_state(layers))
+    load_taught_state(others, taught_state(layers))
     assert distance(submodel, again) == 0
 
 
@@ -80,14 +80,14 @@ def test_healed_layers_are_read_as_they_were_written(tmp_path):
     submodel, layers = cut(base)
     heal(build_whole(base), submodel, layers, [INPUTS], 1, 1e-2, nullcontext)
     path = healed_path(tmp_path / "new", 1)
-    save_healed(path, healed_state(layers))
+    save_healed(path, taught_state(layers))
     again, others = cut(base)
-    load_healed_state(others, read_healed(path))
+    load_taught_state(others, read_healed(path))
     assert distance(submodel, again) == 0
     assert list(path.parent.iterdir()) == [path]
     whole = find_layer_stack(base).layers
     with pytest.raises(ValueError, match="names or shapes differ"):
-        load_healed_state(whole, healed_state(layers))
+        load_taught_state(whole, taught_state(layers))
     path.write_bytes(b"no")
     for unreadable in (path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="cannot be read"):

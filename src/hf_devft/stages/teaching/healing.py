@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_devft.models.layout import State
 from hf_devft.models.weights import store_like
+from hf_devft.stages.bridges import BRIDGE
 from hf_devft.stages.teaching.distillation import distil
 
 
@@ -48,18 +49,19 @@ def heal(
         _replace(layers, {name: store_like(trained[name].detach(), old) for name, old in before.items()})
 
 
-def healed_state(layers: Sequence[nn.Module]) -> State:
-    """Return all weights of a submodel's layers, by the layer's number and the parameter's name."""
-    return {name: parameter.detach() for name, parameter in _parameters(layers).items()}
+def taught_state(layers: Sequence[nn.Module], bridges_only: bool = False) -> State:
+    """Return the weights of a submodel's layers, by the layer's number and the parameter's name: all, or those of its
+    bridges."""
+    return {name: parameter.detach() for name, parameter in _taught(layers, bridges_only).items()}
 
 
-def load_healed_state(layers: Sequence[nn.Module], state: State) -> None:
-    """Give a submodel's layers what `healed_state` has read; what the base shares with them stays as it is.
+def load_taught_state(layers: Sequence[nn.Module], state: State, bridges_only: bool = False) -> None:
+    """Give a submodel's layers what `taught_state` has read; what the base shares with them stays as it is.
 
     Raises:
         ValueError: it is not of such layers.
     """
-    before = _parameters(layers)
+    before = _taught(layers, bridges_only)
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (before, state)]
     if shapes[0] != shapes[1]:
         raise ValueError("the healed layers are others than the submodel's: names or shapes differ.")
@@ -71,10 +73,17 @@ def _parameters(layers: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     return dict(nn.ModuleList(layers).named_parameters())
 
 
+def _taught(layers: Sequence[nn.Module], bridges_only: bool) -> dict[str, nn.Parameter]:
+    """What the server has made of them."""
+    found = _parameters(layers)
+    return {name: own for name, own in found.items() if f".{BRIDGE}." in name} if bridges_only else found
+
+
 def _replace(layers: Sequence[nn.Module], parameters: dict[str, nn.Parameter]) -> None:
-    """Put others in the place of all that `_parameters` has found, under every name that they have."""
+    """Put others in the place of some of what `_parameters` has found, under every name that they have."""
     root = nn.ModuleList(layers)
-    new = {id(old): parameters[name] for name, old in _parameters(layers).items()}
+    new = {id(old): parameters[name] for name, old in _parameters(layers).items() if name in parameters}
     for name, old in list(root.named_parameters(remove_duplicate=False)):
-        module, _, leaf = name.rpartition(".")
-        setattr(root.get_submodule(module), leaf, new[id(old)])
+        if id(old) in new:
+            module, _, leaf = name.rpartition(".")
+            setattr(root.get_submodule(module), leaf, new[id(old)])
