@@ -4,12 +4,13 @@ from pathlib import Path
 
 import huggingface_hub.utils._http
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from server import TOKEN, Fault, serve
 from transformers import TrainerCallback
 
 from hf_devft.hub.push import HubPusher, finished_stages, left_over, stage_push
+from hf_devft.run.benchmarks import Score, push_scores
 
 
 @pytest.fixture
@@ -201,3 +202,17 @@ def test_stages_of_an_earlier_run_are_not_this_runs(output):
     one = {"stage": 1, "num_stages": 2, "num_layers": 2, "full_layers": 4, "rounds": 1, "learning_rate": 0.1}
     (output / "stage_config.json").write_text(json.dumps(one))
     assert finished_stages(output) == [1]
+
+
+def test_scores_are_put_into_the_repositorys_card(hub):
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    api.create_repo("me/scored")
+    card = b"---\nlicense: mit\n---\n# A run\n"
+    api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="me/scored")
+    for value in (0.25, 0.5):
+        scores = [Score("bbh", "exact_match", value, 0.1, "1")]
+        push_scores(api, "me/scored", scores, "stage 2, full depth", "text-generation")
+    content = api.hf_hub_download("me/scored", "README.md", force_download=True)
+    card = ModelCard.load(content)
+    assert [(each.dataset_type, each.metric_value) for each in card.data.eval_results] == [("bbh", 0.5)]
+    assert card.data.license == "mit"

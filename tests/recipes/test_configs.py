@@ -15,6 +15,7 @@ from hf_devft.run.plan import RunPlan
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = sorted(RECIPES.glob("configs/*.yaml"))
 MODELS = Path(__file__).parent / "model_configs"
+SAME_MODEL = {"efficient": "gemma3-270m"}
 
 NO_GPU = ["--output_dir", "unused", "--use_cpu", "true"]
 
@@ -25,7 +26,7 @@ spec.loader.exec_module(recipe_script)
 
 @functools.cache
 def planned(name: str) -> tuple[DevFTConfig, RunPlan]:
-    saved = MODELS / name
+    saved = MODELS / SAME_MODEL.get(name, name)
     argv = [*NO_GPU, "--model_name_or_path", str(saved)] if saved.exists() else NO_GPU
     recipe, args = parse_arguments(argv, RECIPES / "configs" / f"{name}.yaml")
     return args, recipe_script.make_plan(recipe, args)

@@ -114,7 +114,7 @@ def test_nothing_is_kept_of_layers_below_all_adapters(make_trainer):
         ({"stage_layers": [2, 4]}, "all layers compute in every stage"),
         ({"distillation_steps": 2}, "nothing is lost"),
         ({"peft_config": lora(layers_to_transform=[0], target_modules=["q_proj"])}, "both say which layers"),
-        ({"peft_config": lora(target_modules=".*q_proj")}, "name them"),
+        ({"peft_config": lora(target_modules=".*q_proj")}, "use names"),
         ({"peft_config": IA3Config(task_type="CAUSAL_LM", **IA3)}, "use a `LoraConfig`"),
         ({"adapter_layers": [2, 2, 4]}, "adapter_layers=.* must increase"),
         ({"adapter_layers": [2, 3]}, "end at the model's 4 layers"),

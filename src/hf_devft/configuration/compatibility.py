@@ -484,7 +484,7 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("adapter stages", "distillation", "nothing is lost where layers get an adapter: leave one out"),
     ("adapter stages", "temporary head", "every stage has the head as it is: leave one out"),
     ("adapter stages", "chosen layers", "both say which layers have an adapter: leave one out"),
-    ("adapter stages", "pattern of modules", "PEFT chooses layers only of modules by name: name them"),
+    ("adapter stages", "pattern of modules", "PEFT chooses layers only of modules by name: use names"),
     ("adapter stages", "two stacks", "it numbers the layers of one stack: choose that by `stack`"),
     ("adapter stages", "no LoRA factors", "PEFT chooses layers of LoRA alone: use a `LoraConfig`"),
     ("adapter stages", "moved weights", "every module needs its adapter: use another initialisation"),
