@@ -21,7 +21,7 @@ METHODS = [
 PARTITIONS = {"IID": ["iid"], "Dirichlet(0.3)": ["dirichlet", "--dirichlet_alpha", "0.3"]}
 SHORT = ["--eval_strategy", "no", "--eval_on_start", "false", "--save_strategy", "no"]
 ALONE, STAGES = ("fedit.yaml", "12"), ("paper.yaml", "4")
-ANCHORS = ["--fusion", "anchor"]
+ANCHORS = ["--grouping", "normalized_cut", "--fusion", "anchor"]
 PROGFED = ("progfed.yaml", "4")
 
 

@@ -84,7 +84,7 @@ def main(options: EvaluationArguments) -> None:
             for folder in folders:
                 add_to_card(folder / "README.md", Path(options.run).name, scores, of, record.task)
         if options.push_to_hub:
-            print(push_scores(HfApi(), options.run, scores, of, record.task))
+            print(push_scores(HfApi(), options.run, options.stage, scores, of, record.task))
     if options.questions:
         name = f"{Path(options.run).name}-stage-{options.stage}{'-submodel' if options.submodel else ''}"
         answers = answer_questions(model, tokenizer, questions, options.max_new_tokens, options.batch_size)

@@ -208,11 +208,13 @@ def test_scores_are_put_into_the_repositorys_card(hub):
     api = HfApi(endpoint=hub.url, token=TOKEN)
     api.create_repo("me/scored")
     card = b"---\nlicense: mit\n---\n# A run\n"
-    api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="me/scored")
+    for name in ("README.md", "stage-1/README.md", "stage-2/README.md"):
+        api.upload_file(path_or_fileobj=card, path_in_repo=name, repo_id="me/scored")
     for value in (0.25, 0.5):
         scores = [Score("bbh", "exact_match", value, 0.1, "1")]
-        push_scores(api, "me/scored", scores, "stage 2, full depth", "text-generation")
-    content = api.hf_hub_download("me/scored", "README.md", force_download=True)
-    card = ModelCard.load(content)
-    assert [(each.dataset_type, each.metric_value) for each in card.data.eval_results] == [("bbh", 0.5)]
-    assert card.data.license == "mit"
+        push_scores(api, "me/scored", 2, scores, "stage 2, full depth", "text-generation")
+    push_scores(api, "me/scored", 1, [Score("bbh", "exact_match", 0.1, 0.1, "1")], "stage 1", "text-generation")
+    for name, value in (("README.md", 0.5), ("stage-2/README.md", 0.5), ("stage-1/README.md", 0.1)):
+        card = ModelCard.load(api.hf_hub_download("me/scored", name, force_download=True))
+        assert [(each.dataset_type, each.metric_value) for each in card.data.eval_results] == [("bbh", value)]
+        assert card.data.license == "mit"

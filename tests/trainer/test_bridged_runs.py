@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from architectures import tiny_model
 from conftest import lora, tiny_llama
 from peft import IA3Config
 from safetensors.torch import load_file
@@ -113,6 +114,8 @@ def test_nothing_is_kept_of_layers_below_all_adapters(make_trainer):
     [
         ({"stage_layers": [2, 4]}, "all layers compute in every stage"),
         ({"distillation_steps": 2}, "nothing is lost"),
+        ({"federated_method": "flora"}, "use another method"),
+        ({"peft_config": lora(target_modules=["q_proj", "embed_tokens"])}, "leave them out of `target_modules`"),
         ({"peft_config": lora(layers_to_transform=[0], target_modules=["q_proj"])}, "both say which layers"),
         ({"peft_config": lora(target_modules=".*q_proj")}, "use names"),
         ({"peft_config": IA3Config(task_type="CAUSAL_LM", **IA3)}, "use a `LoraConfig`"),
@@ -133,6 +136,7 @@ def test_adapter_stages_that_cannot_be(make_trainer, options, why):
         ({"transfer": "broadcast"}, 'set transfer="anchor"'),
         ({"calibration_dataset": None}, "pass `calibration_dataset`"),
         ({"stage_layers": [4]}, "nothing is left out"),
+        ({"grouping": "even", "model": tiny_model("gemma2", 4)}, 'only "bridged" groups follow'),
     ],
 )
 def test_bridges_that_cannot_be(make_trainer, options, why):

@@ -23,6 +23,7 @@ from hf_devft.federation.methods.ffa_lora import FFALoRA
 from hf_devft.federation.selection import SELECTIONS
 from hf_devft.models.adapter import chooses_layers
 from hf_devft.models.initialisation import moves_weights
+from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.models.supported import uneven_options
 from hf_devft.tasks import answers_prompts
@@ -181,6 +182,18 @@ def _reads_no_tokens_in_one_stack(setup: Setup) -> bool:
     return base is not None and (base.main_input_name != "input_ids" or base.config.is_encoder_decoder)
 
 
+def _has_several_kinds_of_layers(setup: Setup) -> bool:
+    return setup.base is not None and len(set(find_layer_stack(setup.base, setup.args.stack).kinds)) > 1
+
+
+def _adapts_outside_of_layers(setup: Setup) -> bool:
+    """Whether something that PEFT chooses by layers is in none; what is trained whole is not chosen so."""
+    if setup.base is None or setup.layout is None:
+        return False
+    names = find_layer_stack(setup.base, setup.args.stack).names
+    return any(".lora_" in key and names.split(key) is None for key in setup.layout.keys)
+
+
 def _lacks_labels(setup: Setup) -> bool:
     rows = setup.server_rows
     return answers_prompts(setup.args.task) and isinstance(rows, Dataset) and "labels" not in rows.column_names
@@ -228,6 +241,14 @@ FACTS: dict[str, Fact] = {
         lambda s: s.args.grouping in ("deconfliction", "normalized_cut", "random"),
         _given("grouping"),
     ),
+    "groups by kind": Fact(
+        '`fusion="bridge"` with `grouping` of `"even"`, `"calibrated"` or `"prefix"`',
+        lambda s: s.args.fusion == "bridge" and s.args.grouping in ("even", "calibrated", "prefix"),
+        _given("fusion", "grouping"),
+    ),
+    "several kinds of layers": Fact(
+        "layers of several kinds, such as sliding and full attention", _has_several_kinds_of_layers
+    ),
     "more than anchors receive": Fact(
         '`transfer` other than `"anchor"`', lambda s: s.args.transfer != "anchor", _given("transfer")
     ),
@@ -245,6 +266,7 @@ FACTS: dict[str, Fact] = {
         ),
         lambda s: f"target_modules={s.adapter.target_modules!r}",
     ),
+    "modules outside of layers": Fact("an adapter on modules outside of the layers", _adapts_outside_of_layers),
     "one stage": Fact("a single stage", lambda s: s.num_stages == 1),
     # the server's teaching
     "healing": Fact("`healing_steps`", lambda s: s.args.healing_steps, _given("healing_steps")),
@@ -485,7 +507,9 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("adapter stages", "temporary head", "every stage has the head as it is: leave one out"),
     ("adapter stages", "chosen layers", "both say which layers have an adapter: leave one out"),
     ("adapter stages", "pattern of modules", "PEFT chooses layers only of modules by name: use names"),
-    ("adapter stages", "two stacks", "it numbers the layers of one stack: choose that by `stack`"),
+    ("adapter stages", "encoder and decoder", "PEFT numbers the layers of both alike: use stages of submodels"),
+    ("adapter stages", "modules outside of layers", "they have no layer's number: leave them out of `target_modules`"),
+    ("adapter stages", "changed base", "it changes layers that have no adapter yet: use another method"),
     ("adapter stages", "no LoRA factors", "PEFT chooses layers of LoRA alone: use a `LoraConfig`"),
     ("adapter stages", "moved weights", "every module needs its adapter: use another initialisation"),
     ("bridges", "no bridges", 'it chooses what bridges stand for: set fusion="bridge"'),
@@ -493,7 +517,12 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("bridges", "more than anchors receive", 'layers that are bridged keep what they have: set transfer="anchor"'),
     ("bridges", "one stage", "nothing is left out: leave it out"),
     ("bridges", "no texts", "they are fitted on texts of the server's own: pass `calibration_dataset`"),
-    ("bridges", "two stacks", "they stand for layers of one stack: choose that by `stack`"),
+    ("bridges", "encoder and decoder", "a decoder reads answers, which are not known: use another fusion"),
+    (
+        "groups by kind",
+        "several kinds of layers",
+        'only "bridged" groups follow one another there: set grouping="bridged"',
+    ),
     ("bridges", "ZeRO-3", "no process has the whole base: use ZeRO-2"),
     ("bridges", "TRL", _OUTPUT_ONLY),
     ("calibrated", "no calibration texts", "it measures losses on calibration texts: pass `calibration_dataset`"),

@@ -32,7 +32,8 @@ def load_unpacked(name_or_path: str, auto_class: type, options: dict[str, Any]) 
     options = {"quantization_config": GgufConfig(dequantize=True)} | options
     model, info = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
     check_unpacked(model)
-    model.config.name_or_path = str(Path(name_or_path, options["gguf_file"]))
+    # Both, as PEFT and transformers each read their own.
+    model.name_or_path = model.config.name_or_path = str(Path(name_or_path, options["gguf_file"]))
     return model, info
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from huggingface_hub import EvalResult, HfApi, ModelCard
+import torch
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_devft.configuration import StageConfig
@@ -29,7 +30,8 @@ class Score:
     """What a task's metric came to.
 
     Attributes:
-        task, metric: as lm-eval names them. value: of the metric; error: its standard error, where that is known.
+        task, metric: as lm-eval names them, with its filter where it has several.
+        value: of the metric; error: its standard error, where that is known.
         version: of the task.
     """
 
@@ -43,8 +45,8 @@ class Score:
 def load_stage(
     name_or_path: str | Path, stage: int, submodel: bool = False, base: str | None = None, token: str | None = None
 ) -> PreTrainedModel:
-    """Load what a stage has left, as one model without adapter: the full base with the stage's adapter merged into it,
-    or its submodel.
+    """Load what a stage has left, as one model without adapter, on an accelerator where there is one: the full base
+    with the stage's adapter merged into it, or its submodel.
 
     Args:
         name_or_path: a run's `output_dir`, or its repository. base: where it is now; default: as the stage's record
@@ -55,14 +57,17 @@ def load_stage(
         ValueError: what is there cannot be read, or no base is known.
     """
     record = StageConfig.from_pretrained(name_or_path, subfolder=f"stage-{stage}", token=token)
-    base = base or record.base_model_name_or_path
+    elsewhere, base = base is not None, base or record.base_model_name_or_path
     if base is None:
         raise ValueError(f"stage {stage} of {name_or_path} does not say on which base it was trained: give `base`.")
+    revision = {"revision": record.base_model_revision} if record.base_model_revision and not elsewhere else {}
+    whole = load_base(resolve_model_name(base), TASKS[record.task].auto_class, record.stack, not submodel, **revision)
     if submodel:
-        return load_submodel(base, name_or_path, stage, token=token).merge_and_unload().eval()
-    whole = load_base(resolve_model_name(base), TASKS[record.task].auto_class, record.stack, whole=True)
-    adapter = load_adapter(fetch_adapter(name_or_path, f"stage-{stage}", token=token))
-    return attach_adapter(whole, *adapter).merge_and_unload().eval()
+        model = load_submodel(whole, name_or_path, stage, token=token)
+    else:
+        model = attach_adapter(whole, *load_adapter(fetch_adapter(name_or_path, f"stage-{stage}", token=token)))
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return model.merge_and_unload().eval().to(device)
 
 
 def run_tasks(
@@ -120,7 +125,8 @@ def scores_of(results: dict[str, Any]) -> list[Score]:
             if kind and not name.endswith("_stderr") and isinstance(value, int | float):
                 error = metrics.get(f"{name}_stderr,{kind}")
                 version = str(results.get("versions", {}).get(task, ""))
-                scores.append(Score(task, name, float(value), error if isinstance(error, float) else None, version))
+                metric = name if kind == "none" else f"{name} ({kind})"
+                scores.append(Score(task, metric, float(value), error if isinstance(error, float) else None, version))
     return scores
 
 
@@ -160,14 +166,17 @@ def add_to_card(path: Path, name: str, scores: Sequence[Score], of: str, task_ty
     temporary.replace(path)
 
 
-def push_scores(api: HfApi, repo_id: str, scores: Sequence[Score], of: str, task_type: str) -> str:
-    """Put scores into the model card of a repository, likewise; returns the commit's address."""
+def push_scores(api: HfApi, repo_id: str, stage: int, scores: Sequence[Score], of: str, task_type: str) -> str:
+    """Put scores into a repository's card of a stage, and into its root's where that is the newest, in one commit;
+    returns the commit's address."""
+    newest = not api.file_exists(repo_id, f"stage-{stage + 1}/README.md")
+    operations = []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(api.hf_hub_download(repo_id, "README.md", local_dir=folder))
-        add_to_card(path, repo_id.rpartition("/")[2], scores, of, task_type)
-        commit = api.upload_file(
-            path_or_fileobj=path, path_in_repo="README.md", repo_id=repo_id, commit_message=f"Scores of {of}"
-        )
+        for name in [f"stage-{stage}/README.md", *(["README.md"] if newest else [])]:
+            path = Path(api.hf_hub_download(repo_id, name, local_dir=folder))
+            add_to_card(path, repo_id.rpartition("/")[2], scores, of, task_type)
+            operations.append(CommitOperationAdd(name, path))
+        commit = api.create_commit(repo_id, operations, commit_message=f"Scores of {of}")
     return commit.commit_url
 
 

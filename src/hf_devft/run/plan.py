@@ -185,7 +185,7 @@ class _Submodels:
             return everything, lengths
         # Each layer's input, and what one layer at a time keeps when it is computed again.
         inputs, _ = activations(self._model(layers, adapted)[0], rows, length, checkpointing=True)
-        return min(everything, inputs + everything // layers), lengths
+        return min(everything, inputs + everything // (len(adapted) or layers)), lengths
 
 
 def _plan_stage(

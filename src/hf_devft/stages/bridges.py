@@ -67,7 +67,7 @@ def check_contiguous(groups: Sequence[Sequence[int]]) -> None:
         if list(group) != list(range(group[0], group[0] + len(group))):
             raise ValueError(
                 f'fusion="bridge" bridges layers that follow one another, but layers {list(group)} share a group: set '
-                'grouping="bridged", "even" or "calibrated".'
+                'grouping="bridged".'
             )
 
 

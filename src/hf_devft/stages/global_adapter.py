@@ -57,10 +57,13 @@ class GlobalAdapter:
 
     def _on_all_layers(self, zeros: State) -> State:
         """Add what other layers have by the same names, also zeros, where only some layers are in a state."""
-        shapes = {parts[1]: value for key, value in zeros.items() if (parts := self.names.split(key)) is not None}
-        mine = {parts for key in self.state if (parts := self.names.split(key)) is not None}
-        missing = {self.names.join(layer, rest): shapes[rest] for layer, rest in mine if rest in shapes}
-        return {key: torch.zeros_like(value) for key, value in missing.items() if key not in zeros} | zeros
+        names = {parts[1] for key in zeros if (parts := self.names.split(key)) is not None}
+        others = {
+            key: torch.zeros_like(value)
+            for key, value in self.state.items()
+            if key not in zeros and (parts := self.names.split(key)) is not None and parts[1] in names
+        }
+        return others | zeros
 
     def config_of(self, groups: Groups, adapted: Sequence[int] | None = None) -> PeftConfig:
         """Return the config of the adapter of the submodel of these groups, on all or some of its layers."""

@@ -137,8 +137,9 @@ def _hidden_states(
     for inputs in batches:
         with _recorded(layers) as states, autocast():
             teacher(**inputs)
-        mask = inputs.get("attention_mask")
-        chosen = torch.ones(states[0].shape[:-1], dtype=torch.bool) if mask is None else mask.bool()
+        mask, shape = inputs.get("attention_mask"), states[0].shape[:-1]
+        is_of_positions = mask is not None and mask.shape == shape  # of sound it is of samples
+        chosen = mask.bool() if is_of_positions else torch.ones(shape, dtype=torch.bool)
         yield [state[chosen.to(state.device)].float() for state in states]
 
 
