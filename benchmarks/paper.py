@@ -62,7 +62,7 @@ def claims() -> list[tuple[str, str, str, str]]:
             f"{times(methods[c2a.format('alone')], methods[c2a.format('stages')], 'seconds')} the time of C2A, "
             f"{times(fedit, paper, 'seconds')} of FedIT",
             f"{until_same('seconds')} (FedIT)",
-            "Not met. A stage's rounds cost what its share of the layers does; at equal rounds that is the whole gain, "
+            "Not met. A stage's rounds cost what its share of the layers does; at equal rounds that is all the gain, "
             "and until the same loss FedIT needs fewer of them.",
         ),
         (
@@ -70,7 +70,7 @@ def claims() -> list[tuple[str, str, str, str]]:
             f"{times(methods[c2a.format('alone')], methods[c2a.format('stages')], 'bytes')} of C2A, "
             f"{times(fedit, paper, 'bytes')} of FedIT",
             f"{until_same('bytes')} (FedIT)",
-            "Not met by stages: 4, 8, 16 and 32 layers for equal rounds send 32 · 4 / 60 = 2.13x less than all layers. "
+            "Not met by stages: 4, 8, 16 and 32 layers for equal rounds send 32 · 4 / 60 = 2.13x less than all. "
             f"Other levers: int4 and rank 2 send {times(real_fedit, real_small, 'bytes')} less on Gemma 3 270M.",
         ),
         (
@@ -78,7 +78,7 @@ def claims() -> list[tuple[str, str, str, str]]:
             f"{difference(paper, fedit)} of exact match; on Gemma 3 270M a loss of {loss(real_paper):.2f}, "
             f"FedIT's {loss(real_fedit):.2f}",
             "",
-            "Not met. Rounds on submodels teach the full model less than rounds on itself, on our base, and nothing on "
+            "Not met. Rounds on submodels teach the full model less than rounds on itself, on our base, nothing on "
             "a real one.",
         ),
         (

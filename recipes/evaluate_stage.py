@@ -1,9 +1,9 @@
 """Public benchmarks of a stage: lm-eval's tasks into its model card, answers for the judges of Vicuna- and MT-Bench.
 
     pip install 'hf-devft[benchmarks]'
-    python recipes/evaluate.py --run outputs/quickstart --stage 2 --tasks mmlu truthfulqa_mc2 bbh ifeval
-    python recipes/evaluate.py --run me/llama-devft --stage 1 --submodel true --tasks mmlu --push_to_hub true
-    python recipes/evaluate.py --run outputs/quickstart --stage 3 --questions mt_bench/question.jsonl
+    python recipes/evaluate_stage.py --run outputs/quickstart --stage 2 --tasks mmlu truthfulqa_mc2 bbh ifeval
+    python recipes/evaluate_stage.py --run me/llama-devft --stage 1 --submodel true --tasks mmlu --push_to_hub true
+    python recipes/evaluate_stage.py --run outputs/quickstart --stage 3 --questions mt_bench/question.jsonl
 
 Scores go into the metadata of the stage's card, and of the run's, where the stage is its newest.
 """

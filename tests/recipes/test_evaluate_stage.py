@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from test_benchmarks import local_tasks, run  # noqa: F401 (fixtures)
 
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate.py"
+RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate_stage.py"
 spec = importlib.util.spec_from_file_location("evaluate_recipe", RECIPE)
 recipe = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(recipe)
