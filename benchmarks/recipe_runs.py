@@ -135,7 +135,7 @@ def run_all(
 _STAGE = ("eval_loss", "eval_full_loss", "eval_full_exact_match")
 _CURVE = ("rounds", "loss", "bytes", "client_flops", "flops", "seconds")
 _UNITS = {"flops": 1e9, "client_flops": 1e9}  # of numbers that would be long
-_DIGITS = 7
+_DIGITS = 6
 
 
 def to_row(name: str, seed: int, run: dict) -> dict:
