@@ -20,6 +20,7 @@ from hf_devft import StageConfig
 from hf_devft.run.benchmarks import (
     add_to_card,
     answer_questions,
+    cards_of,
     load_stage,
     push_scores,
     read_questions,
@@ -78,11 +79,9 @@ def main(options: EvaluationArguments) -> None:
         ]
         Console().print(make_table(of, ["task", "metric", "score", "s.e."], rows))
         if local:
-            folders = [Path(options.run, f"stage-{options.stage}")]
-            if not Path(options.run, f"stage-{options.stage + 1}").exists():
-                folders.append(Path(options.run))
-            for folder in folders:
-                add_to_card(folder / "README.md", Path(options.run).name, scores, of, record.task)
+            folder = Path(options.run)
+            for card in cards_of(options.stage, lambda name: (folder / name).exists()):
+                add_to_card(folder / card, folder.name, scores, of, record.task)
         if options.push_to_hub:
             print(push_scores(HfApi(), options.run, options.stage, scores, of, record.task))
     if options.questions:

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from hf_devft.run.files import atomic_folder, delete_folders, link_or_copy
+from hf_devft.run.files import atomic_file, atomic_folder, delete_folders, link_or_copy
 
 
 def test_a_folder_appears_whole(tmp_path):
@@ -35,6 +35,22 @@ def test_leftovers_of_a_killed_write_are_cleared(tmp_path):
     with atomic_folder(tmp_path / "stage-1") as folder:
         (folder / "a").write_text("1")
     assert [path.name for path in (tmp_path / "stage-1").iterdir()] == ["a"]
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "card"
+    with atomic_file(target) as path:
+        path.write_text("old")
+
+    def interrupted():
+        with atomic_file(target) as path:
+            path.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_deleted_folder_takes_leftovers_of_killed_deletions_with_it(tmp_path):

@@ -53,24 +53,25 @@ def chooses_layers(config: PeftConfig | None) -> bool:
     return getattr(config, "layers_to_transform", None) is not None
 
 
-def remap_layers_to_transform(config: PeftConfig, kept: Sequence[int]) -> PeftConfig:
+def remap_layers_to_transform(
+    config: PeftConfig, kept: Sequence[int], adapted: Sequence[int] | None = None
+) -> PeftConfig:
     """Copy the config of an adapter for a model that has only the layers `kept`: `layers_to_transform` has the numbers
-    that layers have there."""
+    that layers have there.
+
+    Args:
+        adapted: those there that have an adapter, where the config chooses none; None for all.
+    """
+    if adapted is not None:
+        config = copy.deepcopy(config)
+        config.layers_to_transform = list(adapted)
+        return config
     if not chooses_layers(config):
         return config
     chosen = config.layers_to_transform
     chosen = {chosen} if isinstance(chosen, int) else set(chosen)
     config = copy.deepcopy(config)
     config.layers_to_transform = [index for index, layer in enumerate(kept) if layer in chosen]
-    return config
-
-
-def on_layers(config: PeftConfig, layers: Sequence[int] | None) -> PeftConfig:
-    """Copy the config of an adapter that is on all layers so that it is on some only; None for all."""
-    if layers is None:
-        return config
-    config = copy.deepcopy(config)
-    config.layers_to_transform = list(layers)
     return config
 
 

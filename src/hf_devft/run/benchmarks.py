@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -20,8 +20,10 @@ from hf_devft.hub.download import fetch_adapter
 from hf_devft.models.adapter import attach_adapter
 from hf_devft.models.adapter_files import load_adapter
 from hf_devft.models.streaming import load_base
+from hf_devft.run.files import atomic_file
 from hf_devft.run.loading import load_submodel
 from hf_devft.tasks import TASKS
+from hf_devft.tasks.data import instruction_prompt
 from hf_devft.tasks.generation import continuations
 
 
@@ -161,18 +163,25 @@ def add_to_card(path: Path, name: str, scores: Sequence[Score], of: str, task_ty
     new = _model_index(scores, of, task_type)
     kept = [old for old in card.data.eval_results or [] if not any(old.is_equal_except_value(each) for each in new)]
     card.data.eval_results = [*kept, *new]
-    temporary = path.with_name(f".{path.name}.tmp")
-    card.save(temporary)
-    temporary.replace(path)
+    with atomic_file(path) as temporary:
+        card.save(temporary)
+
+
+def cards_of(stage: int, exists: Callable[[str], bool]) -> list[str]:
+    """List the cards, within a run, that a stage's scores go into: its own, and the root's where it is the newest.
+
+    Args:
+        exists: whether the run has a file.
+    """
+    newest = not exists(f"stage-{stage + 1}/README.md")
+    return [f"stage-{stage}/README.md", *(["README.md"] if newest else [])]
 
 
 def push_scores(api: HfApi, repo_id: str, stage: int, scores: Sequence[Score], of: str, task_type: str) -> str:
-    """Put scores into a repository's card of a stage, and into its root's where that is the newest, in one commit;
-    returns the commit's address."""
-    newest = not api.file_exists(repo_id, f"stage-{stage + 1}/README.md")
+    """Put scores into a repository's cards, see `cards_of`, in one commit; returns its address."""
     operations = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in [f"stage-{stage}/README.md", *(["README.md"] if newest else [])]:
+        for name in cards_of(stage, lambda name: api.file_exists(repo_id, name)):
             path = Path(api.hf_hub_download(repo_id, name, local_dir=folder))
             add_to_card(path, repo_id.rpartition("/")[2], scores, of, task_type)
             operations.append(CommitOperationAdd(name, path))
@@ -208,8 +217,7 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], answers: S
     """The tokens of a conversation whose last turn has no answer yet."""
     if tokenizer.chat_template is None:
         pairs = zip(turns, [*answers, ""], strict=True)
-        parts = [f"### Instruction:\n{turn}\n\n### Response:\n{answer}" for turn, answer in pairs]
-        return tokenizer("\n\n".join(parts))["input_ids"]
+        return tokenizer("\n\n".join(f"{instruction_prompt(turn)}{answer}" for turn, answer in pairs))["input_ids"]
     messages = [
         {"role": role, "content": content}
         for pair in zip_longest(turns, answers)
@@ -225,8 +233,7 @@ def write_answers(
 ) -> None:
     """Write answers as FastChat's judges read them (`model_answer/MODEL.jsonl`), in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
+    with atomic_file(path) as temporary, temporary.open("w") as file:
         for question, turns in zip(questions, answers, strict=True):
             row = {
                 "question_id": question["question_id"],
@@ -236,7 +243,6 @@ def write_answers(
                 "tstamp": time.time(),
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    temporary.replace(path)
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:

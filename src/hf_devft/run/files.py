@@ -30,6 +30,17 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Give a path to write to that takes the name `target` when the block ends without an error."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _flush(folder: Path) -> None:
     """Force a folder onto the disk before it takes its name, so that it is whole after a power failure, too."""
     for path in [*folder.rglob("*"), folder]:

@@ -22,7 +22,7 @@ from hf_devft.federation.methods import Clients, make_methods
 from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
 from hf_devft.federation.sampling import Placement, sample_clients
 from hf_devft.federation.wire import Wire
-from hf_devft.models.adapter import new_adapter, on_layers, remap_layers_to_transform, with_head
+from hf_devft.models.adapter import new_adapter, remap_layers_to_transform, with_head
 from hf_devft.models.flops import flops_per_token, forward_flops
 from hf_devft.models.initialisation import without_weight_based_init
 from hf_devft.models.layer_stack import encoders_of, find_layer_stack, watch_lengths, with_layers
@@ -174,8 +174,8 @@ class _Submodels:
         stored = _base_bytes(submodel, own, (args.model_init_kwargs or {}).get("quantization_config"))
         if args.temporary_head and layers < len(stack):
             config, _ = with_head(config, submodel)
-        config = remap_layers_to_transform(config, [group[0] for group in groups])
-        config = without_weight_based_init(on_layers(config, adapted or None))
+        config = remap_layers_to_transform(config, [group[0] for group in groups], adapted or None)
+        config = without_weight_based_init(config)
         with torch.device("meta"):  # no value is drawn for an adapter that is only looked at
             return new_adapter(submodel, config), stored
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import nn
@@ -51,7 +51,8 @@ class SubmodelBuilder:
         Args:
             adapter: the full-depth adapter, as it is when the stage begins.
         """
-        task = GroupingTask(self.stack.kinds, capacity, seed, lambda: self.similarity(adapter), loss_of, bridge_errors)
+        similarity = cache(lambda: self.similarity(adapter))  # asked once for each kind of layers
+        task = GroupingTask(self.stack.kinds, capacity, seed, similarity, loss_of, bridge_errors)
         return group_layers(task, rule)
 
     def build(self, groups: Groups, fusion: str, beta: float) -> PreTrainedModel:

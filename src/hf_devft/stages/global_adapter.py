@@ -7,7 +7,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from hf_devft.models.adapter import attach_adapter, on_layers, remap_layers_to_transform
+from hf_devft.models.adapter import attach_adapter, remap_layers_to_transform
 from hf_devft.models.initialisation import move_weights, on_whole_weights
 from hf_devft.models.layer_stack import LayerNames
 from hf_devft.models.layout import State
@@ -67,7 +67,7 @@ class GlobalAdapter:
 
     def config_of(self, groups: Groups, adapted: Sequence[int] | None = None) -> PeftConfig:
         """Return the config of the adapter of the submodel of these groups, on all or some of its layers."""
-        return on_layers(remap_layers_to_transform(self.config, [group[0] for group in groups]), adapted)
+        return remap_layers_to_transform(self.config, [group[0] for group in groups], adapted)
 
     # --- on a model -----------------------------------------------------------------------------------------
 

@@ -10,10 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from hf_devft.tasks.metrics import IGNORED
 
 
+def instruction_prompt(instruction: str, context: str | None = None) -> str:
+    """Word an instruction, with what it is about, as a model is asked."""
+    given = f"\n\n### Input:\n{context}" if context else ""
+    return f"### Instruction:\n{instruction}{given}\n\n### Response:\n"
+
+
 def _from_instruction(row: dict, answer: str) -> dict[str, str]:
-    context = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
-    prompt = f"### Instruction:\n{row['instruction']}{context}\n\n### Response:\n"
-    return {"prompt": prompt, "completion": row[answer]}
+    return {"prompt": instruction_prompt(row["instruction"], row.get("input")), "completion": row[answer]}
 
 
 def _from_question(row: dict, answer: str) -> dict[str, str]:

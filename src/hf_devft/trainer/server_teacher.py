@@ -70,8 +70,9 @@ class ServerTeacher:
             return self._bridge_errors, 0.0
         flops = 0.0
         if self.args.process_index == 0:
-            teacher, layers, batches = self._reading(builder)
-            self._bridge_errors = bridge_errors(teacher, layers, batches, self._precision_of(builder))
+            teacher = self._whole(builder)
+            layers = builder.stack.names.layers(teacher)
+            self._bridge_errors = bridge_errors(teacher, layers, self._texts(), self._precision_of(builder))
             flops = self._reading_flops(teacher) + bridge_errors_flops(teacher, len(layers), self._num_positions())
         self._bridge_errors, flops = broadcast_object_list([self._bridge_errors, flops])
         return self._bridge_errors, flops
@@ -93,10 +94,11 @@ class ServerTeacher:
             if path.exists():
                 load_taught_state(layers, read_healed(path), bridges_only)
             else:
+                teacher = self._whole(builder)
                 if record.has_bridges:
-                    flops += self._bridge(record, builder, layers)
+                    flops += self._bridge(record, builder, teacher, layers)
                 if record.healing_steps:
-                    flops += self._heal(record.stage, builder, submodel, layers)
+                    flops += self._heal(record.stage, builder, teacher, submodel, layers)
                 save_healed(path, taught_state(layers, bridges_only))
         if self.args.world_size > 1:
             made = taught_state(layers, bridges_only)
@@ -104,23 +106,27 @@ class ServerTeacher:
             load_taught_state(layers, broadcast(state), bridges_only)
         return broadcast_object_list([flops])[0]
 
-    def _bridge(self, record: StageConfig, builder: SubmodelBuilder, layers: list[nn.Module]) -> float:
-        teacher, whole, batches = self._reading(builder)
+    def _bridge(
+        self, record: StageConfig, builder: SubmodelBuilder, teacher: PreTrainedModel, layers: list[nn.Module]
+    ) -> float:
         bridges = {
             (group[0], group[-1]): layer.get_submodule(BRIDGE)
             for group, layer in zip(record.groups or [], layers, strict=True)
             if len(group) > 1
         }
-        fit_bridges(teacher, whole, bridges, batches, self._precision_of(builder))
+        whole = builder.stack.names.layers(teacher)
+        fit_bridges(teacher, whole, bridges, self._texts(), self._precision_of(builder))
         return self._reading_flops(teacher) + fit_flops(teacher, len(bridges), self._num_positions())
 
-    def _reading(self, builder: SubmodelBuilder) -> tuple[PreTrainedModel, list[nn.Module], Iterable[Inputs]]:
-        """The whole base, its layers, and the server's texts as it reads them, without labels."""
+    def _whole(self, builder: SubmodelBuilder) -> PreTrainedModel:
+        """The whole base, as a teacher."""
+        return builder.whole().to(self.args.device).requires_grad_(False)
+
+    def _texts(self) -> Iterable[Inputs]:
+        """The server's texts in batches, without labels."""
         set_seed(self.args.seed)  # collators may draw
-        teacher = builder.whole().to(self.args.device).requires_grad_(False)
         assert self.rows is not None
-        batches = map(_without_labels, self.batches_of(self.rows, self.args.eval_batch_size, None))
-        return teacher, builder.stack.names.layers(teacher), batches
+        return map(_without_labels, self.batches_of(self.rows, self.args.eval_batch_size, None))
 
     def _num_positions(self) -> int:
         """In the server's texts, without padding."""
@@ -133,10 +139,16 @@ class ServerTeacher:
     def _precision_of(self, builder: SubmodelBuilder) -> Callable[[], AbstractContextManager]:
         return functools.partial(self._half_precision, builder.base.dtype == torch.bfloat16)
 
-    def _heal(self, stage: int, builder: SubmodelBuilder, submodel: PreTrainedModel, layers: list[nn.Module]) -> float:
+    def _heal(
+        self,
+        stage: int,
+        builder: SubmodelBuilder,
+        teacher: PreTrainedModel,
+        submodel: PreTrainedModel,
+        layers: list[nn.Module],
+    ) -> float:
         args, flops = self.args, 0.0
         set_seed(args.seed + stage)  # collators and dropout may draw
-        teacher = builder.whole().to(args.device).requires_grad_(False)
         if self._base_answers is None:
             self._base_answers, flops = self._answered(teacher)
         positions = heal(
