@@ -20,6 +20,7 @@ EVERY_SECOND = ["--eval_steps", "2"]
 INT4 = ["--wire_dtype", "int4"]
 RANK_2 = ["--lora_r", "2"]
 FOUR_PARTS = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
+LINEAR_8 = ["--lr_scheduler_type", "linear", "--stage_rounds", "8"]
 # After which loss: FedIT's after two rounds at its best rate, and after four.
 TARGETS = (0.95, 0.84)
 
@@ -38,6 +39,7 @@ VARIANTS = {
     "FedIT, 1e-3": [],
     "FedIT, 2e-3": ["--learning_rate", "2e-3"],
     "FedIT, 3e-3": ["--learning_rate", "3e-3"],
+    "FedIT, 1e-3 linear, 8 rounds": LINEAR_8,
     "FedIT, 1e-3, int4": INT4,
     "FedIT, 1e-3, int4, rank 2": [*INT4, *RANK_2],
     "FedIT, 1e-3, int4, rank 2, batches in four parts": [*INT4, *RANK_2, *FOUR_PARTS],
@@ -46,10 +48,7 @@ VARIANTS = {
         *INT4,
         *RANK_2,
         *FOUR_PARTS,
-        "--stage_rounds",
-        "8",
-        "--lr_scheduler_type",
-        "linear",
+        *LINEAR_8,
     ],
     "the paper's rules, 5-9-18, 2 + 2 + 2 rounds": stages(
         "stage_layers", "5 9 18", "2 2 2", "--grouping", "deconfliction", "--fusion", "differential"
