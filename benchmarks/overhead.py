@@ -30,12 +30,12 @@ def in_turns() -> Iterator[list[float]]:
     the seconds of these loops."""
     plain, run_round = [], TrainingSession.run_round
 
-    def timed(self, active, runner, learning_rate):
+    def timed(self, active, learning_rate):
         index = self.trainer.state.global_step
         batches = next_batches(self, index)
         if index % 2 == 0:
             plain.append(plain_round(active.model, batches, learning_rate))
-        outcome = run_round(self, active, runner, learning_rate)
+        outcome = run_round(self, active, learning_rate)
         if index % 2 == 1:
             plain.append(plain_round(active.model, batches, learning_rate))
             active.engine.write(active.adapter)
@@ -50,7 +50,7 @@ def in_turns() -> Iterator[list[float]]:
 
 def next_batches(session: TrainingSession, index: int) -> list[list[dict]]:
     """Those of each client of the round to come, from a loader of their own."""
-    batches, steps = session.federation.batches_of([index], 0), session.trainer.args.local_steps
+    batches, steps = session.batches_of([index], 0), session.trainer.args.local_steps
     sampled = session.federation.selection.sampled(index, 0)
     return [list(islice(batches.next_client(), steps)) for _ in sampled]
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_devft.federation.batches import ClientBatches
+from hf_devft.federation.client_side import ClientSide, exchange_here
 from hf_devft.federation.heterogeneity.resources import ClientResources, make_resources
 from hf_devft.federation.heterogeneity.staleness import late_weights
 from hf_devft.federation.memory import Memory
@@ -36,13 +36,18 @@ def federation(
         names=[f"client-{index}" for index in range(clients)],
         quorum=quorum,
         retries=retries,
-        batches_of=lambda rounds, attempt: ClientBatches([], 0),
         add_up=lambda tensor: None,
         gather=lambda item: [item],
         device=torch.device("cpu"),
     )
     run.begin_stage(LAYOUT, torch.zeros(2), range(10), 0, dict.fromkeys(range(clients), 1.0), [1.0] * clients)
     return run
+
+
+def run_round(run: Federation, index: int, start: torch.Tensor, train):
+    """A round whose clients are in this process, without data."""
+    side = ClientSide(run.method, run.correction, run.wire)
+    return run.run(index, start, lambda index, attempt, messages: exchange_here(side, train, list, messages))
 
 
 def training(failing=(), infinite=(), trained=None):
@@ -66,7 +71,7 @@ def mean(clients) -> float:
 
 def test_the_round_of_healthy_clients():
     run = federation()
-    outcome = run.run(0, torch.zeros(2), training())
+    outcome = run_round(run, 0, torch.zeros(2), training())
     assert outcome.sampled == run.selection.sampled(0)
     assert outcome.left_out == []
     assert outcome.adapter.tolist() == pytest.approx([mean(outcome.sampled)] * 2)
@@ -78,7 +83,7 @@ def test_the_round_of_healthy_clients():
 def test_failing_clients_are_left_out_and_the_weights_renormalised(caplog):
     run = federation()
     ill, infinite, healthy = run.selection.sampled(0)
-    outcome = run.run(0, torch.zeros(2), training(failing=[ill], infinite=[infinite]))
+    outcome = run_round(run, 0, torch.zeros(2), training(failing=[ill], infinite=[infinite]))
     assert outcome.left_out == [ill, infinite]
     assert outcome.adapter.tolist() == [healthy] * 2
     assert (outcome.bytes_down, outcome.bytes_up) == (24, 16), "one sent nothing, one sent what could not be used"
@@ -88,7 +93,7 @@ def test_failing_clients_are_left_out_and_the_weights_renormalised(caplog):
 
 def test_clients_that_drop_out_do_not_train():
     run, trained = federation(dropout_rate=0.5), []
-    outcome = run.run(1, torch.zeros(2), training(trained=trained))
+    outcome = run_round(run, 1, torch.zeros(2), training(trained=trained))
     assert trained == run.selection.training(1) == [c for c in outcome.sampled if c not in outcome.left_out]
     assert 0 < len(trained) < 3
 
@@ -96,7 +101,7 @@ def test_clients_that_drop_out_do_not_train():
 def test_a_round_below_its_quorum_is_tried_with_others():
     run = federation(quorum=2, retries=1)
     first, second = run.selection.sampled(0), run.selection.sampled(0, attempt=1)
-    outcome = run.run(0, torch.zeros(2), training(failing=first[:2]))
+    outcome = run_round(run, 0, torch.zeros(2), training(failing=first[:2]))
     assert not set(first) & set(second)
     assert outcome.sampled == first + second
     assert outcome.left_out == first[:2]
@@ -107,13 +112,13 @@ def test_a_round_below_its_quorum_is_tried_with_others():
 def test_without_quorum_the_first_error_is_the_cause():
     run = federation(quorum=1, retries=2)
     with pytest.raises(QuorumError, match=r"3 attempts.*resume_from_checkpoint") as error:
-        run.run(0, torch.zeros(2), training(failing=range(6)))
+        run_round(run, 0, torch.zeros(2), training(failing=range(6)))
     assert str(error.value.__cause__) == f"client {run.selection.sampled(0)[0]} is ill"
 
 
 def test_processes_put_their_clients_together():
     """Three processes take turns in this one: what each adds up is what the others left."""
-    alone = federation().run(0, torch.zeros(2), training())
+    alone = run_round(federation(), 0, torch.zeros(2), training())
     shared: list[list[torch.Tensor]] = []
 
     def recorder(tensor):
@@ -124,7 +129,7 @@ def test_processes_put_their_clients_together():
         run.placement, run.add_up = Placement("client_parallel", index, 3), recorder
         shared.append([])
         run.quorum = 0
-        run.run(0, torch.zeros(2), training())
+        run_round(run, 0, torch.zeros(2), training())
     reports, sums = (sum(part[index] for part in shared) for index in range(2))
     assert reports[:, 0].tolist() == [8, 8, 8]
     assert (sums[:-1] / sums[-1]).float().tolist() == alone.adapter.tolist()
@@ -144,7 +149,7 @@ def test_updates_that_come_late_count_where_they_arrive():
     for index in range(10):
         before = dict(changes)
         arriving = run.selection.arrivals(index)
-        outcome = run.run(index, adapter, train)
+        outcome = run_round(run, index, adapter, train)
         clock += outcome.seconds
         late += len(outcome.late)
         fresh = [c for c in outcome.sampled if c not in outcome.late and c not in outcome.left_out]
@@ -169,11 +174,11 @@ def test_a_stage_goes_on_at_the_same_time():
     for index in range(10):
         if index == 4:
             saved, half = whole.state_dict(), adapter
-        adapter = whole.run(index, adapter, training()).adapter
+        adapter = run_round(whole, index, adapter, training()).adapter
     resumed = federation(selection=ResourceAware(), resources=resources)
     resumed.memory.load_state_dict(saved)
     resumed.begin_stage(LAYOUT, half, range(10), 4, dict.fromkeys(range(6), 1.0), [1.0] * 6)
     for index in range(4, 10):
-        half = resumed.run(index, half, training()).adapter
+        half = run_round(resumed, index, half, training()).adapter
     assert torch.equal(half, adapter)
     assert resumed.clock.time == whole.clock.time

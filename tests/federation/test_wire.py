@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rounds_of import layout, random_adapter
 
+from hf_devft.federation.encoding import BITS, BLOCK, encode, from_bytes, to_bytes
 from hf_devft.federation.memory import Memory
-from hf_devft.federation.wire import BLOCK, Wire, quantize
+from hf_devft.federation.wire import Wire
 
 
 def make(dtype="fp32", top_k=1.0) -> Wire:
@@ -16,16 +17,16 @@ def make(dtype="fp32", top_k=1.0) -> Wire:
 
 @given(
     values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=3 * BLOCK),
-    bits=st.sampled_from([4, 8]),
+    dtype=st.sampled_from(["int4", "int8"]),
 )
-def test_quantised_values_are_within_half_a_level(values, bits):
+def test_quantised_values_are_within_half_a_level(values, dtype):
     values = torch.tensor(values)
-    got = quantize(values, bits)
+    got = encode(values, dtype).decoded
     assert got.shape == values.shape
     for part, result in zip(values.split(BLOCK), got.split(BLOCK), strict=True):
-        level = part.abs().max() / (2 ** (bits - 1) - 1)
+        level = part.abs().max() / (2 ** (BITS[dtype][0] - 1) - 1)
         assert (part - result).abs().max() <= 0.51 * level + 1e-30
-    torch.testing.assert_close(quantize(got, bits), got, rtol=0.02, atol=1e-6)
+    torch.testing.assert_close(encode(got, dtype).decoded, got, rtol=0.02, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +48,8 @@ def test_bytes(dtype, top_k, down, up):
 
 def test_single_precision_is_not_touched():
     wire, vector = make(), random_adapter(layout())
-    assert wire.down(vector) is vector
-    assert wire.up(0, vector, torch.zeros_like(vector)) is vector
+    assert wire.down(vector).decoded is vector
+    assert wire.up(0, vector, torch.zeros_like(vector)).arrive(torch.zeros_like(vector)) is vector
     assert wire.memory.state_dict() == {}
 
 
@@ -62,7 +63,7 @@ def test_what_is_left_out_is_sent_later(dtype, top_k):
     known = random_adapter(layout(), 1)
     total, count = torch.zeros_like(change), 60
     for _ in range(count):
-        total += wire.up(3, known + change, known) - known
+        total += wire.up(3, known + change, known).decoded
         wire.memory.commit()
     left_out = layout().flat(wire.memory.get(3, "left-out-adapter"))
     torch.testing.assert_close(total + left_out, count * change, rtol=1e-3, atol=1e-3)
@@ -100,5 +101,30 @@ def test_the_largest_changes_are_sent():
     change[[3, 50]] = torch.tensor([5.0, -7.0])
     change[9] = 1.0
     known = random_adapter(layout())
-    got = wire.up(0, known + change, known) - known
+    got = wire.up(0, known + change, known).decoded
     assert torch.nonzero(got).flatten().tolist() == [3, 50]
+
+
+@given(
+    values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=3 * BLOCK),
+    dtype=st.sampled_from(list(BITS)),
+    fraction=st.sampled_from([1.0, 0.3]),
+)
+def test_messages_are_as_many_bytes_as_are_counted_and_are_read_as_they_were(values, dtype, fraction):
+    wire, count = Wire(dtype, fraction, Memory()), len(values)
+    values = torch.tensor(values)
+    known = torch.ones_like(values)
+    down, up = wire.down(values), wire.up(0, values, known, error_feedback=False)
+    sent_down, sent_up = to_bytes(down, dtype), to_bytes(up, dtype)
+    assert (len(sent_down), len(sent_up)) == (wire.bytes_down(count), wire.bytes_up(count))
+    assert torch.equal(wire.parse_down(sent_down, count).decoded, down.decoded)
+    assert torch.equal(wire.parse_up(sent_up, count).arrive(known), up.arrive(known))
+
+
+def test_bytes_of_another_message_are_refused():
+    with pytest.raises(ValueError, match="has 400 bytes, this one has 396"):
+        make().parse_up(bytes(396), 100)
+    good = to_bytes(encode(torch.ones(300), "fp32", torch.tensor([3, 200])), "fp32")
+    assert from_bytes(good, "fp32", 300, chosen=2).decoded.sum() == 2
+    with pytest.raises(ValueError, match="ascending places below 100"):
+        from_bytes(good, "fp32", 100, chosen=2)

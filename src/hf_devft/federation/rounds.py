@@ -1,14 +1,13 @@
-"""One communication round: sampled clients train from what they receive, and what they send is combined."""
+"""The server's half of a communication round: sampled clients are asked, and what they send is combined."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 
-from hf_devft.federation.batches import ClientBatches
+from hf_devft.federation.client_side import Answer, Exchange, FromClient, ToClient
 from hf_devft.federation.heterogeneity.clock import SimulatedClock, Work
 from hf_devft.federation.heterogeneity.late_updates import LateUpdates
 from hf_devft.federation.ledger import RoundRecord
@@ -16,7 +15,6 @@ from hf_devft.federation.memory import SERVER, Memory
 from hf_devft.federation.methods import FederatedMethod, LocalCorrection, ServerOptimizer
 from hf_devft.federation.sampling import Placement
 from hf_devft.federation.selection import ClientSelection
-from hf_devft.federation.turns import ClientTurn, LocalResult, TrainClients, Trained
 from hf_devft.federation.wire import Wire
 from hf_devft.models.layout import AdapterLayout, State
 
@@ -117,7 +115,6 @@ class Federation:
         names: the clients' names.
         quorum: how many clients of a round must return a finite adapter.
         retries: how often a round below its quorum is tried again with other clients.
-        batches_of: (rounds, attempt) -> the batches of this process's clients in them.
         add_up: sums a tensor over the processes, in place.
         gather: (an object of this process) -> those of all processes.
         device: where those sums are made.
@@ -133,7 +130,6 @@ class Federation:
     names: list[str]
     quorum: int
     retries: int
-    batches_of: Callable[[Iterable[int], int], ClientBatches]
     add_up: Callable[[torch.Tensor], None]
     gather: Callable[[Any], list]
     device: torch.device
@@ -178,7 +174,6 @@ class Federation:
         begun = self.clock.remembered()
         self.selection.begin_stage(list(shares), rounds, self._expected_work(flops), begun)
         self.clock.time = begun + sum(self.selection.seconds(index) for index in rounds[:done])
-        self._batches = self.batches_of(rounds[done:], 0)
 
     def end_stage(self, expand: Callable[[State, bool], State]) -> None:
         """End a stage: take what is remembered to full depth. What begins the next one takes it from there.
@@ -222,12 +217,12 @@ class Federation:
 
     # --- a round --------------------------------------------------------------------------------------------
 
-    def run(self, round_index: int, start: torch.Tensor, train_clients: TrainClients) -> RoundOutcome:
-        """Run one round from the global adapter `start`: ask clients, train them, combine what they send; where too
-        few of them answer, try again with others.
+    def run(self, round_index: int, start: torch.Tensor, exchange: Exchange) -> RoundOutcome:
+        """Run one round from the global adapter `start`: ask clients, combine what they send; where too few of them
+        answer, try again with others.
 
         Args:
-            train_clients: does the local training.
+            exchange: takes messages to clients, and brings back what they send.
 
         Raises:
             QuorumError: too few clients answered in any attempt; its cause is the first error of a client of this
@@ -236,8 +231,7 @@ class Federation:
         outcome, self._first_error = RoundOutcome(), None
         for attempt in range(self.retries + 1):
             sampled = self.selection.sampled(round_index, attempt)
-            batches = self._batches if attempt == 0 else self.batches_of([round_index], attempt)
-            reports = self._train_all(round_index, attempt, start, batches, train_clients, outcome)
+            reports = self._ask_all(round_index, attempt, start, exchange, outcome)
             counted = outcome.add(sampled, self._of_all_processes(reports))
             arrived = self.late.arrived(self.selection.arrivals(round_index), round_index)
             if counted + len(arrived) >= self.quorum:
@@ -255,106 +249,77 @@ class Federation:
             "`round_quorum`; then go on from the last checkpoint with `resume_from_checkpoint`."
         ) from self._first_error
 
-    def _train_all(
-        self,
-        round_index: int,
-        attempt: int,
-        start: torch.Tensor,
-        batches: ClientBatches,
-        train_clients: TrainClients,
-        outcome: RoundOutcome,
+    def _ask_all(
+        self, round_index: int, attempt: int, start: torch.Tensor, exchange: Exchange, outcome: RoundOutcome
     ) -> torch.Tensor:
-        """Train this process's clients of an attempt; returns their reports, a row for each client of all
-        processes."""
+        """Ask this process's clients of an attempt; returns their reports, a row for each client of all processes."""
         sampled, late = self.selection.sampled(round_index, attempt), self.selection.late(round_index, attempt)
         mine = set(self.placement.clients(self.selection.training(round_index, attempt)))
         self.memory.rollback()
         self.method.begin_round(round_index, start, sampled)
+        extra = None
         if self.correction is not None:
             self.correction.begin_round(start)
-        correction_message = self.correction.download() if self.correction is not None else None
-        if self.correction is not None and correction_message is not None:
-            self.correction.arrive(self.wire.down(correction_message))
+            extra = self.correction.download()
+        correction = None if extra is None else self.wire.down(extra)
 
-        def turns() -> Iterator[ClientTurn]:
+        def messages() -> Iterator[ToClient]:
             for client in sampled:
-                message = self.method.download(client)
-                outcome.bytes_down += self.wire.bytes_down(self._travelling(client, message))
-                if correction_message is not None:
-                    outcome.bytes_down += self.wire.bytes_down(correction_message.numel())
+                values = self.method.download(client)
+                outcome.bytes_down += self.wire.bytes_down(self._travelling(client, values.numel()))
+                if extra is not None:
+                    outcome.bytes_down += self.wire.bytes_down(extra.numel())
                 if client in mine:
-                    received = self.method.start(client, self.wire.down(message))
-                    yield self._turn(round_index, client, received, batches.next_client())
+                    yield ToClient(round_index, attempt, client, self.wire.down(values), correction)
 
         reports = torch.zeros(len(sampled), len(COLUMNS), dtype=torch.float64)
-        for turn, trained in train_clients(turns()):
-            reports[sampled.index(turn.client)] = self._receive(turn, trained, turn.client in late)
+        for message, answer in exchange(round_index, attempt, messages()):
+            reports[sampled.index(message.client)] = self._receive(message, answer, message.client in late)
         return reports
 
-    def _turn(self, round_index: int, client: int, start: torch.Tensor, batches: ClientBatches) -> ClientTurn:
-        terms = [self.method.local_gradient] if self.method.corrects else []
-        terms += [self.correction.gradient] if self.correction is not None else []
-
-        def gradient(adapter: torch.Tensor) -> torch.Tensor:
-            return sum((term(client, start, adapter) for term in terms), torch.zeros(()))
-
-        return ClientTurn(
-            round_index=round_index,
-            client=client,
-            start=start,
-            batches=batches,
-            trains=self.method.trains(client),
-            skips=self.method.skips(client),
-            gradient=gradient if terms else None,
-            records=self.correction is not None and self.correction.records,
-        )
-
-    def _receive(self, turn: ClientTurn, trained: Trained, is_late: bool) -> torch.Tensor:
-        """Receive what a client has trained: the method adds it to its sums, unless it has failed. Returns its
+    def _receive(self, message: ToClient, answer: Answer, is_late: bool) -> torch.Tensor:
+        """Receive what a client has sent: the method adds it to its sums, unless the client has failed. Returns its
         report."""
         report = torch.zeros(len(COLUMNS), dtype=torch.float64)
-        if isinstance(trained, Exception):
+        if isinstance(answer, Exception):
             if not self.placement.outlives_errors:
-                raise trained
-            self._first_error = self._first_error or trained
-            self._warn(turn, f"failed and was left out: {type(trained).__name__}: {trained}")
+                raise answer
+            self._first_error = self._first_error or answer
+            self._warn(message, f"failed and was left out: {type(answer).__name__}: {answer}")
             return report
-        result, adapter = trained
+        result = answer.result
         report[TOKENS], report[SEEN], report[FLOPS] = result.tokens, result.seen, result.flops
-        finite = bool(torch.isfinite(adapter).all())
-        if result.mean_gradient is not None:
-            finite &= bool(torch.isfinite(result.mean_gradient).all())
-        report[BYTES] = self._send(turn, result, adapter, finite, is_late)
-        if not finite:
-            self._warn(turn, "returned an adapter that is not finite and was left out.")
+        report[BYTES] = self.wire.bytes_up(self._travelling(message.client, answer.count))
+        report[BYTES] += self.wire.bytes_up(answer.correction_count) + 4 * self.method.num_extra_values
+        if not self._take(message, answer, is_late):
+            self._warn(message, "returned an adapter that is not finite and was left out.")
             return report
         report[LATE if is_late else COUNTED], report[LOSS] = 1, float(result.loss)
         report[GRAD_NORM] = float("nan") if result.grad_norm is None else float(result.grad_norm)
         return report
 
-    def _send(self, turn: ClientTurn, result: LocalResult, adapter: torch.Tensor, finite: bool, is_late: bool) -> int:
-        """Send what a client has trained, which counts where it is finite, now or later; returns the bytes."""
-        client, method, wire = turn.client, self.method, self.wire
-        count = wire.bytes_up(self._travelling(client, method.payload(client, adapter))) + 4 * method.num_extra_values
-        correction = None if self.correction is None else self.correction.payload(client, result.mean_gradient)
-        count += 0 if correction is None else wire.bytes_up(correction.numel())
-        if not finite:
-            return count
-        method.keep(client, turn.start, adapter)
-        pick = partial(method.payload, client)
-        message = wire.up(client, adapter, turn.start, pick, error_feedback=method.supports_error_feedback)
+    def _take(self, message: ToClient, answer: FromClient, is_late: bool) -> bool:
+        """Take a client's message into the sums, now or later; False where it has values that are not finite."""
+        if answer.adapter is None:
+            return False
+        client, method = message.client, self.method
+        start = method.start(client, message.adapter.decoded)
+        known = method.payload(client, start)
+        values = answer.adapter.arrive(known)
+        correction = None if answer.correction is None else answer.correction.decoded
+        if not all(bool(torch.isfinite(each).all()) for each in (values, correction) if each is not None):
+            return False
         if is_late:
-            self.late.keep(client, method.sends(client), message - method.payload(client, turn.start))
+            self.late.keep(client, method.sends(client), values - known)
         else:
-            method.receive(client, turn.start, message)
+            method.receive(client, start, values)
         if self.correction is not None and correction is not None:
-            self.correction.keep(client, result.mean_gradient)
-            self.correction.receive(wire.up(client, correction, torch.zeros_like(correction), name="correction"))
-        return count
+            self.correction.receive(correction)
+        return True
 
-    def _travelling(self, client: int, message: torch.Tensor) -> int:
-        """Count the values of a message, as it would be for the submodel that the client trains."""
-        return round(message.numel() * self._shares[client])
+    def _travelling(self, client: int, count: int) -> int:
+        """Count the values of a message of `count`, as it would be for the submodel that the client trains."""
+        return round(count * self._shares[client])
 
     def _combine(self, start: torch.Tensor, fresh: int, arrived: dict[int, int]) -> torch.Tensor:
         """Combine this many fresh updates, and those that have arrived late, {client: rounds since}; returns the new
@@ -383,5 +348,5 @@ class Federation:
             reports[:, : GRAD_NORM + 1] /= self.placement.count
         return reports.cpu()
 
-    def _warn(self, turn: ClientTurn, what: str) -> None:
-        logger.warning(f"round {turn.round_index + 1}: client {self.names[turn.client]} {what}")
+    def _warn(self, message: ToClient, what: str) -> None:
+        logger.warning(f"round {message.round_index + 1}: client {self.names[message.client]} {what}")

@@ -5,29 +5,12 @@ from collections.abc import Callable
 
 import torch
 
+from hf_devft.federation.encoding import BITS, BLOCK, INDEX_BYTES, Encoded, encode, from_bytes
 from hf_devft.federation.memory import Memory
 from hf_devft.models.layout import AdapterLayout
 
 
-# Bits of a value, and of the scale that a block of values shares.
-BITS = {"fp32": (32, 0), "bf16": (16, 0), "int8": (8, 16), "int4": (4, 16)}
 WIRE_DTYPES = tuple(BITS)
-BLOCK = 64
-_INDEX_BYTES = 4
-
-
-def quantize(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Quantise `values` to integers, symmetrically and blockwise, and back.
-
-    Each block of `BLOCK` values has a scale, its largest magnitude over 2^(bits-1) − 1, in half-precision range
-    (bf16), rounded up so that nothing is clipped (Dettmers et al. 2022, arXiv 2110.02861, §2.1, with linear levels:
-    our choice).
-    """
-    top = 2 ** (bits - 1) - 1
-    padded = torch.nn.functional.pad(values.float(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
-    scales = (padded.abs().amax(dim=1, keepdim=True) / top * (1 + 2**-8)).bfloat16().float()
-    levels = (padded / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(-top, top)
-    return (levels * scales).flatten()[: values.numel()].to(values.dtype)
 
 
 class Wire:
@@ -51,9 +34,9 @@ class Wire:
         """Begin a stage, with adapters of this layout."""
         self.layout = layout
 
-    def down(self, values: torch.Tensor) -> torch.Tensor:
-        """Encode a message to a client; returns what it decodes."""
-        return self._rounded(values)
+    def down(self, values: torch.Tensor) -> Encoded:
+        """Encode a message to a client."""
+        return encode(values, self.dtype)
 
     def up(
         self,
@@ -63,9 +46,9 @@ class Wire:
         pick: Callable[[torch.Tensor], torch.Tensor] = lambda vector: vector,
         error_feedback: bool = True,
         name: str = "adapter",
-    ) -> torch.Tensor:
-        """Encode a client's message, `pick(vector)`, as a change of `pick(known)`, which both ends know; returns what
-        the server decodes. Remembers with the client what is left out.
+    ) -> Encoded:
+        """Encode a client's message, `pick(vector)`, as a change of `pick(known)`, which both ends know. Remembers
+        with the client what is left out.
 
         Args:
             vector, known: of an adapter's layout: what the client has, and what it started from.
@@ -75,19 +58,19 @@ class Wire:
         """
         values = pick(vector)
         if self.dtype == "fp32" and self.upload_fraction == 1:
-            return values
-        known = pick(known)
+            return Encoded(values, values.numel())
+        change = values - pick(known)
         if not error_feedback:
-            return known + self._encoded(values - known)
+            return self._change(change)
         where = pick(torch.arange(vector.numel(), device=vector.device))
         state = self.memory.get(client, f"left-out-{name}")
         left_out = self.layout.flat(state) if state else torch.zeros(sum(self.layout.sizes))
         left_out = left_out.to(values.device)
-        change = values - known + left_out[where]
-        sent = self._encoded(change)
-        left_out[where] = change - sent
+        change = change + left_out[where]
+        sent = self._change(change)
+        left_out[where] = change - sent.decoded
         self.memory.put(client, f"left-out-{name}", self.layout.state(left_out))
-        return known + sent
+        return sent
 
     def bytes_down(self, count: int) -> int:
         """Count the bytes of `count` values, as they are sent to a client."""
@@ -97,21 +80,32 @@ class Wire:
     def bytes_up(self, count: int) -> int:
         """Count the bytes of `count` values, as a client sends them."""
         sent = self._count(count)
-        return self.bytes_down(sent) + (_INDEX_BYTES * sent if self.upload_fraction < 1 else 0)
+        return self.bytes_down(sent) + (INDEX_BYTES * sent if self.upload_fraction < 1 else 0)
 
-    def _rounded(self, values: torch.Tensor) -> torch.Tensor:
-        if self.dtype == "fp32":
-            return values
-        if self.dtype == "bf16":
-            return values.bfloat16().to(values.dtype)
-        return quantize(values, BITS[self.dtype][0])
+    def parse_down(self, data: bytes, count: int) -> Encoded:
+        """Read a message of `count` values to a client from its bytes; see `encoding.to_bytes`.
+
+        Raises:
+            ValueError: it has another length.
+        """
+        return from_bytes(data, self.dtype, count)
+
+    def parse_up(self, data: bytes, count: int) -> Encoded:
+        """Read a client's message of `count` values from its bytes.
+
+        Raises:
+            ValueError: it has another length, or says values that there are not.
+        """
+        is_change = not (self.dtype == "fp32" and self.upload_fraction == 1)
+        chosen = self._count(count) if self.upload_fraction < 1 else None
+        return from_bytes(data, self.dtype, count, chosen, is_change)
 
     def _count(self, count: int) -> int:
         return min(count, math.ceil(count * self.upload_fraction))
 
-    def _encoded(self, change: torch.Tensor) -> torch.Tensor:
-        """The largest values, rounded; the others 0."""
+    def _change(self, change: torch.Tensor) -> Encoded:
+        """Encode the largest values of a change."""
         if self.upload_fraction == 1:
-            return self._rounded(change)
+            return encode(change, self.dtype, is_change=True)
         chosen = change.abs().topk(self._count(change.numel())).indices.sort().values
-        return torch.zeros_like(change).index_copy(0, chosen, self._rounded(change[chosen]))
+        return encode(change, self.dtype, chosen, is_change=True)

@@ -1,13 +1,12 @@
 """The federation that a config asks for."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from hf_devft.configuration import DevFTConfig
-from hf_devft.federation.batches import ClientBatches
 from hf_devft.federation.heterogeneity.label_features import label_counts as count_labels
 from hf_devft.federation.heterogeneity.resources import ClientResources, load_resources, make_resources
 from hf_devft.federation.memory import Memory
@@ -16,7 +15,7 @@ from hf_devft.federation.partition import ClientData
 from hf_devft.federation.processes import add_up as add_up_tensors
 from hf_devft.federation.processes import gather as gather_objects
 from hf_devft.federation.rounds import Federation
-from hf_devft.federation.sampling import Placement, local_trainings
+from hf_devft.federation.sampling import Placement
 from hf_devft.federation.selection import SELECTIONS, ClientSelection
 from hf_devft.federation.wire import Wire
 from hf_devft.models.layout import State
@@ -28,7 +27,6 @@ def build_federation(
     args: DevFTConfig,
     clients: ClientData,
     placement: Placement,
-    batches_of: Callable[[Iterable[tuple[int, int]]], ClientBatches],
     label_counts: Callable[[], np.ndarray],
     add_up: Callable[[torch.Tensor], None],
     gather: Callable[[Any], list],
@@ -38,7 +36,6 @@ def build_federation(
 
     Args:
         placement: this process's share of the work.
-        batches_of: (round, client) of local trainings -> their batches.
         label_counts: () -> how often each token is a label of each client, for methods that need it.
         add_up, gather: see `Federation`.
         remembered: what a run that goes on has kept; see `Federation.state_dict`.
@@ -67,7 +64,6 @@ def build_federation(
         names=clients.names,
         quorum=args.round_quorum,
         retries=args.round_retries,
-        batches_of=lambda rounds, attempt: batches_of(local_trainings(selection, placement, rounds, attempt)),
         add_up=add_up,
         gather=gather,
         device=args.device,
@@ -107,7 +103,6 @@ def federation_of(trainer: FederatedTrainer, checkpoint: Checkpoint | None = Non
         trainer.args,
         trainer.clients,
         trainer.placement,
-        trainer.client_batches,
         lambda: count_labels(trainer.train_dataset, rows),
         add_up_tensors,
         gather_objects,

@@ -168,7 +168,7 @@ class DevFTMixin(Base):
             self.run.start_metrics = evaluate_full_depth(self, stage=0)
         for record in self.stages[checkpoint.run.stage - 1 if checkpoint else 0 :]:
             active = self.run.active = session.enter(record, checkpoint)
-            checkpoint, runner = None, session.runner(active)
+            checkpoint = None
             self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
             self.control.should_epoch_stop |= active.is_over
             while active.done < record.rounds:
@@ -176,7 +176,7 @@ class DevFTMixin(Base):
                     break
                 self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
                 learning_rate = session.schedule.rate(record.learning_rate)
-                outcome = session.run_round(active, runner, learning_rate)
+                outcome = session.run_round(active, learning_rate)
                 if np.isfinite(outcome.loss) or not args.logging_nan_inf_filter:
                     self._tr_loss += outcome.loss
                 self.state.num_input_tokens_seen += outcome.seen
@@ -189,8 +189,9 @@ class DevFTMixin(Base):
                 self._log_save_evaluate(outcome.grad_norm if args.max_grad_norm > 0 else None, learning_rate, *log_how)
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
             self._log_save_evaluate(None, session.schedule.rate(record.learning_rate), *log_how)
+            session.clients.end_stage()
             self._finish_stage(active)
-            active = runner = None  # what it held is not needed to make the next one
+            active = None  # what it held is not needed to make the next one
             if self.control.should_training_stop:
                 break
         self.models.use_whole(self.run)

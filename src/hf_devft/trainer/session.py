@@ -1,7 +1,7 @@
 """One call of `train`: what lives from its start to its end, and how stages and rounds are run with it."""
 
-import functools
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +13,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_devft.configuration import StageConfig
 from hf_devft.configuration.stage_folder import SUBMODEL
+from hf_devft.federation.batches import ClientBatches
+from hf_devft.federation.client_side import ClientSide
 from hf_devft.federation.clients.local_training import LocalTraining
 from hf_devft.federation.heterogeneity.resources import expected_flops
 from hf_devft.federation.processes import add_up
 from hf_devft.federation.rounds import RoundOutcome
-from hf_devft.federation.sampling import client_seed
+from hf_devft.federation.sampling import client_seed, local_trainings
 from hf_devft.models.adapter import chooses_layers
 from hf_devft.models.flops import flops_per_token
 from hf_devft.models.layer_stack import encoders_of
@@ -35,6 +37,7 @@ from hf_devft.trainer.evaluation import named_sets, number_of_rows
 from hf_devft.trainer.federated_run import FederatedRun
 from hf_devft.trainer.federation_builder import federation_of, gradient_obstacle
 from hf_devft.trainer.interface import FederatedTrainer
+from hf_devft.trainer.local_clients import LocalClients
 from hf_devft.trainer.model_in_use import ModelInUse
 from hf_devft.trainer.schedule import RoundSchedule
 from hf_devft.trainer.server_teacher import ServerTeacher
@@ -52,6 +55,7 @@ class TrainingSession:
 
     Attributes:
         schedule: of the learning rate. peak_memory: of the work under way.
+        clients: carries messages to the clients and back.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class TrainingSession:
         most = len(trainer.placement.clients(range(args.clients_per_round)))
         self._batching = ClientBatching(trainer, most, gradient_obstacle(args, self.federation))
         self._factory: StageFactory | None = None
+        method, correction, wire = self.federation.method, self.federation.correction, self.federation.wire
+        self.clients = LocalClients(ClientSide(method, correction, wire), self.runner, self.batches_of)
 
     def seed_round(self) -> None:
         """Make whatever is drawn between rounds the same on all processes, and in a resumed run."""
@@ -135,6 +141,7 @@ class TrainingSession:
             flops=self._expected_flops(active),
         )
         active.add_to_weights(self.run.residual)
+        self.clients.begin_stage(active, range(state.global_step, min(begin + record.rounds, state.max_steps)))
 
     def _expected_flops(self, active: ActiveStage) -> list[float]:
         """Estimate what a round of a stage asks of each client; nothing without a clock."""
@@ -194,11 +201,16 @@ class TrainingSession:
             pad_token=getattr(trainer.model.config, "pad_token_id", None) or 0 if pad is None else pad,
         )
 
-    def run_round(self, active: ActiveStage, runner: StageRunner, learning_rate: float) -> RoundOutcome:
+    def batches_of(self, rounds: Iterable[int], attempt: int) -> ClientBatches:
+        """Make the batches of this process's clients in these rounds."""
+        order = local_trainings(self.federation.selection, self.trainer.placement, rounds, attempt)
+        return self.trainer.client_batches(order)
+
+    def run_round(self, active: ActiveStage, learning_rate: float) -> RoundOutcome:
         """Run one round: train the sampled clients, aggregate, record. Changes the stage's adapter."""
         started, index = time.perf_counter(), self.trainer.state.global_step
         self.peak_memory.reset()
-        outcome = self.federation.run(index, active.adapter, functools.partial(runner.train, learning_rate))
+        outcome = self.federation.run(index, active.adapter, self.clients.exchange(learning_rate))
         active.adapter = outcome.adapter
         active.add_to_weights(self.run.residual)
         active.engine.begin_client(active.adapter, learning_rate)  # nothing of the last client stays
