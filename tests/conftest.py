@@ -124,4 +124,12 @@ def make_trainer(tmp_path, tasks, tokenizer):
     return make
 
 
-_TRAINER_ARGUMENTS = {"eval_dataset", "calibration_dataset", "callbacks", "partitioner", "optimizers", "model_init"}
+_TRAINER_ARGUMENTS = {
+    "remote_clients",
+    "eval_dataset",
+    "calibration_dataset",
+    "callbacks",
+    "partitioner",
+    "optimizers",
+    "model_init",
+}

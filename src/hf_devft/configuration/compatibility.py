@@ -17,16 +17,20 @@ from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_devft.federation.methods import CORRECTIONS, METHODS, SERVER_OPTIMIZERS, Methods, make_methods
+from hf_devft.federation.methods.c2a import C2A
+from hf_devft.federation.methods.dofit import DoFIT
 from hf_devft.federation.methods.droppeft import DropPEFT
 from hf_devft.federation.methods.fedit import FedIT
+from hf_devft.federation.methods.fedsa_lora import FedSALoRA
 from hf_devft.federation.methods.ffa_lora import FFALoRA
+from hf_devft.federation.methods.hetlora import HetLoRA
 from hf_devft.federation.selection import SELECTIONS
 from hf_devft.models.adapter import chooses_layers
 from hf_devft.models.initialisation import moves_weights
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.models.supported import uneven_options
-from hf_devft.tasks import answers_prompts
+from hf_devft.tasks import TASKS, answers_prompts
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Setup:
         has_evaluation: whether there is an `eval_dataset`.
         server_rows: the server's own rows, `calibration_dataset`; False for none.
         remembers: whether the method has put something into its memory at the start of a stage.
+        network: whether the clients are on other machines.
     """
 
     args: TrainingArguments
@@ -60,6 +65,7 @@ class Setup:
     has_evaluation: bool | None = None
     server_rows: Any = None
     remembers: bool | None = None
+    network: bool | None = None
 
     @cached_property
     def methods(self) -> Methods:
@@ -395,6 +401,30 @@ FACTS: dict[str, Fact] = {
         '`beyond_capacity="keep_last"`', lambda s: s.args.beyond_capacity == "keep_last", _given("beyond_capacity")
     ),
     # processes and engines
+    "network": Fact("clients on other machines", lambda s: s.network),
+    "network with anchor transfer": Fact(
+        'clients on other machines and `transfer="anchor"`',
+        lambda s: s.network and s.args.transfer == "anchor",
+        _given("transfer"),
+    ),
+    "label counts": Fact(
+        "methods that ask for the clients' label counts (`c2a`, `dofit`)",
+        lambda s: isinstance(s.methods.method, (C2A, DoFIT)),
+        _METHOD,
+    ),
+    "pruned ranks": Fact("`hetlora`", lambda s: isinstance(s.methods.method, HetLoRA), _METHOD),
+    "FedSA-LoRA": Fact("`fedsa_lora`", lambda s: isinstance(s.methods.method, FedSALoRA), _METHOD),
+    "drawn dropouts": Fact(
+        "`client_dropout_rate`", lambda s: s.args.client_dropout_rate, _given("client_dropout_rate")
+    ),
+    "held out rows": Fact(
+        "`client_eval_size`", lambda s: s.args.client_eval_size is not None, _given("client_eval_size")
+    ),
+    "classes": Fact(
+        "tasks with classes",
+        lambda s: s.args.task is not None and TASKS[s.args.task].classes is not None,
+        _given("task"),
+    ),
     "DeepSpeed": Fact("DeepSpeed", lambda s: s.args.deepspeed_plugin is not None),
     "ZeRO-3": Fact("DeepSpeed ZeRO-3", lambda s: s.zero_stage == 3),
     "decay under DeepSpeed": Fact(
@@ -564,6 +594,22 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("keep_last", "temporary head", 'it takes updates of other depths: leave it out, or set "sit_out"'),
     ("keep_last", "DeepSpeed", 'it trains two submodels in turns, each on one process: set "sit_out"'),
     ("keep_last", "shared batches", 'it trains two submodels in turns, each on one process: set "sit_out"'),
+    ("network", "changed base", "the server would have to send all changes of the weights: use another method"),
+    ("network", "label counts", "they stay with the clients: use another method"),
+    ("network", "pruned ranks", "the server would have to know which ranks clients prune: use flexlora or hlora"),
+    ("network", "moved weights", "each client would have to move them alike: use another initialisation"),
+    ("network", "clock", "clients take the time they take: leave it out"),
+    ("network", "drawn dropouts", "clients drop out by themselves: leave it out"),
+    ("network", "held out rows", "their rows stay with the clients: pass an `eval_dataset` of the server's own"),
+    ("network", "keep_last", 'a client holds one submodel: set beyond_capacity="sit_out"'),
+    ("network", "several processes", "the server waits for its clients in one process: launch one"),
+    ("network", "TRL", "clients train as DevFTTrainer does: leave it out"),
+    ("network", "classes", "clients would have to agree on the labels: use a task without"),
+    (
+        "FedSA-LoRA",
+        "network with anchor transfer",
+        'a client does not know what other layers have: set transfer="broadcast"',
+    ),
     ("DeepSpeed", "client_parallel", 'it trains each client on all processes: set client_placement="data_parallel"'),
     ("DeepSpeed", "own optimizer", "each client starts a fresh one: leave it out, and set `optim`"),
     ("DeepSpeed", "own scheduler", "a schedule counts rounds: leave it out, and set `lr_scheduler_type`"),

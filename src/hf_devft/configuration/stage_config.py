@@ -106,12 +106,12 @@ class StageConfig(PushToHubMixin):
             content = json.loads(path.read_text())
             known = {item.name for item in fields(cls)}
             config = cls(**{key: value for key, value in content.items() if key in known})
-            config._check()
+            config.check()
             return config
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is not a stage's record: {error}") from error
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Refuse what no run writes, before anything is built from it."""
         for name in ("stage", "num_stages", "num_layers", "full_layers", "rounds"):
             if type(value := getattr(self, name)) is not int or value < 1:

@@ -19,14 +19,19 @@ class ClientData:
     Attributes:
         dataset: every client's rows.
         rows: {client's name: indices into `dataset`}, none empty, none shared.
+        elsewhere: how many examples each client has, where they have their rows themselves, by number; 0 for one that
+            has not said it yet. `dataset` and `rows` are empty then.
     """
 
     dataset: Dataset
     rows: dict[str, np.ndarray]
+    elsewhere: list[int] | None = None
 
     def __post_init__(self):
         if not self.rows:
             raise ValueError("there is no client: pass a dataset, or {client: dataset} with at least one client.")
+        if self.elsewhere is not None:
+            return
         if empty := [name for name, rows in self.rows.items() if len(rows) == 0]:
             raise ValueError(
                 f"{len(empty)} of {len(self.rows)} clients have no rows ({', '.join(empty[:5])}): leave them out, or "
@@ -37,6 +42,17 @@ class ClientData:
     def names(self) -> list[str]:
         """The clients' names, by number."""
         return list(self.rows)
+
+    @property
+    def examples(self) -> list[int]:
+        """How many examples each client has, by number."""
+        return [len(rows) for rows in self.rows.values()] if self.elsewhere is None else self.elsewhere
+
+
+def clients_elsewhere(names: Sequence[str]) -> ClientData:
+    """Make clients that have their rows themselves, and have not said yet how many."""
+    nothing = Dataset.from_dict({"input_ids": [], "labels": []})
+    return ClientData(nothing, {name: np.arange(0) for name in names}, [0] * len(names))
 
 
 def from_mapping(clients: Mapping[str, Dataset]) -> ClientData:
@@ -83,13 +99,15 @@ def make_clients(data: Any, partitioner: Any = None, num_clients: int | None = N
     """Make clients from whatever a user has: {client: dataset}, a dataset and a partitioner, or a dataset and options.
 
     Args:
-        data: a dataset, or {client: dataset}.
+        data: a dataset, {client: dataset}, or `ClientData`.
         partitioner: see `from_partitioner`.
         num_clients, options: see `partition_dataset`.
 
     Raises:
         ValueError: none of these, or a count that contradicts the clients given.
     """
+    if isinstance(data, ClientData):
+        return data
     if isinstance(data, Mapping) and num_clients not in (None, len(data)):
         raise ValueError(f"num_clients={num_clients}, but train_dataset has {len(data)} clients: leave it out.")
     if isinstance(data, Mapping):

@@ -138,7 +138,7 @@ def table_rows(finished: list[StageConfig], start_metrics: dict[str, float] | No
 
 def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: PeftConfig) -> dict[str, Any]:
     """Describe the federation's set-up, as a card shows it: {what: value}."""
-    sizes = [len(rows) for rows in clients.rows.values()]
+    sizes, network = [size for size in clients.examples if size], clients.elsewhere is not None
     options = ", ".join(f"{name} {value}" for name, value in (args.federated_method_kwargs or {}).items())
     special = {
         "what travels": None if args.wire_dtype == "fp32" and args.upload_fraction == 1 else
@@ -150,9 +150,9 @@ def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: PeftConf
     }  # fmt: skip
     return {
         "federated method": args.federated_method + (f" ({options})" if options else ""),
-        "clients": len(sizes),
+        "clients": len(clients.rows),
         "clients per round": args.clients_per_round,
-        "partition": args.partition,
+        "partition": "each client's own data, on its own machine, over a network" if network else args.partition,
         "examples per client": f"{min(sizes)} to {max(sizes)}",
         "local steps": args.local_steps,
         "batch size": args.train_batch_size * args.gradient_accumulation_steps,

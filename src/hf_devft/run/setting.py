@@ -50,6 +50,7 @@ def run_setting(
         "healing": of("healing_steps", "healing_learning_rate", *_ANSWERING),
         "num_clients": len(clients.rows),
         "rows of the clients (checksum)": zlib.crc32(np.concatenate([*clients.rows.values()]).tobytes()),
+        "clients elsewhere": clients.names if clients.elsewhere is not None else None,
     }
 
 

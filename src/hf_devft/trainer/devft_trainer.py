@@ -4,7 +4,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -13,7 +13,6 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer,
 
 from hf_devft.configuration import DevFTConfig, Setup, check_compatibility
 from hf_devft.embedded import resolve_model_name
-from hf_devft.federation.partition import ClientData
 from hf_devft.hub.download import fetch_adapter
 from hf_devft.models.adapter import attach_adapter, new_adapter
 from hf_devft.models.adapter_files import load_adapter
@@ -105,7 +104,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
         super().__init__(
             model,
             args,
-            train_dataset=ClientData(prepare(clients.dataset), clients.rows),
+            train_dataset=replace(clients, dataset=prepare(clients.dataset)),
             eval_dataset=eval_dataset,
             calibration_dataset=prepare(add_placeholder_answers(task, calibration_dataset, args)),
             processing_class=processing_class,

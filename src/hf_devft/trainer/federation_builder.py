@@ -46,7 +46,7 @@ def build_federation(
     memory = Memory()
     if remembered is not None:
         memory.load_state_dict(remembered)
-    examples = [len(rows) for rows in clients.rows.values()]
+    examples = clients.examples
     method, correction, optimizer = make_methods(args.federated_method, args.federated_method_kwargs)
     taking_part = Clients(examples=examples, seed=args.seed, label_counts=label_counts, memory=memory)
     method.begin_run(taking_part)

@@ -13,9 +13,31 @@ from transformers.trainer_callback import CallbackHandler
 
 from hf_devft.configuration import DevFTConfig
 from hf_devft.federation.batches import ClientBatches
+from hf_devft.federation.client_side import Exchange
 from hf_devft.federation.clients.hooks import TrainingHooks
 from hf_devft.federation.partition import ClientData
+from hf_devft.federation.rounds import Federation
 from hf_devft.federation.sampling import Placement
+
+
+class ClientLink(Protocol):
+    """Carries messages between a run and its clients, wherever they are."""
+
+    def begin_run(self, run: Any, federation: Federation) -> None:
+        """Begin a run, or go on with one (a `FederatedRun`)."""
+        ...
+
+    def begin_stage(self, active: Any, rounds: range) -> None:
+        """Begin a stage (an `ActiveStage`), or go on with it; `rounds` are those to come."""
+        ...
+
+    def end_stage(self) -> None:
+        """End a stage."""
+        ...
+
+    def exchange(self, learning_rate: float) -> Exchange:
+        """Return what carries messages to the clients and back, in a round with this learning rate."""
+        ...
 
 
 class FederatedTrainer(TrainingHooks, Protocol):
@@ -29,6 +51,7 @@ class FederatedTrainer(TrainingHooks, Protocol):
         clients: who has which rows of `train_dataset`.
         calibration_dataset: the server's own rows, or None.
         placement: this process's share of the work.
+        remote_clients: the way to clients on other machines; None where they are trained here.
     """
 
     args: DevFTConfig
@@ -52,6 +75,7 @@ class FederatedTrainer(TrainingHooks, Protocol):
     clients: ClientData
     calibration_dataset: Dataset | None
     placement: Placement
+    remote_clients: ClientLink | None
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         """See `Trainer.create_optimizer`."""

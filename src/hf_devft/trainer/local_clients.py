@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 from hf_devft.federation.batches import ClientBatches
 from hf_devft.federation.client_side import Answer, ClientSide, Exchange, ToClient, exchange_here
+from hf_devft.federation.rounds import Federation
 from hf_devft.federation.turns import TrainClients
 from hf_devft.trainer.active_stage import ActiveStage
+from hf_devft.trainer.federated_run import FederatedRun
 from hf_devft.trainer.stage_runner import StageRunner
 
 
@@ -26,6 +28,9 @@ class LocalClients:
         batches_of: Callable[[Iterable[int], int], ClientBatches],
     ):
         self._side, self._make_runner, self._batches_of = side, make_runner, batches_of
+
+    def begin_run(self, run: FederatedRun, federation: Federation) -> None:
+        """Begin a run; nothing is to be done."""
 
     def begin_stage(self, active: ActiveStage, rounds: range) -> None:
         """Begin a stage, or go on with it.

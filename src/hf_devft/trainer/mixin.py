@@ -13,6 +13,7 @@ from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
+from transformers import DataCollator
 
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.federation.batches import ClientBatches, client_loader
@@ -30,6 +31,7 @@ from hf_devft.run.report import table_rows
 from hf_devft.run.tables import print_stages
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.evaluation import evaluate_full_depth, over_the_sets, submodel_metrics
+from hf_devft.trainer.interface import ClientLink
 from hf_devft.trainer.model_in_use import ModelInUse
 from hf_devft.trainer.preparation import (
     check_batch_size,
@@ -66,6 +68,7 @@ class DevFTMixin(Base):
         calibration_dataset: the server's own rows, in the form of `eval_dataset`, for `args.healing_steps`,
             `args.distillation_steps`, `fusion="bridge"` and `grouping="calibrated"` (whose default is `eval_dataset`).
         initialisation: the second value of `prepare_peft_config`, where the adapter was made by the first.
+        remote_clients: the way to clients on other machines, see `hf_devft.network`; default: they are trained here.
 
     Attributes:
         clients: who has which rows of `train_dataset`.
@@ -91,6 +94,7 @@ class DevFTMixin(Base):
         partitioner: Any = None,
         calibration_dataset: Dataset | None = None,
         initialisation: str | None = None,
+        remote_clients: ClientLink | None = None,
         **kwargs,
     ):
         settle_arguments(args, kwargs)
@@ -103,7 +107,7 @@ class DevFTMixin(Base):
             # Most of these models take `num_items_in_batch` and ignore it: their losses are means over the batch.
             self.model_accepts_loss_kwargs = False
         self.placement = Placement(args.client_placement, args.process_index, args.world_size)
-        self.calibration_dataset = calibration_dataset
+        self.calibration_dataset, self.remote_clients = calibration_dataset, remote_clients
         setup = check_trainer(self, initialisation)
         self.run, patched = prepare_run(self.model, setup.adapter, args, self.clients, initialisation)
         self.models = ModelInUse(self, patched)
@@ -375,14 +379,15 @@ class DevFTMixin(Base):
 
     def client_batches(self, order: Iterable[tuple[int, int]]) -> ClientBatches:
         """Make the batches of local trainings, (round, client), in this order."""
+        sampler = make_sampler(self.args, self.clients, order, self.placement)
+        return client_loader(*self.client_rows(), sampler, self.args)
+
+    def client_rows(self) -> tuple[Dataset, DataCollator]:
+        """Return the clients' rows in columns that the collator takes, and the collator."""
         dataset, collator = self.train_dataset, self.data_collator
         if isinstance(dataset, Dataset):
-            dataset = self._remove_unused_columns(dataset, description="Training")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="Training")
-        return client_loader(
-            dataset, collator, make_sampler(self.args, self.clients, order, self.placement), self.args
-        )
+            return self._remove_unused_columns(dataset, description="Training"), collator
+        return dataset, self._get_collator_with_removed_columns(collator, description="Training")
 
     def server_batches(self, rows: Dataset, size: int, sampler: Sampler | None = None) -> Iterator[dict[str, Any]]:
         """Make batches of the server's own rows, on the device."""

@@ -57,7 +57,7 @@ def clients_and_evaluation(
     Raises:
         ValueError: held-out rows beside given ones, or fewer clients than a round asks.
     """
-    clients = train_dataset if isinstance(train_dataset, ClientData) else clients_of(args, train_dataset, partitioner)
+    clients = clients_of(args, train_dataset, partitioner)
     if args.client_eval_size is not None:
         if eval_dataset is not None:
             raise ValueError("client_eval_size holds the clients' own rows out: leave `eval_dataset` out.")
@@ -217,6 +217,7 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
         has_processor=trainer.processing_class is not None,
         has_evaluation=trainer.eval_dataset is not None,
         server_rows=False if given is None else given,
+        network=trainer.remote_clients is not None,
     )
     check_compatibility(setup)
     return setup

@@ -36,7 +36,7 @@ from hf_devft.trainer.client_batching import ClientBatching
 from hf_devft.trainer.evaluation import named_sets, number_of_rows
 from hf_devft.trainer.federated_run import FederatedRun
 from hf_devft.trainer.federation_builder import federation_of, gradient_obstacle
-from hf_devft.trainer.interface import FederatedTrainer
+from hf_devft.trainer.interface import ClientLink, FederatedTrainer
 from hf_devft.trainer.local_clients import LocalClients
 from hf_devft.trainer.model_in_use import ModelInUse
 from hf_devft.trainer.schedule import RoundSchedule
@@ -73,7 +73,10 @@ class TrainingSession:
         self._batching = ClientBatching(trainer, most, gradient_obstacle(args, self.federation))
         self._factory: StageFactory | None = None
         method, correction, wire = self.federation.method, self.federation.correction, self.federation.wire
-        self.clients = LocalClients(ClientSide(method, correction, wire), self.runner, self.batches_of)
+        self.clients: ClientLink = LocalClients(ClientSide(method, correction, wire), self.runner, self.batches_of)
+        if trainer.remote_clients is not None:
+            self.clients = trainer.remote_clients
+            self.clients.begin_run(run, self.federation)
 
     def seed_round(self) -> None:
         """Make whatever is drawn between rounds the same on all processes, and in a resumed run."""
@@ -93,7 +96,7 @@ class TrainingSession:
         started, trainer, run = time.perf_counter(), self.trainer, self.run
         self.peak_memory.release()
         self.peak_memory.reset()
-        factory = self._stage_factory(self.models.release())
+        factory = self.stage_factory(self.models.release())
         goes_on = checkpoint is not None and checkpoint.sub is not None
         sub = checkpoint.sub if goes_on else self._begin_anew(record, factory)
         active = factory.enter(
@@ -153,7 +156,7 @@ class TrainingSession:
         clients = self.run.clients
         return expected_flops(self.trainer.train_dataset, list(clients.rows.values()), rows, per_token)
 
-    def _stage_factory(self, base: PreTrainedModel) -> StageFactory:
+    def stage_factory(self, base: PreTrainedModel) -> StageFactory:
         """Return the factory of all stages, on the base."""
         trainer, run, args = self.trainer, self.run, self.trainer.args
         if self._factory is None:

@@ -123,6 +123,12 @@ class FederatedMethod:
         sent = set(self.sends(0))
         return tuple(place for place in self.trains(0) if place not in sent)
 
+    @property
+    def untransmitted(self) -> tuple[int, ...]:
+        """The tensors that no message of a round has, and a client starts from: by default those that stay with the
+        clients, before a client has trained them. Over a network, it is told them once a stage."""
+        return self.kept
+
     def residual(self) -> State:
         """What the method adds to the base's weights beside the adapter, by module; nothing here (see `Residual`)."""
         return {}

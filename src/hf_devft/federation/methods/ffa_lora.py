@@ -17,3 +17,7 @@ class FFALoRA(FederatedMethod):
 
     def trains(self, client: int) -> tuple[int, ...]:
         return self.layout.without(A)
+
+    @property
+    def untransmitted(self) -> tuple[int, ...]:
+        return self.layout.named(A)

@@ -1,0 +1,134 @@
+"""What a recipe's arguments ask for: the data, the plan, the trainer."""
+
+from datasets import Dataset
+from transformers import AutoTokenizer, EarlyStoppingCallback
+
+import hf_devft
+from hf_devft.cli.arguments import TRAINERS, RecipeArguments
+from hf_devft.configuration import DevFTConfig
+from hf_devft.embedded import resolve_model_name, task_dataset
+from hf_devft.embedded.families import preference_pairs
+from hf_devft.federation.partition import ClientData
+from hf_devft.hub.download import fetch_adapter
+from hf_devft.models.adapter_files import load_adapter
+from hf_devft.models.gguf import locate
+from hf_devft.models.streaming import empty_base, where_from
+from hf_devft.run.plan import RunPlan, plan_run
+from hf_devft.tasks import TASKS
+from hf_devft.tasks.data import load_datasets, load_files, tokenize
+from hf_devft.trainer.devft_trainer import DevFTTrainer, add_placeholder_answers, labels_of
+from hf_devft.trainer.interface import ClientLink
+from hf_devft.trainer.mixin import DevFTMixin
+from hf_devft.trainer.preparation import clients_of
+
+
+def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """Load (train, evaluation, calibration) rows; evaluation may be missing. Calibration rows without a file are held
+    out of training.
+
+    Raises:
+        ValueError: files that cannot be read, or that the run has no use for.
+    """
+    task = TASKS[args.task or "text-generation"]
+    to_columns = task.to_columns if recipe.trainer == "devft" else lambda rows: rows  # TRL converts for itself
+    asked = args.asks_server_texts
+    calibration = None
+    if recipe.calibration_file:
+        if not asked or recipe.trainer != "devft":
+            raise ValueError(
+                'calibration_file is read for grouping="calibrated", fusion="bridge", healing_steps and '
+                "distillation_steps of --trainer devft: set one of them, or leave it out."
+            )
+        calibration = load_files(
+            recipe.calibration_file, lambda rows: to_columns(add_placeholder_answers(task, rows, args))
+        )
+    if recipe.train_file or recipe.dataset_name:
+        if recipe.train_file:
+            train = load_files(recipe.train_file, to_columns)
+            evaluation = load_files(recipe.eval_file, to_columns) if recipe.eval_file else None
+        else:
+            names = (recipe.dataset_name, recipe.dataset_config)
+            train = load_datasets(*names, recipe.dataset_train_split, to_columns)
+            evaluation = recipe.dataset_eval_split and load_datasets(*names, recipe.dataset_eval_split, to_columns)
+        if calibration is not None or not asked:
+            return train, evaluation, calibration
+        parts = train.train_test_split(test_size=args.calibration_samples, seed=args.seed)
+        return parts["train"], evaluation, parts["test"]
+    made_up = (
+        task_dataset(recipe.task_rows, recipe.task_families, seed=args.seed),
+        task_dataset(recipe.task_eval_rows, recipe.task_families, split="test"),
+        task_dataset(args.calibration_samples, recipe.task_families, seed=args.seed + 1)
+        if calibration is None
+        else calibration,
+    )
+    return tuple(map(preference_pairs, made_up)) if recipe.trainer == "dpo" else made_up
+
+
+def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
+    """Plan what the run will cost; data on the Hub is not downloaded for it."""
+    path, options = locate(resolve_model_name(recipe.model_name_or_path), args.model_init_kwargs or {})
+    task = TASKS[args.task or "text-generation"]
+    config = recipe.lora_config(args.task)
+    if recipe.adapter_name_or_path:
+        config = load_adapter(fetch_adapter(recipe.adapter_name_or_path, token=args.hub_token))[0]
+        config.inference_mode = False
+    clients = None
+    if task.classes and recipe.train_file:
+        options = labels_of(task, load_data(recipe, args)[0], path, options) | options
+    if not recipe.dataset_name and task is TASKS["text-generation"] and recipe.trainer == "devft":
+        tokenizer = AutoTokenizer.from_pretrained(path, **where_from(options))
+        clients = clients_of(args, tokenize(load_data(recipe, args)[0], tokenizer, args.max_length))
+    return plan_run(args, empty_base(path, task.auto_class, **options), config, clients, recipe.trainer)
+
+
+def make_trainer(
+    recipe: RecipeArguments,
+    args: DevFTConfig,
+    remote_clients: ClientLink | None = None,
+    clients: ClientData | None = None,
+) -> DevFTMixin:
+    """Make the trainer of a run.
+
+    Args:
+        remote_clients, clients: the way to clients on other machines, and who they are; default: all is here.
+
+    Raises:
+        ValueError: arguments or data that cannot be trained; before any work is spent.
+    """
+    if recipe.dataset_name and args.card_datasets is None:
+        args.card_datasets = recipe.dataset_name
+    patience = recipe.early_stopping_patience
+    if patience is not None and (patience < 1 or not args.load_best_model_at_end):
+        raise ValueError(
+            f"early_stopping_patience={patience} ends a stage after its best round: give 1 or more, and set "
+            "`load_best_model_at_end`, and `save_strategy` as `eval_strategy`."
+        )
+    if clients is not None and (recipe.train_file or recipe.dataset_name):
+        raise ValueError(
+            "the clients have their rows themselves: leave `train_file` and `dataset_name` out, and give the server's "
+            "own as `eval_file` and `calibration_file`."
+        )
+    train, evaluation, calibration = load_data(recipe, args)
+    if clients is not None:
+        train = clients
+    data = {"train_dataset": train, "eval_dataset": evaluation, "calibration_dataset": calibration}
+    if patience is not None:
+        data["callbacks"] = [EarlyStoppingCallback(patience)]
+    if recipe.trainer != "devft":
+        if recipe.adapter_name_or_path:
+            raise ValueError(
+                f"--trainer {recipe.trainer} starts with a new adapter: merge {recipe.adapter_name_or_path} into the "
+                "base (examples/merge_and_save.py), and give that as `model_name_or_path`."
+            )
+        trainer = getattr(hf_devft, f"{TRAINERS[recipe.trainer]}Trainer")
+        return trainer(recipe.model_name_or_path, args, peft_config=recipe.lora_config(args.task), **data)
+    task = TASKS[args.task or "text-generation"]
+    return DevFTTrainer(
+        recipe.model_name_or_path,
+        args,
+        peft_config=recipe.adapter_name_or_path or recipe.lora_config(args.task),
+        compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.preprocess_logits,
+        remote_clients=remote_clients,
+        **data,
+    )

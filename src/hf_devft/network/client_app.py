@@ -1,0 +1,25 @@
+"""A participant as Flower's own SuperNode starts it: a process for each message, which loads the base each time.
+
+The node's config says what the flags of `hf_devft.network.node` say there:
+`flower-supernode --node-config 'name="hospital-a" train-file="/data/rows.jsonl"'`.
+"""
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from hf_devft.network.messages import JOIN
+from hf_devft.network.node import DataArguments
+from hf_devft.network.replies import reply_to
+
+
+app = ClientApp()
+
+
+@app.query(JOIN)
+@app.train()
+def answer(message: Message, context: Context) -> Message:
+    """Answer a message of the server's."""
+    given = {key.replace("-", "_"): value for key, value in context.node_config.items()}
+    files = [given.pop("train_file")] if "train_file" in given else None
+    participant = DataArguments(train_file=files, **given).participant()
+    return Message(reply_to(participant, message.content), reply_to=message)

@@ -1,0 +1,224 @@
+"""What travels between the server and a client, as Flower's records."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, RecordDict
+
+from hf_devft.configuration import StageConfig
+from hf_devft.federation.client_side import FromClient, ToClient
+from hf_devft.federation.encoding import to_bytes
+from hf_devft.federation.turns import LocalResult
+from hf_devft.federation.wire import Wire
+
+
+# Names of records.
+JOIN, STAGE, TRAIN, TRAINED, REFUSED = "join", "stage", "train", "trained", "refused"
+# Why a client refuses a turn: it does not have the stage, so that the server sends it.
+NO_STAGE = "no stage"
+
+
+@dataclass(frozen=True)
+class Joining:
+    """What a client says of itself.
+
+    Attributes:
+        name: its own. examples: how many rows it has. max_layers: most layers that it can train; 0 for no limit.
+    """
+
+    name: str
+    examples: int
+    max_layers: int = 0
+
+
+@dataclass(frozen=True)
+class StageMessage:
+    """What a client must know of a stage, sent once.
+
+    Attributes:
+        key: stands for all of it, in the turns that follow.
+        settings: see `shared_settings`.
+        records: of the stages up to this one, with their groups.
+        num_clients: of the federation.
+        places, untransmitted: of the tensors of the adapter that no turn has, and their values, as bytes of float32;
+            see `FederatedMethod.untransmitted`.
+        taught: the file of the submodel's healed layers or bridges; empty without.
+        base_hash: of the submodel's base weights; see `hash_of_weights`.
+    """
+
+    key: str
+    settings: str
+    records: list[StageConfig]
+    num_clients: int
+    places: list[int]
+    untransmitted: bytes
+    taught: bytes
+    base_hash: str
+
+    def to_record(self) -> ConfigRecord:
+        """Return it as it travels."""
+        records = [asdict(record) | {"metrics": {}, "totals": {}, "labels": None} for record in self.records]
+        return ConfigRecord(vars(self) | {"records": json.dumps(records)})
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "StageMessage":
+        """Read it.
+
+        Raises:
+            ValueError: it is not one of ours.
+        """
+        try:
+            values = {name: _typed(record, name, kind) for name, kind in _STAGE_TYPES.items()}
+            records = [StageConfig(**content) for content in json.loads(values.pop("records"))]
+            for each in records:
+                each.check()
+            return cls(records=records, **values)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"the stage's message cannot be read: {error}") from error
+
+
+_STAGE_TYPES = {
+    "key": str, "settings": str, "records": str, "num_clients": int, "places": list, "untransmitted": bytes,
+    "taught": bytes, "base_hash": str,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A client's turn, as it arrives: its values are read when the stage's layout is known.
+
+    Attributes:
+        stage_key: of the stage that it belongs to.
+        learning_rate: of the round.
+        state_round: the last round in which this client's update has counted, whose state it goes on from; -1 for
+            none.
+        round_index, attempt, client: see `ToClient`. adapter, correction: the bytes of its messages.
+    """
+
+    stage_key: str
+    learning_rate: float
+    state_round: int
+    round_index: int
+    attempt: int
+    client: int
+    adapter: bytes
+    correction: bytes
+
+    @classmethod
+    def of(cls, message: ToClient, dtype: str, stage_key: str, learning_rate: float, state_round: int) -> "Turn":
+        """Make it of a message whose values are of this type on the wire."""
+        correction = b"" if message.correction is None else to_bytes(message.correction, dtype)
+        return cls(
+            stage_key,
+            learning_rate,
+            state_round,
+            message.round_index,
+            message.attempt,
+            message.client,
+            to_bytes(message.adapter, dtype),
+            correction,
+        )
+
+    def to_record(self) -> ConfigRecord:
+        """Return it as it travels."""
+        return ConfigRecord(vars(self))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Turn":
+        """Read it.
+
+        Raises:
+            ValueError: it is not one of ours.
+        """
+        return cls(**{name: _typed(record, name, kind) for name, kind in cls.__annotations__.items()})
+
+    def to_message(self, wire: Wire, count: int, correction_count: int) -> ToClient:
+        """Return the message, whose values are this many.
+
+        Raises:
+            ValueError: they are not.
+        """
+        correction = wire.parse_down(self.correction, correction_count) if correction_count else None
+        adapter = wire.parse_down(self.adapter, count)
+        return ToClient(self.round_index, self.attempt, self.client, adapter, correction)
+
+
+def answer_to_record(answer: FromClient, dtype: str, remembers: bool) -> ConfigRecord:
+    """Return what a client sends back: its messages, and numbers of its training. Nothing else of it is sent.
+
+    Args:
+        dtype: of the values on the wire. remembers: whether the client has kept something of this turn.
+    """
+    result = answer.result
+    return ConfigRecord(
+        {
+            "adapter": b"" if answer.adapter is None else to_bytes(answer.adapter, dtype),
+            "correction": b"" if answer.correction is None else to_bytes(answer.correction, dtype),
+            "is_finite": answer.adapter is not None,
+            "remembers": remembers,
+            "loss": float(result.loss),
+            "grad_norm": math.nan if result.grad_norm is None else float(result.grad_norm),
+            "positions": list(result.positions),
+            "seen": result.seen,
+            "flops": result.flops,
+        }
+    )
+
+
+def answer_from_record(
+    record: Mapping[str, Any], wire: Wire, count: int, correction_count: int
+) -> tuple[FromClient, bool]:
+    """Read what a client sends back, as one reads a file from a stranger.
+
+    Args:
+        count, correction_count: how many values its messages must have; 0 where there is none.
+
+    Returns:
+        It, and whether the client has kept something of its turn.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    kinds = {"loss": float, "grad_norm": float, "positions": list, "seen": int, "flops": float}
+    values = {name: _typed(record, name, kind) for name, kind in kinds.items()}
+    is_finite, remembers = (_typed(record, name, bool) for name in ("is_finite", "remembers"))
+    positions = tuple(values["positions"])
+    if not all(type(each) is int and each >= 0 for each in (*positions, values["seen"])):
+        raise ValueError("what a client has counted is not a number of tokens")
+    if not math.isfinite(values["flops"]) or values["flops"] < 0:
+        raise ValueError(f"flops={values['flops']} is no number of operations")
+    loss, norm = torch.tensor(values["loss"]), values["grad_norm"]
+    result = LocalResult(loss, positions, values["seen"], None if math.isnan(norm) else norm, values["flops"])
+    if not is_finite:
+        return FromClient(result, None, count, None, correction_count), False
+    adapter = wire.parse_up(_typed(record, "adapter", bytes), count)
+    correction = wire.parse_up(_typed(record, "correction", bytes), correction_count) if correction_count else None
+    return FromClient(result, adapter, count, correction, correction_count), remembers
+
+
+def joining_from_record(record: Mapping[str, Any]) -> Joining:
+    """Read what a client says of itself.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    joining = Joining(**{name: _typed(record, name, kind) for name, kind in Joining.__annotations__.items()})
+    if not 0 < len(joining.name) <= 100 or joining.examples < 1 or joining.max_layers < 0:
+        raise ValueError(f"{joining} needs a name, an example or more, and no negative number of layers")
+    return joining
+
+
+def refusal(why: str) -> RecordDict:
+    """Return what a client answers that refuses a message."""
+    return RecordDict({REFUSED: ConfigRecord({"why": why})})
+
+
+def _typed(record: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = record.get(name)
+    if type(value) is not kind:
+        raise ValueError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
+    return value

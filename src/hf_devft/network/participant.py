@@ -1,0 +1,219 @@
+"""A participant: one client of a federation, with its own data, base and disk. It knows no network."""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars
+from flwr.app import ConfigRecord
+
+from hf_devft.federation.batches import FederatedBatchSampler, client_loader
+from hf_devft.federation.client_side import ClientSide
+from hf_devft.federation.memory import Memory
+from hf_devft.federation.methods import Clients, make_methods
+from hf_devft.federation.wire import Wire
+from hf_devft.models.layout import AdapterLayout
+from hf_devft.network.client_state import ClientState, carry
+from hf_devft.network.messages import Joining, StageMessage, Turn, answer_to_record
+from hf_devft.network.settings import read_settings
+from hf_devft.run.files import atomic_file
+from hf_devft.trainer.active_stage import ActiveStage
+from hf_devft.trainer.devft_trainer import DevFTTrainer
+from hf_devft.trainer.session import TrainingSession
+from hf_devft.trainer.stage_runner import StageRunner
+
+
+logger = logging.getLogger(__name__)
+
+
+class UnknownStageError(ValueError):
+    """A turn of a stage that this participant was not told of."""
+
+
+@dataclass
+class RunningStage:
+    """The stage that a participant trains.
+
+    Attributes:
+        message: what was said of it. active: its model. runner: trains that. known: the stage's adapter, as far as no
+            turn says it, flat; other values are zero.
+    """
+
+    message: StageMessage
+    active: ActiveStage
+    runner: StageRunner
+    known: torch.Tensor
+
+
+@dataclass
+class Participant:
+    """Trains as the server asks, from its own rows; keeps the base and the stage's submodel from turn to turn.
+
+    Attributes:
+        name: its own. model: the base, as for `DevFTTrainer`. rows: its data, likewise.
+        folder: where it keeps what it must find again.
+        max_layers: most layers that it can train; 0 for no limit.
+        options: of its own `DevFTConfig`, such as `use_cpu`; what local training depends on comes from the server.
+        keep_states: of how many of its turns it keeps the state, for servers that go back to a checkpoint.
+    """
+
+    name: str
+    model: str
+    rows: Dataset
+    folder: Path
+    max_layers: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    keep_states: int = 20
+
+    def __post_init__(self):
+        self._settings: str | None = None
+        self._trainer: DevFTTrainer | None = None
+        self._session: TrainingSession | None = None
+        self._stage: RunningStage | None = None
+
+    def join(self) -> Joining:
+        """Return what it says of itself."""
+        return Joining(self.name, len(self.rows), self.max_layers)
+
+    def enter_stage(self, message: StageMessage) -> None:
+        """Build a stage's submodel, or go on with it.
+
+        Raises:
+            ValueError: another base than the server's, or a message that cannot be followed.
+        """
+        if self._stage is not None and self._stage.message.key == message.key:
+            return
+        record = message.records[-1]
+        if self.max_layers and record.num_layers > self.max_layers:
+            raise ValueError(f"the stage has {record.num_layers} layers, this participant can hold {self.max_layers}")
+        session = self._session_with(message.settings)
+        self._stage = None
+        healed = session.run.healed
+        if message.taught:
+            path = healed.path(record.stage)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(message.taught)
+        adapter = session.run.adapter
+        factory = session.stage_factory(session.models.release())
+        sub = adapter.fuse(record.groups, record.adapter_fusion, record.fusion_beta, record.adapted)
+        active = factory.enter(record, adapter, sub, distil=False, patched=False)
+        if (found := hash_of_weights(active)) != message.base_hash:
+            active.engine.close()
+            raise ValueError(
+                f"the submodel of stage {record.stage} has other weights here ({found[:12]}) than at the server "
+                f"({message.base_hash[:12]}): {self.model} is another base, revision or dtype than the server's."
+            )
+        session.models.use(active.engine)
+        known = _known(active.engine.layout, message.places, message.untransmitted)
+        self._stage = RunningStage(message, active, session.runner(active), known)
+
+    def take_turn(self, turn: Turn) -> ConfigRecord:
+        """Train as a turn asks, and remember what stays here; returns what is sent back.
+
+        Raises:
+            UnknownStageError: the turn's stage is another one.
+            ValueError: a turn that cannot be followed.
+        """
+        if self._stage is None or self._stage.message.key != turn.stage_key:
+            raise UnknownStageError(turn.stage_key)
+        stage, trainer = self._stage, self._trainer
+        assert trainer is not None
+        kept = ClientState(self.folder / "state" / f"client-{turn.client}", self.keep_states)
+        side, memory = self._side(stage, turn, *kept.load(turn.state_round))
+        counts = _counts(side, turn.client)
+        local = side.begin(turn.to_message(side.wire, *counts), self._batches(turn))
+        answer = side.end(local, stage.runner.train_client(turn.learning_rate, local))
+        if isinstance(answer, Exception):
+            raise answer
+        memory.commit()
+        state = memory.state_dict()
+        if state:
+            kept.save(turn.round_index, state, stage.message.records[-1].stage)
+        return answer_to_record(answer, trainer.args.wire_dtype, bool(state))
+
+    def _side(self, stage: RunningStage, turn: Turn, state: dict, depth: int) -> tuple[ClientSide, Memory]:
+        """Make the client's half of a round, with what this client remembers."""
+        args, layout, memory = self._trainer.args, stage.active.engine.layout, Memory()
+        memory.load_state_dict(state)
+        if depth:
+            carry(memory, self._session.run.adapter, stage.message.records, depth)
+        method, correction, _ = make_methods(args.federated_method, args.federated_method_kwargs)
+        examples = [0] * stage.message.num_clients
+        if not 0 <= turn.client < len(examples):
+            raise ValueError(f"client {turn.client} is none of {len(examples)}")
+        examples[turn.client] = len(self.rows)
+        everyone = Clients(examples=examples, seed=args.seed, memory=memory)
+        method.begin_run(everyone)
+        method.begin_stage(layout, stage.known)
+        method.begin_round(turn.round_index, stage.known, [turn.client])
+        if correction is not None:
+            correction.begin_run(everyone, method)
+            correction.begin_stage(layout)
+            correction.begin_round(stage.known)
+        wire = Wire(args.wire_dtype, args.upload_fraction, memory)
+        wire.begin_stage(layout)
+        return ClientSide(method, correction, wire), memory
+
+    def _batches(self, turn: Turn) -> Iterable:
+        """Make the batches of a turn: those that a simulation would have of these rows."""
+        trainer = self._trainer
+        args = trainer.args
+        sampler = FederatedBatchSampler(
+            rows={turn.client: np.arange(len(self.rows))},
+            turns=[(turn.round_index, turn.client)],
+            batches_per_client=args.local_steps * args.gradient_accumulation_steps,
+            batch_size=args.train_batch_size,
+            drop_last=args.dataloader_drop_last,
+            data_seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        return client_loader(*trainer.client_rows(), sampler, args).next_client()
+
+    def _session_with(self, settings: str) -> TrainingSession:
+        """Build the trainer of a run's settings, and load the base, unless that is done."""
+        if self._session is None or self._settings != settings:
+            disable_progress_bars()
+            own = {
+                "output_dir": str(self.folder), "num_clients": 1, "clients_per_round": 1, "clients_per_batch": 1,
+                "save_strategy": "no", "eval_strategy": "no", "report_to": "none", "disable_tqdm": True,
+            }  # fmt: skip
+            args, adapter = read_settings(settings, own | self.options)
+            self._stage = None
+            self._trainer = DevFTTrainer(self.model, args, peft_config=adapter, train_dataset=self.rows)
+            self._session = TrainingSession(self._trainer, self._trainer.run, self._trainer.models, None)
+            self._settings = settings
+        return self._session
+
+
+def _counts(side: ClientSide, client: int) -> tuple[int, int]:
+    """How many values a client's message has, and that of the correction, 0 without one."""
+    extra = None if side.correction is None else side.correction.download()
+    return side.method.download(client).numel(), 0 if extra is None else extra.numel()
+
+
+def _known(layout: AdapterLayout, places: Sequence[int], values: bytes) -> torch.Tensor:
+    """The adapter as far as a stage's message says it; zero elsewhere."""
+    if not set(places) <= set(layout.all) or len(set(places)) != len(places):
+        raise ValueError(f"the stage's message has tensors {places}, of {len(layout)}")
+    known, count = torch.zeros(sum(layout.sizes)), sum(layout.sizes[place] for place in places)
+    if len(values) != 4 * count:
+        raise ValueError(f"the stage's message has {len(values)} bytes of the adapter, not {4 * count}")
+    if places:
+        layout.put(known, places, torch.frombuffer(bytearray(values), dtype=torch.float32))
+    return known
+
+
+def hash_of_weights(active: ActiveStage) -> str:
+    """Return a hash of a stage's base weights, without its adapter: of their names, types, shapes and bytes."""
+    digest, own = hashlib.sha256(), {id(parameter) for parameter in active.engine.parameters}
+    for name, parameter in sorted(active.model.named_parameters()):
+        if id(parameter) not in own:
+            values = parameter.detach().cpu().contiguous()
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

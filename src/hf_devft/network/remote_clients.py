@@ -1,0 +1,283 @@
+"""The server's way to its clients: turns go out as Flower's messages, what they train comes back."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from hf_devft.federation.client_side import Answer, Exchange, ToClient
+from hf_devft.federation.memory import SERVER
+from hf_devft.federation.partition import ClientData, clients_elsewhere
+from hf_devft.federation.rounds import Federation
+from hf_devft.network.messages import (
+    JOIN,
+    NO_STAGE,
+    REFUSED,
+    STAGE,
+    TRAIN,
+    TRAINED,
+    Joining,
+    StageMessage,
+    Turn,
+    answer_from_record,
+    joining_from_record,
+)
+from hf_devft.network.participant import hash_of_weights
+from hf_devft.network.settings import shared_settings
+from hf_devft.trainer.active_stage import ActiveStage
+from hf_devft.trainer.federated_run import FederatedRun
+
+
+logger = logging.getLogger(__name__)
+
+# How often the server asks Flower for replies, in seconds. A reply whose parts are still on their way costs a second
+# (Flower's first wait), so that asking more often is no faster.
+POLL = 0.25
+_COUNTED = "counted"  # under which the server remembers in which round a client has counted last
+
+
+class ClientError(RuntimeError):
+    """A client that cannot be reached, refuses a turn, or sends something else."""
+
+
+@dataclass
+class Traffic:
+    """Bytes that have gone to clients and come from them, all that Flower's messages hold."""
+
+    down: int = 0
+    up: int = 0
+
+
+@dataclass
+class RemoteClients:
+    """Carries messages to the clients of a run, and back.
+
+    Attributes:
+        grid: Flower's, of the run.
+        timeout: seconds that a turn may take before its client is left out; None for no limit.
+        names: of the clients, by number, once they are known; see `wait_for`.
+        traffic: what has gone over the network.
+    """
+
+    grid: Grid
+    timeout: float | None = None
+    names: list[str] = field(default_factory=list)
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self):
+        self._node_of: dict[str, int] = {}  # name -> Flower's number of its node
+        self._joinings: dict[int, Joining | None] = {}  # of the nodes that were asked; None for one that is refused
+        self._has_stage: dict[int, str] = {}  # node -> key of the stage that it was sent last
+
+    # --- who is there ---------------------------------------------------------------------------------------
+
+    def wait_for(self, count: int, names: Sequence[str] = ()) -> ClientData:
+        """Wait until `count` clients have joined.
+
+        Args:
+            names: of all clients, where they are known: others are refused, and those that are missing may join later.
+                Without, the `count` clients are all, in the order of their names.
+        """
+        self.names = list(names)
+        said = -1
+        while len(self._node_of) < count:
+            self.greet()
+            if len(self._node_of) != said:
+                said = len(self._node_of)
+                logger.info(f"{said} of {count} clients have joined: {', '.join(sorted(self._node_of)) or 'none'}.")
+            if said < count:
+                time.sleep(POLL)
+        self.names = self.names or sorted(self._node_of)[:count]
+        self.clients = clients_elsewhere(self.names)
+        self._note_examples()
+        return self.clients
+
+    @property
+    def max_layers(self) -> list[int] | None:
+        """Most layers that each client can train, by number; None where no client says a limit."""
+        known = {joining.name: joining.max_layers for joining in self._joinings.values() if joining is not None}
+        limits = [known.get(name, 0) for name in self.names]
+        return [limit or 10**6 for limit in limits] if any(limits) else None
+
+    def greet(self) -> None:
+        """Ask nodes that are new who they are."""
+        present = set(self.grid.get_node_ids())
+        for node in set(self._joinings) - present:
+            del self._joinings[node]
+        self._node_of = {name: node for name, node in self._node_of.items() if node in present}
+        new = [node for node in present if node not in self._joinings]
+        if not new:
+            return
+        asked = {node: RecordDict({JOIN: ConfigRecord({})}) for node in new}
+        for node, reply in self._send_and_wait(asked, f"{MessageType.QUERY}.{JOIN}", timeout=self.timeout or 60.0):
+            self._joinings[node] = self._admit(node, reply)
+
+    def _admit(self, node: int, reply: RecordDict | ClientError) -> Joining | None:
+        """Take a client in, by its answer; None, and a warning, where it cannot be."""
+        try:
+            if isinstance(reply, ClientError):
+                raise reply
+            joining = joining_from_record(_record(reply, JOIN))
+            if self.names and joining.name not in self.names:
+                raise ClientError(f"{joining.name!r} is none of the clients {', '.join(self.names)}")
+            if joining.name in self._node_of:
+                raise ClientError(f"{joining.name!r} is here already: give each client a name of its own")
+        except (ClientError, ValueError) as error:
+            logger.warning(f"node {node} cannot join: {error}.")
+            return None
+        self._node_of[joining.name] = node
+        return joining
+
+    def _note_examples(self) -> None:
+        for joining in filter(None, self._joinings.values()):
+            if joining.name in self.names:
+                self.clients.elsewhere[self.names.index(joining.name)] = joining.examples
+
+    # --- a run, its stages ----------------------------------------------------------------------------------
+
+    def begin_run(self, run: FederatedRun, federation: Federation) -> None:
+        """Begin a run, or go on with one."""
+        self._run, self._federation = run, federation
+        self._settings = shared_settings(run.args, run.adapter.config)
+        self._has_stage.clear()
+
+    def begin_stage(self, active: ActiveStage, rounds: range) -> None:
+        """Begin a stage, or go on with it: make what its clients are sent once."""
+        method, layout = self._federation.method, active.engine.layout
+        values, places = active.adapter.cpu(), method.untransmitted
+        initial = self._federation.memory.get(SERVER, "initial")
+        parts = [
+            initial[layout.keys[place]].flatten() if initial else layout.pick(values, (place,)) for place in places
+        ]
+        path = self._run.healed.path(active.record.stage)
+        message = StageMessage(
+            key="",
+            settings=self._settings,
+            records=self._run.stages[: active.record.stage],
+            num_clients=len(self.names),
+            places=list(places),
+            untransmitted=torch.cat(parts).numpy().tobytes() if parts else b"",
+            taught=path.read_bytes() if active.record.is_taught else b"",
+            base_hash=hash_of_weights(active),
+        )
+        content = RecordDict({STAGE: message.to_record()})[STAGE]
+        key = hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest()
+        self._stage = replace(message, key=key)
+
+    def end_stage(self) -> None:
+        """End a stage."""
+        del self._stage
+
+    # --- a round --------------------------------------------------------------------------------------------
+
+    def exchange(self, learning_rate: float) -> Exchange:
+        """Return what carries messages to the clients and back, in a round with this learning rate."""
+        return partial(self._exchange, learning_rate)
+
+    def _exchange(
+        self, learning_rate: float, round_index: int, attempt: int, messages: Iterator[ToClient]
+    ) -> Iterator[tuple[ToClient, Answer]]:
+        self.greet()
+        self._note_examples()
+        asked: dict[int, ToClient] = {}
+        turns: dict[int, RecordDict] = {}
+        for message in messages:
+            name = self.names[message.client]
+            if (node := self._node_of.get(name)) is None:
+                yield message, ClientError("it is not connected")
+                continue
+            asked[node] = message
+            turns[node] = self._turn(node, message, learning_rate)
+        again: dict[int, RecordDict] = {}
+        for node, reply in self._send_and_wait(turns, MessageType.TRAIN, self.timeout):
+            if _why_refused(reply) == NO_STAGE:
+                del self._has_stage[node]  # it was started anew
+                again[node] = self._turn(node, asked[node], learning_rate)
+            else:
+                yield asked[node], self._receive(asked[node], reply)
+        for node, reply in self._send_and_wait(again, MessageType.TRAIN, self.timeout):
+            yield asked[node], self._receive(asked[node], reply)
+
+    def _turn(self, node: int, message: ToClient, learning_rate: float) -> RecordDict:
+        """Make the records of a turn, with the stage's where the node does not have it."""
+        counted = self._federation.memory.get(message.client, _COUNTED)
+        state_round = -1 if counted is None else int(counted["round"])
+        dtype = self._federation.wire.dtype
+        turn = Turn.of(message, dtype, self._stage.key, learning_rate, state_round)
+        records = RecordDict({TRAIN: turn.to_record()})
+        if self._has_stage.get(node) != self._stage.key:
+            records[STAGE] = self._stage.to_record()
+            self._has_stage[node] = self._stage.key
+        return records
+
+    def _receive(self, message: ToClient, reply: RecordDict | ClientError) -> Answer:
+        """Read what a client sends back; the error that it failed with, or is."""
+        federation, client = self._federation, message.client
+        if isinstance(reply, ClientError):
+            return reply
+        if (why := _why_refused(reply)) is not None:
+            return ClientError(why)
+        start = federation.method.start(client, message.adapter.decoded)
+        count = federation.method.payload(client, start).numel()
+        records = federation.correction is not None and federation.correction.records
+        try:
+            answer, remembers = answer_from_record(
+                _record(reply, TRAINED), federation.wire, count, sum(federation.layout.sizes) if records else 0
+            )
+        except ValueError as error:
+            return ClientError(f"it sent something else than its update: {error}")
+        if remembers:
+            federation.memory.put(client, _COUNTED, {"round": torch.tensor(message.round_index)})
+        return answer
+
+    # --- messages -------------------------------------------------------------------------------------------
+
+    def _send_and_wait(
+        self, records: dict[int, RecordDict], kind: str, timeout: float | None
+    ) -> Iterator[tuple[int, RecordDict | ClientError]]:
+        """Send records to nodes; yields each node's reply as it comes, or why there is none."""
+        if not records:
+            return
+        messages = [Message(content, node, kind) for node, content in records.items()]
+        self.traffic.down += sum(map(_size, records.values()))
+        sent = list(self.grid.push_messages(messages))
+        nodes = dict(zip(sent, records, strict=True))
+        ends = None if timeout is None else time.monotonic() + timeout
+        while nodes:
+            for reply in self.grid.pull_messages(list(nodes)):
+                node = nodes.pop(reply.metadata.reply_to_message_id)
+                if reply.has_error():
+                    yield node, ClientError(reply.error.reason)
+                    continue
+                self.traffic.up += _size(reply.content)
+                yield node, reply.content
+            if nodes and ends is not None and time.monotonic() > ends:
+                yield from (
+                    (node, ClientError(f"it has not answered in {timeout:.0f} seconds")) for node in nodes.values()
+                )
+                return
+            if nodes:
+                time.sleep(POLL)
+
+
+def _why_refused(reply: RecordDict | ClientError) -> str | None:
+    if isinstance(reply, ClientError) or REFUSED not in reply:
+        return None
+    return str(reply[REFUSED].get("why"))
+
+
+def _record(reply: RecordDict, name: str) -> ConfigRecord:
+    if name not in reply or not isinstance(reply[name], ConfigRecord):
+        raise ValueError(f"it has no record {name!r}")
+    return reply[name]
+
+
+def _size(content: RecordDict) -> int:
+    """Bytes of a message's content, as Flower sends it."""
+    return sum(len(record.deflate()) for record in content.values())

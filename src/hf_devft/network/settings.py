@@ -1,0 +1,73 @@
+"""What the server tells its clients of a run's local training, and what they take of it."""
+
+import json
+from dataclasses import fields
+from typing import Any
+
+from peft import PeftConfig, get_peft_config
+
+from hf_devft.configuration import DevFTConfig
+
+
+# All that local training depends on, and nothing that names a file, a program or a place on the network: a server
+# cannot make a client read, write or run something else.
+SHARED_OPTIONS = (
+    "task", "stack", "temporary_head", "federated_method", "federated_method_kwargs", "wire_dtype", "upload_fraction",
+    "local_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "max_length",
+    "learning_rate", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "activation_checkpointing",
+    "include_num_input_tokens_seen", "seed", "data_seed",
+)  # fmt: skip
+# Of `from_pretrained`: where the base comes from is the client's own matter.
+SHARED_MODEL_OPTIONS = ("dtype", "attn_implementation")
+
+# Of an adapter's config.
+_NAME_FILES_OR_CODE = ("base_model_name_or_path", "auto_mapping", "megatron_core", "megatron_config")
+
+
+def shared_settings(args: DevFTConfig, adapter: PeftConfig) -> str:
+    """Write what clients must know of a run, as JSON.
+
+    Args:
+        adapter: the config of the full-depth adapter.
+    """
+    defaults = {item.name: item.default for item in fields(DevFTConfig)}
+    options = {name: getattr(args, name) for name in SHARED_OPTIONS}
+    options = {name: value for name, value in options.items() if value != defaults[name]}
+    model_options = args.model_init_kwargs or {}
+    content = {
+        "options": options,
+        "model_options": {name: model_options[name] for name in SHARED_MODEL_OPTIONS if name in model_options},
+        "adapter": adapter.to_dict(),
+    }
+    return json.dumps(content, sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """Sets as lists, enumerations and types by their names."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return getattr(value, "value", str(value))
+
+
+def read_settings(text: str, own: dict[str, Any]) -> tuple[DevFTConfig, PeftConfig]:
+    """Read a server's settings: the config of a client's training, and of its adapter.
+
+    Args:
+        own: options of the client's own, such as `output_dir`; they stand before the server's.
+
+    Raises:
+        ValueError: they have what no server of ours sends.
+    """
+    try:
+        content = json.loads(text)
+        options, model_options, adapter = content["options"], content["model_options"], content["adapter"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the server's settings cannot be read: {error}") from error
+    unknown = {*(options.keys() - set(SHARED_OPTIONS)), *(model_options.keys() - set(SHARED_MODEL_OPTIONS))}
+    if unknown:
+        raise ValueError(f"the server sets {sorted(unknown)}, which is not a server's to set: use the same version.")
+    config = get_peft_config({key: value for key, value in adapter.items() if key not in _NAME_FILES_OR_CODE})
+    config.inference_mode = False
+    own_model_options = own.pop("model_init_kwargs", None) or {}
+    return DevFTConfig(**(options | own), model_init_kwargs=model_options | own_model_options), config
