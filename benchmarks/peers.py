@@ -1,6 +1,6 @@
 """Rounds a minute, memory and bytes, against how other tools run the same rounds.
 
-    pip install 'hf-devft[flower]'
+    pip install 'hf-devft[simulation]'
     python benchmarks/peers.py
 
 The same base, 20 clients, 2 a round, 10 steps of 16 examples, and LoRA adapter for all. Every peer runs in a process
@@ -198,7 +198,7 @@ def compare(name: str, options: argparse.Namespace) -> list[str]:
         for repeat in range(options.repeats):
             for index, (peer, run) in enumerate(peers(stages).items()):
                 if run is flower and find_spec("flwr") is None:
-                    print("Flower is left out: pip install 'hf-devft[flower]'")
+                    print("Flower is left out: pip install 'hf-devft[simulation]'")
                     continue
                 command = ["--peer", str(index), "--base", name, "--path", folder, "--rounds", str(options.rounds)]
                 found.setdefault(peer, []).append(run_peer(command))

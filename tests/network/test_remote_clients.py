@@ -1,16 +1,19 @@
 """Runs whose clients are participants of their own, against simulations of the same clients."""
 
-import shutil
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ANCHORS, CopyAtSaves, lora, tiny_llama
 from flwr.app import ConfigRecord, RecordDict
 from loopback import Loopback
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from hf_devft.federation.rounds import QuorumError
-from hf_devft.network.messages import STAGE, TRAIN, TRAINED
+from hf_devft.network.messages import TRAINED
 from hf_devft.network.participant import Participant
 from hf_devft.network.remote_clients import RemoteClients
 
@@ -111,3 +114,194 @@ def test_a_run_over_a_network_ends_as_the_simulation_does(
     )
     assert told == moved, "the ledger counts what has travelled"
     assert trainer.remote_clients.traffic.up < told + 1000 * len(grid.replied)
+
+
+STATEFUL = {"federated_method": "scaffold", "wire_dtype": "int4"}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture
+def simulated(make_trainer, base, rows, tmp_path):
+    """The final adapter of a simulation with these options."""
+
+    def make(**options):
+        trainer = make_trainer(
+            model=base, train_dataset=rows, peft_config=lora(r=4), output_dir=tmp_path / "simulated", **(RUN | options)
+        )
+        trainer.train()
+        return adapters(tmp_path / "simulated")
+
+    return make
+
+
+class Restarting(Loopback):
+    """Every participant is started anew after each turn; its folder stays."""
+
+    def answer(self, node, content):
+        answer = super().answer(node, content)
+        old = self.participants[node]
+        self.participants[node] = Participant(old.name, old.model, old.rows, old.folder, options=old.options)
+        return answer
+
+
+def test_participants_that_are_started_anew_go_on(remote_run, participants, simulated, tmp_path):
+    grid = Restarting(participants)
+    remote_run(grid, **STATEFUL).train()
+    assert_same(adapters(tmp_path / "run"), simulated(**STATEFUL))
+
+
+def test_a_server_goes_on_from_a_checkpoint_with_what_its_clients_had_kept_then(remote_run, participants, tmp_path):
+    """Two rounds after the checkpoint, the server starts anew from it: the clients go back with it."""
+    options = STATEFUL | {"save_strategy": "steps", "save_steps": 1, "clients_per_round": 3}
+    remote_run(Loopback(participants), callbacks=[CopyAtSaves()], **options).train()
+    resumed = remote_run(Loopback(participants), output_dir=tmp_path / "run-at-1", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert_same(adapters(tmp_path / "run-at-1"), adapters(tmp_path / "run"))
+
+
+class Changing(Loopback):
+    """Changes what one participant sends."""
+
+    def __init__(self, participants, node, change):
+        super().__init__(participants)
+        self.node, self.change = node, change
+
+    def answer(self, node, content):
+        answer = super().answer(node, content)
+        return self.change(answer) if node == self.node and TRAINED in answer else answer
+
+
+def changed(**values):
+    return lambda answer: RecordDict({TRAINED: ConfigRecord(dict(answer[TRAINED]) | values)})
+
+
+HOSTILE = {
+    "not finite": (changed(adapter=b"\xff" * 4), "has .* bytes, this one has 4"),
+    "NaN": (
+        lambda answer: changed(adapter=b"\xff" * len(answer[TRAINED]["adapter"]))(answer),
+        "returned an adapter that is not finite",
+    ),
+    "too large": (changed(adapter=bytes(10**6)), "this one has 1000000"),
+    "not bytes": (changed(adapter="all of it"), "adapter is a str, not a bytes"),
+    "a count below zero": (changed(positions=[-5]), "not a number of tokens"),
+    "endless operations": (changed(flops=float("inf")), "no number of operations"),
+    "another record": (lambda answer: RecordDict({"gift": ConfigRecord({})}), "has no record 'trained'"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_whatever_a_client_sends_the_run_goes_on_without_it(remote_run, participants, caplog, name):
+    change, message = HOSTILE[name]
+    trainer = remote_run(Changing(participants, 12, change), clients_per_round=3, stage_layers=[4], stage_rounds=[1])
+    trainer.train()
+    assert trainer.ledger.rounds[0].dropped == ["org-b"]
+    assert re.search(message, caplog.text)
+    assert all(bool(torch.isfinite(value).all()) for value in adapters(Path(trainer.args.output_dir)).values())
+
+
+def test_nothing_but_the_update_leaves_a_client(remote_run, participants, rows, tokenizer):
+    grid = Loopback(participants)
+    remote_run(grid, clients_per_round=3, stage_layers=[4], stage_rounds=[1]).train()
+    turns = [content for _, content in grid.replied if TRAINED in content]
+    assert len(turns) == 3
+    allowed = {"adapter", "correction", "is_finite", "remembers", "loss", "grad_norm", "positions", "seen", "flops"}
+    for content in turns:
+        assert list(content) == [TRAINED]
+        assert set(content[TRAINED]) == allowed
+        assert content[TRAINED]["correction"] == b""
+    sent = b"".join(record.deflate() for _, content in grid.replied for record in content.values())
+    for row in (row for name in rows for row in rows[name]):
+        tokens = tokenizer(row["prompt"])["input_ids"]
+        assert row["prompt"].encode() not in sent
+        assert row["completion"].encode() not in sent or len(row["completion"]) < 6
+        assert not any(np.array(tokens[:4], kind).tobytes() in sent for kind in ("<i2", "<i4", "<i8", "<f4"))
+
+
+def test_a_participant_with_another_base_is_left_out(remote_run, participants, tmp_path, tokenizer, caplog):
+    other = tmp_path / "other"
+    tiny_llama(seed=1).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    participants[12].model = str(other)
+    trainer = remote_run(Loopback(participants), clients_per_round=3, stage_rounds=[1])
+    trainer.train()
+    assert all(record.dropped == ["org-b"] for record in trainer.ledger.rounds)
+    assert "the submodel of stage 1 has other weights here" in caplog.text
+
+
+def test_clients_come_late_and_go(make_trainer, participants, base, caplog):
+    """Their names are known: the run begins with two of them, one joins after a round, another goes."""
+    grid = Loopback({node: participants[node] for node in (11, 12)})
+    clients = RemoteClients(grid, timeout=60)
+    who = clients.wait_for(2, names=["org-a", "org-b", "org-c"])
+    assert who.examples == [0, 16, 17]
+
+    class Moving(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                grid.participants[13] = participants[13]
+            if state.global_step == 2:
+                del grid.participants[12]
+
+    trainer = make_trainer(
+        model=base, train_dataset=who, remote_clients=clients, peft_config=lora(r=4), num_clients=3,
+        clients_per_round=3, stage_layers=[4], stage_rounds=[3], callbacks=[Moving()],
+    )  # fmt: skip
+    trainer.train()
+    assert [record.dropped for record in trainer.ledger.rounds] == [["org-a"], [], ["org-b"]]
+    assert who.examples == [15, 16, 17]
+    assert "org-a failed and was left out: ClientError: it is not connected" in caplog.text
+
+
+def test_a_name_has_one_client(participants, caplog):
+    participants[12].name = "org-c"
+    clients = RemoteClients(Loopback(participants), timeout=60)
+    clients.wait_for(2)
+    assert clients.names == ["org-a", "org-c"]
+    assert "'org-c' is here already: give each client a name of its own" in caplog.text
+
+
+def test_without_any_client_the_first_reason_is_the_cause(remote_run, participants):
+    for participant in participants.values():
+        participant.max_layers = 1
+    trainer = remote_run(Loopback(participants), round_retries=0)
+    with pytest.raises(QuorumError) as error:
+        trainer.train()
+    assert "the stage has 2 layers, this participant can hold 1" in str(error.value.__cause__)
+
+
+def test_stages_go_to_clients_that_can_hold_them(make_trainer, participants, base):
+    participants[12].max_layers = 2
+    clients = RemoteClients(Loopback(participants), timeout=60)
+    who = clients.wait_for(3)
+    trainer = make_trainer(
+        model=base, train_dataset=who, remote_clients=clients, peft_config=lora(r=4),
+        client_max_layers=clients.max_layers, **RUN,
+    )  # fmt: skip
+    trainer.train()
+    first, second = (
+        {name for record in trainer.ledger.rounds if record.stage == stage for name in record.clients}
+        for stage in (1, 2)
+    )
+    assert "org-b" in first
+    assert second == {"org-a", "org-c"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"federated_method": "flora"}, "use another method"),
+        ({"federated_method": "c2a"}, "they stay with the clients"),
+        ({"federated_method": "hetlora"}, "use flexlora or hlora"),
+        ({"federated_method": "fedsa_lora", "transfer": "anchor"}, 'set transfer="broadcast"'),
+        ({"client_dropout_rate": 0.1}, "clients drop out by themselves"),
+        ({"client_selection": "resource_aware"}, "clients take the time they take"),
+    ],
+)
+def test_what_a_network_cannot_do_is_refused_at_the_start(remote_run, participants, options, message):
+    with pytest.raises(ValueError, match=message):
+        remote_run(Loopback(participants), **options)
