@@ -1,5 +1,5 @@
 # Every target works on a fresh machine: it makes .venv where no virtual environment is active.
-.PHONY: help install quickstart test benchmark docs quality style
+.PHONY: help install quickstart federation test benchmark docs quality style
 
 ifdef VIRTUAL_ENV
 BIN := $(VIRTUAL_ENV)/bin
@@ -24,11 +24,20 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 # The extras for the tests alone: where they are installed, they greet every run with lines of their own.
 $(TESTABLE): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,quantization,gguf,benchmarks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,quantization,gguf,benchmarks,flower]'
 	@touch $@
 
 quickstart: install  ## Run the main job: federated tuning in stages on the embedded base
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/devft.py
+
+# Flower, which only a federation over a network needs.
+FEDERATED := $(BIN)/.hf-devft-federated
+$(FEDERATED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[flower]'
+	@touch $@
+
+federation: $(FEDERATED)  ## Run a federation over a network: four nodes with TLS, all on this machine
+	$(BIN)/python examples/federation.py
 
 # Each takes about 2 GB; many tests start two processes more.
 TEST_PROCESSES ?= 2

@@ -25,11 +25,13 @@ class LocalFederation:
     Attributes:
         folder: has `certificates/`, Flower's own `flower/`, and a log of each process.
         port: of the SuperLink.
+        keeps_messages: whether the SuperLink has a database, `superlink.db`, in place of its memory.
         processes: by name; "superlink" and the nodes.
     """
 
     folder: Path
     port: int = 0
+    keeps_messages: bool = False
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -42,11 +44,17 @@ class LocalFederation:
         return f"127.0.0.1:{self.port}"
 
     @property
+    def authority(self) -> Path:
+        """The certificate by which nodes know the SuperLink."""
+        return self.folder / "certificates" / "ca.crt"
+
+    @property
     def environment(self) -> dict[str, str]:
-        """Of all processes: Flower's files in the folder, no telemetry, this environment's programs."""
+        """Of all processes: Flower's files in the folder, no telemetry, this environment's programs; a thread each,
+        unless `OMP_NUM_THREADS` says otherwise, as they share the machine's cores."""
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         own = {"FLWR_HOME": str(self.folder / "flower"), "FLWR_TELEMETRY_ENABLED": "0", "PATH": programs}
-        return os.environ | {"FLWR_DISABLE_UPDATE_CHECK": "1"} | own
+        return {"OMP_NUM_THREADS": "1"} | os.environ | own
 
     def log(self, name: str) -> str:
         """Return what a process has written."""
@@ -63,11 +71,11 @@ class LocalFederation:
         (flower / "config.toml").write_text("\n".join(["[superlink]", f'default = "{APP}"', *lines]) + "\n")
         files = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
         flags = [part for name, file in files.items() for part in (f"--ssl-{name}", str(certificates / file))]
-        self._start(
+        self.start(
             "superlink",
-            [_program("flower-superlink"), *flags, "--port", str(self.port)]
+            [program("flower-superlink"), *flags, "--port", str(self.port)]
             + ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-            + ["--database", str(self.folder / "superlink.db")],
+            + (["--database", str(self.folder / "superlink.db")] if self.keeps_messages else []),
         )
         self._wait(lambda: _answers(self.port), "superlink", 60)
 
@@ -78,15 +86,19 @@ class LocalFederation:
             flags: as for `hf_devft.network.node`, beside its name and connection.
             known: whether the SuperLink is told of its key.
         """
-        certificates = self.folder / "certificates"
-        key = certificates / f"{name}.key"
+        key = self.make_key(name, known)
+        connection = ["--superlink", self.address, "--root_certificates", str(self.authority)]
+        command = [sys.executable, "-m", "hf_devft.network.node", "--name", name, "--private_key", str(key)]
+        self.start(name, [*command, *connection, *flags])
+
+    def make_key(self, name: str, known: bool = True) -> Path:
+        """Make a node's key, unless it is there, and tell the SuperLink of it; returns its path."""
+        key = self.authority.with_name(f"{name}.key")
         if not key.exists():
-            make_node_key(certificates, name)
+            make_node_key(key.parent, name)
             if known:
                 self.flower("supernode", "register", f"{key}.pub", APP)
-        connection = ["--superlink", self.address, "--root_certificates", str(certificates / "ca.crt")]
-        command = [sys.executable, "-m", "hf_devft.network.node", "--name", name, "--private_key", str(key)]
-        self._start(name, [*command, *connection, *flags])
+        return key
 
     def flower(self, *command: str) -> str:
         """Run Flower's command line; returns what it says.
@@ -95,7 +107,7 @@ class LocalFederation:
             RuntimeError: it fails.
         """
         done = subprocess.run(
-            [_program("flwr"), *command], capture_output=True, text=True, env=self.environment, check=False
+            [program("flwr"), *command], capture_output=True, text=True, env=self.environment, check=False
         )
         if done.returncode:
             raise RuntimeError(f"flwr {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
@@ -111,7 +123,7 @@ class LocalFederation:
             f"{key}={value}" if not isinstance(value, str) else f"{key}='{value}'" for key, value in options.items()
         )
         return subprocess.Popen(
-            [_program("flwr"), "run", str(app), APP, "--stream", "--run-config", config],
+            [program("flwr"), "run", str(app), APP, "--stream", "--run-config", config],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.environment,
         )  # fmt: skip
 
@@ -127,7 +139,8 @@ class LocalFederation:
         except ProcessLookupError:
             process.wait()
 
-    def _start(self, name: str, command: Sequence[str]) -> None:
+    def start(self, name: str, command: Sequence[str]) -> None:
+        """Start a process, which writes to the log of its name."""
         with (self.folder / f"{name}.log").open("a") as log:
             self.processes[name] = subprocess.Popen(
                 command, stdout=log, stderr=log, env=self.environment, start_new_session=True
@@ -142,11 +155,15 @@ class LocalFederation:
 
 
 @contextmanager
-def local_federation(folder: Path) -> Iterator[LocalFederation]:
-    """Start a SuperLink in a new folder; ends it and every node of the federation at the end of the block."""
+def local_federation(folder: Path, keeps_messages: bool = False) -> Iterator[LocalFederation]:
+    """Start a SuperLink in a new folder; ends it and every node of the federation at the end of the block.
+
+    Args:
+        keeps_messages: see `LocalFederation`.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    federation = LocalFederation(folder)
+    federation = LocalFederation(folder, keeps_messages=keeps_messages)
     try:
         federation.start_superlink()
         yield federation
@@ -155,7 +172,8 @@ def local_federation(folder: Path) -> Iterator[LocalFederation]:
             federation.stop(name)
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
+    """Return the path of a program of this environment."""
     return str(Path(sys.executable).with_name(name))
 
 

@@ -8,6 +8,7 @@ three seconds, and starts a process for each, which would load the base anew: fo
 """
 
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,8 +41,10 @@ from hf_devft.tasks.data import load_datasets, load_files
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two questions to the SuperLink, and before an object that is still on its way is asked for again.
-POLL, OBJECT_POLL = 0.1, 0.05
+# A node asks for messages again after a twentieth of the time that it has waited, within these seconds: short rounds
+# lose little, and nodes that wait for long are no load (our choice).
+PATIENCE, SHORTEST, LONGEST = 0.05, 0.02, 3.0
+OBJECT_POLL = 0.05  # seconds before an object that is still on its way is asked for again
 
 
 @dataclass
@@ -178,9 +181,11 @@ def connect(arguments: ConnectionArguments) -> Iterator[Connection]:
 
 def serve(connection: Connection, participant: Participant, goes_on: Callable[[], bool] = lambda: True) -> None:
     """Answer the server's messages, one after another."""
+    idle_since = time.perf_counter()
     while goes_on():
         if (message := connection.receive()) is None:
-            time.sleep(POLL)
+            waited = time.perf_counter() - idle_since
+            time.sleep(min(max(PATIENCE * waited, SHORTEST), LONGEST))
             continue
         started = time.perf_counter()
         content = reply_to(participant, message.content)
@@ -188,23 +193,34 @@ def serve(connection: Connection, participant: Participant, goes_on: Callable[[]
             connection.reply(message, content, time.perf_counter() - started)
         except Exception as error:  # the run may be over, or the server gone
             logger.warning(f"an answer could not be sent: {error}")
+        idle_since = time.perf_counter()
 
 
 def main() -> None:
     """Run a node until it is told to end."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    ours, shown = logging.getLogger("hf_devft"), logging.StreamHandler()
+    shown.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    ours.addHandler(shown)
+    ours.setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the SuperLink is told that it ends
     data, connection = HfArgumentParser((DataArguments, ConnectionArguments)).parse_args_into_dataclasses()
     try:
         participant = data.participant()
         connection.check()
         with connect(connection) as place:
-            logger.info(f"{data.name}, {len(participant.rows)} rows, is connected to {connection.superlink}")
+            ours.info(f"{data.name}, {len(participant.rows)} rows, is connected to {connection.superlink}")
             serve(place, participant)
+    except SystemExit:
+        ours.error(
+            f"{connection.superlink} does not admit this node. Is its key registered (`flwr supernode register`), and "
+            "is it the SuperLink of --root_certificates? A node that was killed is admitted again when the SuperLink "
+            "has noticed, after a minute."
+        )
+        raise
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        logger.info(f"{data.name} ends")
+        ours.info(f"{data.name} ends")
 
 
 if __name__ == "__main__":

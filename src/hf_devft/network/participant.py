@@ -127,6 +127,7 @@ class Participant:
         kept = ClientState(self.folder / "state" / f"client-{turn.client}", self.keep_states)
         side, memory = self._side(stage, turn, *kept.load(turn.state_round))
         counts = _counts(side, turn.client)
+        logger.info(f"round {turn.round_index + 1}: {self.name} trains {len(stage.active.layers)} layers")
         local = side.begin(turn.to_message(side.wire, *counts), self._batches(turn))
         answer = side.end(local, stage.runner.train_client(turn.learning_rate, local))
         if isinstance(answer, Exception):

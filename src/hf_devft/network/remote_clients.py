@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 # How often the server asks Flower for replies, in seconds. A reply whose parts are still on their way costs a second
 # (Flower's first wait), so that asking more often is no faster.
-POLL = 0.25
+POLL = 0.1
 _COUNTED = "counted"  # under which the server remembers in which round a client has counted last
 
 

@@ -5,17 +5,43 @@ import logging
 import shlex
 from pathlib import Path
 
+import datasets
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from hf_devft.cli.arguments import parse_arguments
 from hf_devft.cli.recipe import make_trainer
 from hf_devft.network.remote_clients import RemoteClients
+from hf_devft.run.report import table_rows
+from hf_devft.run.tables import print_stages
+from hf_devft.trainer.mixin import DevFTMixin
 
 
 app = ServerApp()
 TRAFFIC_NAME = "traffic.json"
+logger = logging.getLogger("hf_devft")
+
+
+class RoundLog(TrainerCallback):
+    """A line for each round, as Flower's log has no progress bar.
+
+    Args:
+        trainer: whose rounds they are.
+    """
+
+    def __init__(self, trainer: DevFTMixin):
+        self._trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        record, stages = self._trainer.ledger.rounds[-1], self._trainer.stages
+        answered = [client for client in record.clients if client not in record.dropped]
+        logger.info(
+            f"round {record.round}/{state.max_steps}, stage {record.stage}/{len(stages)} "
+            f"({stages[record.stage - 1].num_layers} layers): loss {record.loss:.3f} of {', '.join(answered)}, "
+            f"{record.seconds:.1f} s"
+        )
 
 
 @app.main()
@@ -29,10 +55,10 @@ def main(grid: Grid, context: Context) -> None:
     Raises:
         ValueError: a config, data or options that cannot be trained over a network.
     """
-    logger = logging.getLogger("hf_devft")
     logger.setLevel(logging.INFO)
     logger.addHandler(logging.StreamHandler())
     transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     asked = context.run_config
     config = Path(str(asked["config"]))
     recipe, args = parse_arguments(shlex.split(str(asked["overrides"])), config)
@@ -42,10 +68,12 @@ def main(grid: Grid, context: Context) -> None:
         raise ValueError("how many clients there are is not known: give `num_clients`, or their names as `clients`.")
     clients = RemoteClients(grid, timeout=float(asked["timeout"]) or None)
     who = clients.wait_for(count, names)
-    args.num_clients = len(who.names)
+    args.num_clients, args.disable_tqdm = len(who.names), True
     args.client_max_layers = clients.max_layers or args.client_max_layers
     trainer = make_trainer(recipe, args, clients, who)
+    trainer.add_callback(RoundLog(trainer))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     traffic = {"bytes_down": clients.traffic.down, "bytes_up": clients.traffic.up}
     Path(args.output_dir, TRAFFIC_NAME).write_text(json.dumps(traffic) + "\n")
+    print_stages(table_rows(trainer.stages, trainer.run.start_metrics))
     print(f"Adapters, model card and plot are in {args.output_dir}/")
