@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_devft.federation.rounds import QuorumError
-from hf_devft.network.messages import TRAINED
+from hf_devft.network.messages import TRAINED, refusal
 from hf_devft.network.participant import Participant
 from hf_devft.network.remote_clients import RemoteClients
 
@@ -305,3 +305,52 @@ def test_stages_go_to_clients_that_can_hold_them(make_trainer, participants, bas
 def test_what_a_network_cannot_do_is_refused_at_the_start(remote_run, participants, options, message):
     with pytest.raises(ValueError, match=message):
         remote_run(Loopback(participants), **options)
+
+
+def secured(answers):
+    """What clients have sent in place of their updates, as numbers."""
+    return [np.frombuffer(content[TRAINED]["adapter"], "<u4") for _, content in answers if TRAINED in content]
+
+
+@pytest.mark.parametrize("method", ["fedit", "ffa_lora+fedadam", "fedsa_lora"])
+def test_the_server_sees_only_the_sum(remote_run, participants, simulated, tmp_path, method):
+    options = {"federated_method": method, "clients_per_round": 3}
+    grid = Loopback(participants)
+    remote_run(grid, secure_aggregation=True, **options).train()
+    open_run, secure_run = simulated(**options), adapters(tmp_path / "run")
+    for key in open_run:
+        if method != "fedsa_lora" or "lora_A" in key:
+            torch.testing.assert_close(secure_run[key], open_run[key], rtol=2e-4, atol=2e-5)
+    for numbers in secured(grid.replied):
+        assert abs(numbers.astype(float).mean() / 2**32 - 0.5) < 0.1, "noise"
+    assert "secure: the server sees only sums of updates" in (tmp_path / "run" / "README.md").read_text()
+
+
+class Failing(Loopback):
+    """One participant fails at a step of a secure sum."""
+
+    def __init__(self, participants, step):
+        super().__init__(participants)
+        self.step = step
+
+    def answer(self, node, content):
+        return refusal("a power cut") if node == 12 and self.step in content else super().answer(node, content)
+
+
+@pytest.mark.parametrize("step", ["keys", "shares", "train", "reveal"])
+def test_a_secure_sum_survives_a_client(remote_run, make_trainer, participants, rows, base, tmp_path, step):
+    """Whose update counts where it has arrived before."""
+    options = RUN | {"clients_per_round": 3, "stage_layers": [4], "stage_rounds": [1]}
+    trainer = remote_run(Failing(participants, step), **options | {"secure_aggregation": True})
+    trainer.train()
+    counts = step == "reveal"
+    assert trainer.ledger.rounds[0].dropped == ([] if counts else ["org-b"])
+    assert trainer.ledger.rounds[0].attempts == 1
+
+
+def test_a_sum_of_one_is_none(remote_run, participants):
+    """Of two clients, one fails: the other's update would be the sum."""
+    del participants[11]
+    trainer = remote_run(Failing(participants, "train"), num_clients=2, round_retries=0, secure_aggregation=True)
+    with pytest.raises(QuorumError):
+        trainer.train()

@@ -413,6 +413,15 @@ FACTS: dict[str, Fact] = {
         _METHOD,
     ),
     "pruned ranks": Fact("`hetlora`", lambda s: isinstance(s.methods.method, HetLoRA), _METHOD),
+    "secure aggregation": Fact(
+        "`secure_aggregation`", lambda s: s.args.secure_aggregation, _given("secure_aggregation")
+    ),
+    "clients here": Fact("clients that are simulated", lambda s: s.network is False),
+    "lossy wire": Fact(
+        "a lossy wire",
+        lambda s: s.args.wire_dtype != "fp32" or s.args.upload_fraction < 1,
+        _given("wire_dtype", "upload_fraction"),
+    ),
     "FedSA-LoRA": Fact("`fedsa_lora`", lambda s: isinstance(s.methods.method, FedSALoRA), _METHOD),
     "drawn dropouts": Fact(
         "`client_dropout_rate`", lambda s: s.args.client_dropout_rate, _given("client_dropout_rate")
@@ -602,9 +611,14 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("network", "drawn dropouts", "clients drop out by themselves: leave it out"),
     ("network", "held out rows", "their rows stay with the clients: pass an `eval_dataset` of the server's own"),
     ("network", "keep_last", 'a client holds one submodel: set beyond_capacity="sit_out"'),
-    ("network", "several processes", "the server waits for its clients in one process: launch one"),
+    ("network", "several processes", "the server waits for its clients in one process: leave the others out"),
     ("network", "TRL", "clients train as DevFTTrainer does: leave it out"),
     ("network", "classes", "clients would have to agree on the labels: use a task without"),
+    ("secure aggregation", "clients here", "nothing is sent: leave it out"),
+    ("secure aggregation", "lossy wire", "it adds up numbers in fixed point: send all values in fp32"),
+    ("secure aggregation", "products", "these need each client's own factors: use another method"),
+    ("secure aggregation", "DropPEFT", "clients send different layers, which cannot be added up: use another"),
+    ("secure aggregation", "recorded gradients", "only the updates are added up: leave it out"),
     (
         "FedSA-LoRA",
         "network with anchor transfer",

@@ -94,8 +94,7 @@ class DevFTConfig(TrainingArguments):
     > Parameters that control the stages
 
         stage_layers (`list[int]`, *optional*):
-            Layers of each stage's submodel, increasing, the last one the model's depth L. By default derived
-            from `initial_layers` and `growth_factor`.
+            Layers of each stage's submodel, increasing, to the model's depth L. Default: by the next two.
         initial_layers (`int`, *optional*, defaults to `4`):
             Layers of the first stage where `stage_layers` is not given (the paper starts at 4).
         growth_factor (`float`, *optional*, defaults to `2.0`):
@@ -179,15 +178,15 @@ class DevFTConfig(TrainingArguments):
             What travels and how it is combined: `"fedit"`, `"ffa_lora"`, `"fedsa_lora"`, `"rolora"`, `"flora"`,
             `"fedex_lora"`, `"flexlora"`, `"hlora"`, `"hetlora"`, `"c2a"`, `"dofit"`, `"droppeft"`, or a registered
             one. A correction of local training (`"fedprox"`, `"scaffold"`) and a server optimiser (`"fedavgm"`,
-            `"fedadagrad"`, `"fedadam"`, `"fedyogi"`) can be joined: `"ffa_lora+fedprox+fedadam"`; without a method
-            they stand on `"fedit"`.
+            `"fedadagrad"`, `"fedadam"`, `"fedyogi"`) can be joined: `"ffa_lora+fedprox+fedadam"`.
         federated_method_kwargs (`dict` or `str`, *optional*):
             Options of what `federated_method` names, such as `{"mu": 0.1}`; see docs/methods.md.
         wire_dtype (`str`, *optional*, defaults to `"fp32"`):
-            Encoding of what travels, both ways: `"fp32"`, `"bf16"`, or blockwise `"int8"` or `"int4"`, upwards with
-            error feedback.
+            Encoding of what travels: `"fp32"`, `"bf16"`, blockwise `"int8"` or `"int4"`; upwards with error feedback.
         upload_fraction (`float`, *optional*, defaults to `1.0`):
             Part of the values that a client sends, the largest changes, with error feedback.
+        secure_aggregation (`bool`, *optional*, defaults to `False`):
+            Over a network, the server sees only the sum of a round's updates; see docs/federation.md.
         wire_top_k (`float`, *optional*):
             The earlier name of `upload_fraction`; goes with version 0.3.
         client_selection (`str`, *optional*, defaults to `"uniform"`):
@@ -330,6 +329,7 @@ class DevFTConfig(TrainingArguments):
     )
     wire_dtype: str = field(default="fp32", metadata={"help": f"Encoding of what travels: {_names(WIRE_DTYPES)}."})
     upload_fraction: float = field(default=1.0, metadata={"help": "Part of the values that a client sends."})
+    secure_aggregation: bool = field(default=False, metadata={"help": "The server sees only sums of updates."})
     wire_top_k: float | None = field(default=None, metadata={"help": "The earlier name of upload_fraction."})
     client_selection: str = field(default="uniform", metadata={"help": f"Who takes part: {_names(SELECTIONS)}."})
     client_selection_kwargs: dict[str, Any] | str | None = field(

@@ -1,6 +1,6 @@
 """The batches that clients train on: one data loader for a whole run, each client's rows in an order of its own."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +32,14 @@ class FederatedBatchSampler:
     """Batches of row indices, client after client.
 
     Attributes:
-        rows: each client's row indices.
+        rows: each client's row indices, by its number.
         turns: (round, client) of every local training to come.
         batches_per_client, batch_size, drop_last: see `DevFTConfig`.
         data_seed: orders the rows.
         placement: this process's share of each batch, which may be an empty one.
     """
 
-    rows: Sequence[np.ndarray]
+    rows: Sequence[np.ndarray] | Mapping[int, np.ndarray]
     turns: Iterable[tuple[int, int]]
     batches_per_client: int
     batch_size: int

@@ -4,6 +4,8 @@ The node's config says what the flags of `hf_devft.network.node` say there:
 `flower-supernode --node-config 'name="hospital-a" train-file="/data/rows.jsonl"'`.
 """
 
+from typing import Any
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -19,7 +21,7 @@ app = ClientApp()
 @app.train()
 def answer(message: Message, context: Context) -> Message:
     """Answer a message of the server's."""
-    given = {key.replace("-", "_"): value for key, value in context.node_config.items()}
+    given: dict[str, Any] = {key.replace("-", "_"): value for key, value in context.node_config.items()}
     files = [given.pop("train_file")] if "train_file" in given else None
     participant = DataArguments(train_file=files, **given).participant()
     return Message(reply_to(participant, message.content), reply_to=message)

@@ -18,6 +18,8 @@ from hf_devft.federation.wire import Wire
 
 # Names of records.
 JOIN, STAGE, TRAIN, TRAINED, REFUSED = "join", "stage", "train", "trained", "refused"
+# Of secure sums: public keys, what clients tell each other, and shares of what undoes the masks.
+KEYS, SHARES, TOLD, REVEAL = "keys", "shares", "told", "reveal"
 # Why a client refuses a turn: it does not have the stage, so that the server sends it.
 NO_STAGE = "no stage"
 
@@ -72,7 +74,7 @@ class StageMessage:
             ValueError: it is not one of ours.
         """
         try:
-            values = {name: _typed(record, name, kind) for name, kind in _STAGE_TYPES.items()}
+            values = {name: typed(record, name, kind) for name, kind in _STAGE_TYPES.items()}
             records = [StageConfig(**content) for content in json.loads(values.pop("records"))]
             for each in records:
                 each.check()
@@ -96,12 +98,14 @@ class Turn:
         learning_rate: of the round.
         state_round: the last round in which this client's update has counted, whose state it goes on from; -1 for
             none.
+        weight: of the client's update in a secure sum; 0 where it is sent as it is.
         round_index, attempt, client: see `ToClient`. adapter, correction: the bytes of its messages.
     """
 
     stage_key: str
     learning_rate: float
     state_round: int
+    weight: float
     round_index: int
     attempt: int
     client: int
@@ -109,13 +113,16 @@ class Turn:
     correction: bytes
 
     @classmethod
-    def of(cls, message: ToClient, dtype: str, stage_key: str, learning_rate: float, state_round: int) -> "Turn":
+    def of(
+        cls, message: ToClient, dtype: str, stage_key: str, learning_rate: float, state_round: int, weight: float
+    ) -> "Turn":
         """Make it of a message whose values are of this type on the wire."""
         correction = b"" if message.correction is None else to_bytes(message.correction, dtype)
         return cls(
             stage_key,
             learning_rate,
             state_round,
+            weight,
             message.round_index,
             message.attempt,
             message.client,
@@ -134,7 +141,7 @@ class Turn:
         Raises:
             ValueError: it is not one of ours.
         """
-        return cls(**{name: _typed(record, name, kind) for name, kind in cls.__annotations__.items()})
+        return cls(**{name: typed(record, name, kind) for name, kind in cls.__annotations__.items()})
 
     def to_message(self, wire: Wire, count: int, correction_count: int) -> ToClient:
         """Return the message, whose values are this many.
@@ -147,16 +154,18 @@ class Turn:
         return ToClient(self.round_index, self.attempt, self.client, adapter, correction)
 
 
-def answer_to_record(answer: FromClient, dtype: str, remembers: bool) -> ConfigRecord:
+def answer_to_record(answer: FromClient, dtype: str, remembers: bool, masked: bytes | None = None) -> ConfigRecord:
     """Return what a client sends back: its messages, and numbers of its training. Nothing else of it is sent.
 
     Args:
         dtype: of the values on the wire. remembers: whether the client has kept something of this turn.
+        masked: what it sends in place of its update, in a secure sum.
     """
+    adapter = b"" if answer.adapter is None else to_bytes(answer.adapter, dtype) if masked is None else masked
     result = answer.result
     return ConfigRecord(
         {
-            "adapter": b"" if answer.adapter is None else to_bytes(answer.adapter, dtype),
+            "adapter": adapter,
             "correction": b"" if answer.correction is None else to_bytes(answer.correction, dtype),
             "is_finite": answer.adapter is not None,
             "remembers": remembers,
@@ -184,8 +193,8 @@ def answer_from_record(
         ValueError: it is something else.
     """
     kinds = {"loss": float, "grad_norm": float, "positions": list, "seen": int, "flops": float}
-    values = {name: _typed(record, name, kind) for name, kind in kinds.items()}
-    is_finite, remembers = (_typed(record, name, bool) for name in ("is_finite", "remembers"))
+    values = {name: typed(record, name, kind) for name, kind in kinds.items()}
+    is_finite, remembers = (typed(record, name, bool) for name in ("is_finite", "remembers"))
     positions = tuple(values["positions"])
     if not all(type(each) is int and each >= 0 for each in (*positions, values["seen"])):
         raise ValueError("what a client has counted is not a number of tokens")
@@ -195,8 +204,8 @@ def answer_from_record(
     result = LocalResult(loss, positions, values["seen"], None if math.isnan(norm) else norm, values["flops"])
     if not is_finite:
         return FromClient(result, None, count, None, correction_count), False
-    adapter = wire.parse_up(_typed(record, "adapter", bytes), count)
-    correction = wire.parse_up(_typed(record, "correction", bytes), correction_count) if correction_count else None
+    adapter = wire.parse_up(typed(record, "adapter", bytes), count)
+    correction = wire.parse_up(typed(record, "correction", bytes), correction_count) if correction_count else None
     return FromClient(result, adapter, count, correction, correction_count), remembers
 
 
@@ -206,10 +215,24 @@ def joining_from_record(record: Mapping[str, Any]) -> Joining:
     Raises:
         ValueError: it is something else.
     """
-    joining = Joining(**{name: _typed(record, name, kind) for name, kind in Joining.__annotations__.items()})
+    joining = Joining(**{name: typed(record, name, kind) for name, kind in Joining.__annotations__.items()})
     if not 0 < len(joining.name) <= 100 or joining.examples < 1 or joining.max_layers < 0:
         raise ValueError(f"{joining} needs a name, an example or more, and no negative number of layers")
     return joining
+
+
+def by_client(record: Mapping[str, Any]) -> dict[int, bytes]:
+    """Read a record of bytes by clients' numbers.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    return {int(client): typed(record, client, bytes) for client in record}
+
+
+def to_clients(content: Mapping[int, bytes]) -> ConfigRecord:
+    """Write bytes by clients' numbers."""
+    return ConfigRecord({str(client): each for client, each in content.items()})
 
 
 def refusal(why: str) -> RecordDict:
@@ -217,7 +240,12 @@ def refusal(why: str) -> RecordDict:
     return RecordDict({REFUSED: ConfigRecord({"why": why})})
 
 
-def _typed(record: Mapping[str, Any], name: str, kind: type) -> Any:
+def typed(record: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return a value of a record.
+
+    Raises:
+        ValueError: it is of another type, or missing.
+    """
     value = record.get(name)
     if type(value) is not kind:
         raise ValueError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -153,7 +154,7 @@ class Connection:
             backoff_cap=1.0,
         )
         self._confirm(run, number)
-        whole = inflate_object_from_contents(number, contents)
+        whole: Any = inflate_object_from_contents(number, contents)
         whole.metadata.__dict__["_message_id"] = number  # which it cannot know of itself
         return whole
 
@@ -203,7 +204,7 @@ def main() -> None:
     ours.addHandler(shown)
     ours.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the SuperLink is told that it ends
-    data, connection = HfArgumentParser((DataArguments, ConnectionArguments)).parse_args_into_dataclasses()
+    data, connection = HfArgumentParser([DataArguments, ConnectionArguments]).parse_args_into_dataclasses()
     try:
         participant = data.participant()
         connection.check()

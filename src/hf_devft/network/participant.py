@@ -20,6 +20,7 @@ from hf_devft.federation.wire import Wire
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.network.client_state import ClientState, carry
 from hf_devft.network.messages import Joining, StageMessage, Turn, answer_to_record
+from hf_devft.network.secure_sum import SecureSumError, SummingClient, to_fixed
 from hf_devft.network.settings import read_settings
 from hf_devft.run.files import atomic_file
 from hf_devft.trainer.active_stage import ActiveStage
@@ -75,6 +76,23 @@ class Participant:
         self._trainer: DevFTTrainer | None = None
         self._session: TrainingSession | None = None
         self._stage: RunningStage | None = None
+        self._sum: SummingClient | None = None
+
+    @property
+    def sum(self) -> SummingClient:
+        """Its part in the secure sum of the round.
+
+        Raises:
+            SecureSumError: it has none: it was started anew within the round, say.
+        """
+        if self._sum is None:
+            raise SecureSumError("this participant has no keys of the round")
+        return self._sum
+
+    def begin_sum(self, client: int) -> bytes:
+        """Begin its part in the secure sum of a round, as this client; returns its public keys."""
+        self._sum = SummingClient(client)
+        return self._sum.public
 
     def join(self) -> Joining:
         """Return what it says of itself."""
@@ -113,8 +131,11 @@ class Participant:
         known = _known(active.engine.layout, message.places, message.untransmitted)
         self._stage = RunningStage(message, active, session.runner(active), known)
 
-    def take_turn(self, turn: Turn) -> ConfigRecord:
+    def take_turn(self, turn: Turn, told: dict[int, bytes] | None = None) -> ConfigRecord:
         """Train as a turn asks, and remember what stays here; returns what is sent back.
+
+        Args:
+            told: what the others of a secure sum have told this client; None where the update is sent as it is.
 
         Raises:
             UnknownStageError: the turn's stage is another one.
@@ -136,11 +157,16 @@ class Participant:
         state = memory.state_dict()
         if state:
             kept.save(turn.round_index, state, stage.message.records[-1].stage)
-        return answer_to_record(answer, trainer.args.wire_dtype, bool(state))
+        masked = None
+        if told is not None and answer.adapter is not None:
+            change = answer.adapter.decoded - side.method.payload(turn.client, local.start)
+            masked = self.sum.mask(to_fixed(change.cpu().numpy(), turn.weight), told).astype("<u4").tobytes()
+        return answer_to_record(answer, trainer.args.wire_dtype, bool(state), masked)
 
     def _side(self, stage: RunningStage, turn: Turn, state: dict, depth: int) -> tuple[ClientSide, Memory]:
         """Make the client's half of a round, with what this client remembers."""
-        args, layout, memory = self._trainer.args, stage.active.engine.layout, Memory()
+        args: Any = self._trainer.args
+        layout, memory = stage.active.engine.layout, Memory()
         memory.load_state_dict(state)
         if depth:
             carry(memory, self._session.run.adapter, stage.message.records, depth)
@@ -186,7 +212,8 @@ class Participant:
             args, adapter = read_settings(settings, own | self.options)
             self._stage = None
             self._trainer = DevFTTrainer(self.model, args, peft_config=adapter, train_dataset=self.rows)
-            self._session = TrainingSession(self._trainer, self._trainer.run, self._trainer.models, None)
+            trainer: Any = self._trainer
+            self._session = TrainingSession(trainer, trainer.run, trainer.models, None)
             self._settings = settings
         return self._session
 

@@ -18,7 +18,6 @@ from hf_devft.federation.rounds import Federation
 from hf_devft.network.messages import (
     JOIN,
     NO_STAGE,
-    REFUSED,
     STAGE,
     TRAIN,
     TRAINED,
@@ -29,6 +28,7 @@ from hf_devft.network.messages import (
     joining_from_record,
 )
 from hf_devft.network.participant import hash_of_weights
+from hf_devft.network.secure_exchange import ClientError, record_of, sum_securely, why_refused
 from hf_devft.network.settings import shared_settings
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.federated_run import FederatedRun
@@ -40,10 +40,6 @@ logger = logging.getLogger(__name__)
 # (Flower's first wait), so that asking more often is no faster.
 POLL = 0.1
 _COUNTED = "counted"  # under which the server remembers in which round a client has counted last
-
-
-class ClientError(RuntimeError):
-    """A client that cannot be reached, refuses a turn, or sends something else."""
 
 
 @dataclass
@@ -115,7 +111,7 @@ class RemoteClients:
         if not new:
             return
         asked = {node: RecordDict({JOIN: ConfigRecord({})}) for node in new}
-        for node, reply in self._send_and_wait(asked, f"{MessageType.QUERY}.{JOIN}", timeout=self.timeout or 60.0):
+        for node, reply in self.ask(asked, f"{MessageType.QUERY}.{JOIN}", timeout=self.timeout or 60.0):
             self._joinings[node] = self._admit(node, reply)
 
     def _admit(self, node: int, reply: RecordDict | ClientError) -> Joining | None:
@@ -123,7 +119,7 @@ class RemoteClients:
         try:
             if isinstance(reply, ClientError):
                 raise reply
-            joining = joining_from_record(_record(reply, JOIN))
+            joining = joining_from_record(record_of(reply, JOIN))
             if self.names and joining.name not in self.names:
                 raise ClientError(f"{joining.name!r} is none of the clients {', '.join(self.names)}")
             if joining.name in self._node_of:
@@ -186,59 +182,81 @@ class RemoteClients:
         self.greet()
         self._note_examples()
         asked: dict[int, ToClient] = {}
-        turns: dict[int, RecordDict] = {}
         for message in messages:
             name = self.names[message.client]
             if (node := self._node_of.get(name)) is None:
                 yield message, ClientError("it is not connected")
-                continue
-            asked[node] = message
-            turns[node] = self._turn(node, message, learning_rate)
-        again: dict[int, RecordDict] = {}
-        for node, reply in self._send_and_wait(turns, MessageType.TRAIN, self.timeout):
-            if _why_refused(reply) == NO_STAGE:
-                del self._has_stage[node]  # it was started anew
-                again[node] = self._turn(node, asked[node], learning_rate)
             else:
-                yield asked[node], self._receive(asked[node], reply)
-        for node, reply in self._send_and_wait(again, MessageType.TRAIN, self.timeout):
-            yield asked[node], self._receive(asked[node], reply)
+                asked[node] = message
+        if self._run.args.secure_aggregation:
+            yield from sum_securely(self, asked, learning_rate)
+        else:
+            yield from self._ask_openly(asked, learning_rate)
 
-    def _turn(self, node: int, message: ToClient, learning_rate: float) -> RecordDict:
-        """Make the records of a turn, with the stage's where the node does not have it."""
+    def _ask_openly(self, asked: dict[int, ToClient], learning_rate: float) -> Iterator[tuple[ToClient, Answer]]:
+        turns = {node: self.turn(node, message, learning_rate) for node, message in asked.items()}
+        again: dict[int, RecordDict] = {}
+        for node, reply in self.ask(turns, MessageType.TRAIN, self.timeout):
+            if why_refused(reply) == NO_STAGE:
+                self.forget_stage(node)  # it was started anew
+                again[node] = self.turn(node, asked[node], learning_rate)
+            else:
+                yield asked[node], self.read(asked[node], reply)
+        for node, reply in self.ask(again, MessageType.TRAIN, self.timeout):
+            yield asked[node], self.read(asked[node], reply)
+
+    def turn(self, node: int, message: ToClient, learning_rate: float, weight: float = 0.0) -> RecordDict:
+        """Make the records of a turn, with the stage's where the node does not have it.
+
+        Args:
+            weight: of the client's update in a secure sum; 0 where it is sent as it is.
+        """
         counted = self._federation.memory.get(message.client, _COUNTED)
         state_round = -1 if counted is None else int(counted["round"])
         dtype = self._federation.wire.dtype
-        turn = Turn.of(message, dtype, self._stage.key, learning_rate, state_round)
+        turn = Turn.of(message, dtype, self._stage.key, learning_rate, state_round, weight)
         records = RecordDict({TRAIN: turn.to_record()})
         if self._has_stage.get(node) != self._stage.key:
             records[STAGE] = self._stage.to_record()
             self._has_stage[node] = self._stage.key
         return records
 
-    def _receive(self, message: ToClient, reply: RecordDict | ClientError) -> Answer:
+    def read(self, message: ToClient, reply: RecordDict | ClientError) -> Answer:
         """Read what a client sends back; the error that it failed with, or is."""
         federation, client = self._federation, message.client
         if isinstance(reply, ClientError):
             return reply
-        if (why := _why_refused(reply)) is not None:
+        if (why := why_refused(reply)) is not None:
             return ClientError(why)
-        start = federation.method.start(client, message.adapter.decoded)
-        count = federation.method.payload(client, start).numel()
+        count = self.known(message).numel()
         records = federation.correction is not None and federation.correction.records
         try:
-            answer, remembers = answer_from_record(
-                _record(reply, TRAINED), federation.wire, count, sum(federation.layout.sizes) if records else 0
-            )
+            record = record_of(reply, TRAINED)
+            extra = sum(federation.layout.sizes) if records else 0
+            answer, remembers = answer_from_record(record, federation.wire, count, extra)
         except ValueError as error:
             return ClientError(f"it sent something else than its update: {error}")
         if remembers:
             federation.memory.put(client, _COUNTED, {"round": torch.tensor(message.round_index)})
         return answer
 
+    def known(self, message: ToClient) -> torch.Tensor:
+        """Return the values that a client's update is a change of."""
+        method = self._federation.method
+        return method.payload(message.client, method.start(message.client, message.adapter.decoded))
+
+    def forget_stage(self, node: int) -> None:
+        """Send a node the stage again with its next turn."""
+        self._has_stage.pop(node, None)
+
+    @property
+    def examples(self) -> list[int]:
+        """How many each client has, by number."""
+        return self.clients.examples
+
     # --- messages -------------------------------------------------------------------------------------------
 
-    def _send_and_wait(
+    def ask(
         self, records: dict[int, RecordDict], kind: str, timeout: float | None
     ) -> Iterator[tuple[int, RecordDict | ClientError]]:
         """Send records to nodes; yields each node's reply as it comes, or why there is none."""
@@ -264,18 +282,6 @@ class RemoteClients:
                 return
             if nodes:
                 time.sleep(POLL)
-
-
-def _why_refused(reply: RecordDict | ClientError) -> str | None:
-    if isinstance(reply, ClientError) or REFUSED not in reply:
-        return None
-    return str(reply[REFUSED].get("why"))
-
-
-def _record(reply: RecordDict, name: str) -> ConfigRecord:
-    if name not in reply or not isinstance(reply[name], ConfigRecord):
-        raise ValueError(f"it has no record {name!r}")
-    return reply[name]
 
 
 def _size(content: RecordDict) -> int:

@@ -6,13 +6,20 @@ from flwr.app import ConfigRecord, RecordDict
 
 from hf_devft.network.messages import (
     JOIN,
+    KEYS,
     NO_STAGE,
+    REVEAL,
+    SHARES,
     STAGE,
+    TOLD,
     TRAIN,
     TRAINED,
     StageMessage,
     Turn,
+    by_client,
     refusal,
+    to_clients,
+    typed,
 )
 from hf_devft.network.participant import Participant, UnknownStageError
 
@@ -21,17 +28,29 @@ logger = logging.getLogger(__name__)
 
 
 def reply_to(participant: Participant, content: RecordDict) -> RecordDict:
-    """Answer a message: join, or enter the stage that it has, where it has one, and take a turn.
+    """Answer a message: join, take part in a secure sum, or enter the stage that it has, where it has one, and take a
+    turn.
 
     An error is an answer, too: the participant goes on, and the server leaves it out of the round.
     """
     try:
         if JOIN in content:
             return RecordDict({JOIN: ConfigRecord(vars(participant.join()))})
+        if KEYS in content:
+            return RecordDict(
+                {KEYS: ConfigRecord({"public": participant.begin_sum(typed(content[KEYS], "client", int))})}
+            )
+        if SHARES in content:
+            told = participant.sum.share(by_client(content[TOLD]), typed(content[SHARES], "threshold", int))
+            return RecordDict({SHARES: to_clients(told)})
+        if REVEAL in content:
+            arrived, missing = (typed(content[REVEAL], name, list) for name in ("arrived", "missing"))
+            return RecordDict({REVEAL: to_clients(participant.sum.reveal(arrived, missing))})
         turn = Turn.from_record(content[TRAIN])
         if STAGE in content:
             participant.enter_stage(StageMessage.from_record(content[STAGE]))
-        return RecordDict({TRAINED: participant.take_turn(turn)})
+        told = by_client(content[TOLD]) if TOLD in content else None
+        return RecordDict({TRAINED: participant.take_turn(turn, told)})
     except UnknownStageError:
         return refusal(NO_STAGE)
     except Exception as error:

@@ -146,6 +146,7 @@ def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: PeftConf
         "submodels": _teaching(args),
         "where layers come back": f"{args.distillation_steps} steps of distillation on the server's texts"
         if args.distillation_steps else None,
+        "aggregation": "secure: the server sees only sums of updates" if args.secure_aggregation else None,
         "participants": None if args.client_selection == "uniform" else args.client_selection,
     }  # fmt: skip
     return {

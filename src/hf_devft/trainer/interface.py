@@ -1,6 +1,6 @@
 """What the parts of a trainer ask of it: the public side of `DevFTMixin`, mixed into a `transformers.Trainer`."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from hf_devft.configuration import DevFTConfig
-from hf_devft.federation.batches import ClientBatches
 from hf_devft.federation.client_side import Exchange
 from hf_devft.federation.clients.hooks import TrainingHooks
 from hf_devft.federation.partition import ClientData
@@ -109,8 +108,8 @@ class FederatedTrainer(TrainingHooks, Protocol):
         """Called with every model before it is trained or evaluated."""
         ...
 
-    def client_batches(self, order: Iterable[tuple[int, int]]) -> ClientBatches:
-        """The batches of local trainings, (round, client), in this order."""
+    def client_rows(self) -> tuple[Dataset, Callable]:
+        """The clients' rows in columns that the collator takes, and the collator."""
         ...
 
     def server_batches(self, rows: Dataset, size: int, sampler: Sampler | None = None) -> Iterator[dict[str, Any]]:

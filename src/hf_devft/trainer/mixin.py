@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollator
 
 from hf_devft.configuration import DevFTConfig, StageConfig
-from hf_devft.federation.batches import ClientBatches, client_loader
 from hf_devft.federation.ledger import Ledger
 from hf_devft.federation.partition import ClientData
 from hf_devft.federation.sampling import Placement
@@ -25,7 +24,6 @@ from hf_devft.hub.push import finished_stages
 from hf_devft.models.adapter import adapter_state
 from hf_devft.models.weights import is_stored
 from hf_devft.run.checkpoint import Checkpoint
-from hf_devft.run.client_batches import make_sampler
 from hf_devft.run.progress import show_rounds
 from hf_devft.run.report import table_rows
 from hf_devft.run.tables import print_stages
@@ -376,11 +374,6 @@ class DevFTMixin(Base):
             self.publisher.finish()
 
     # --- what the parts are given ---------------------------------------------------------------------------
-
-    def client_batches(self, order: Iterable[tuple[int, int]]) -> ClientBatches:
-        """Make the batches of local trainings, (round, client), in this order."""
-        sampler = make_sampler(self.args, self.clients, order, self.placement)
-        return client_loader(*self.client_rows(), sampler, self.args)
 
     def client_rows(self) -> tuple[Dataset, DataCollator]:
         """Return the clients' rows in columns that the collator takes, and the collator."""

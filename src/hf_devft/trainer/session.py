@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_devft.configuration import StageConfig
 from hf_devft.configuration.stage_folder import SUBMODEL
-from hf_devft.federation.batches import ClientBatches
+from hf_devft.federation.batches import ClientBatches, client_loader
 from hf_devft.federation.client_side import ClientSide
 from hf_devft.federation.clients.local_training import LocalTraining
 from hf_devft.federation.heterogeneity.resources import expected_flops
@@ -25,6 +25,7 @@ from hf_devft.models.flops import flops_per_token
 from hf_devft.models.layer_stack import encoders_of
 from hf_devft.models.layout import State
 from hf_devft.run.checkpoint import SCHEDULE, Checkpoint, save_federation
+from hf_devft.run.client_batches import make_sampler
 from hf_devft.run.files import atomic_folder
 from hf_devft.run.peak_memory import PeakMemory
 from hf_devft.run.report import RunReport, describe_setup
@@ -207,7 +208,9 @@ class TrainingSession:
     def batches_of(self, rounds: Iterable[int], attempt: int) -> ClientBatches:
         """Make the batches of this process's clients in these rounds."""
         order = local_trainings(self.federation.selection, self.trainer.placement, rounds, attempt)
-        return self.trainer.client_batches(order)
+        trainer = self.trainer
+        sampler = make_sampler(trainer.args, trainer.clients, order, trainer.placement)
+        return client_loader(*trainer.client_rows(), sampler, trainer.args)
 
     def run_round(self, active: ActiveStage, learning_rate: float) -> RoundOutcome:
         """Run one round: train the sampled clients, aggregate, record. Changes the stage's adapter."""
