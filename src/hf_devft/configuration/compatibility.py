@@ -615,7 +615,11 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("network", "TRL", "clients train as DevFTTrainer does: leave it out"),
     ("network", "classes", "clients would have to agree on the labels: use a task without"),
     ("secure aggregation", "clients here", "nothing is sent: leave it out"),
-    ("secure aggregation", "lossy wire", "it adds up numbers in fixed point: set wire_dtype="fp32" and upload_fraction=1"),
+    (
+        "secure aggregation",
+        "lossy wire",
+        'it adds up numbers in fixed point: set wire_dtype="fp32" and upload_fraction=1',
+    ),
     ("secure aggregation", "products", "these need each client's own factors: use another method"),
     ("secure aggregation", "DropPEFT", "clients send different layers, which cannot be added up: use another"),
     ("secure aggregation", "recorded gradients", "only the updates are added up: leave it out"),
