@@ -618,7 +618,7 @@ CONFLICTS: list[tuple[str, str, str]] = [
     (
         "secure aggregation",
         "lossy wire",
-        'it adds up numbers in fixed point: set wire_dtype="fp32" and upload_fraction=1',
+        'it adds up fixed-point numbers: set wire_dtype="fp32" and upload_fraction=1',
     ),
     ("secure aggregation", "products", "these need each client's own factors: use another method"),
     ("secure aggregation", "DropPEFT", "clients send different layers, which cannot be added up: use another"),
