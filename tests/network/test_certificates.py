@@ -1,0 +1,55 @@
+import stat
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+from hf_devft.network.certificates import make_node_key, make_server_certificate
+from hf_devft.network.node import ConnectionArguments, DataArguments
+
+
+def test_a_certificate_is_for_its_hosts_and_signed_by_the_authority(tmp_path):
+    make_server_certificate(tmp_path, ["10.0.0.1", "superlink.example.org"])
+    authority = x509.load_pem_x509_certificate((tmp_path / "ca.crt").read_bytes())
+    server = x509.load_pem_x509_certificate((tmp_path / "server.crt").read_bytes())
+    server.verify_directly_issued_by(authority)
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["superlink.example.org"]
+    assert [str(each) for each in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.1"]
+    assert not server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+def test_secrets_are_their_owners_and_stay_as_they_are(tmp_path):
+    make_server_certificate(tmp_path, ["localhost"])
+    key = make_node_key(tmp_path, "org-a")
+    for path in (key, tmp_path / "ca.key", tmp_path / "server.key"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(FileExistsError, match="delete it, or choose another name"):
+        make_node_key(tmp_path, "org-a")
+    with pytest.raises(FileExistsError, match="delete it, or choose another folder"):
+        make_server_certificate(tmp_path, ["localhost"])
+    authority = (tmp_path / "ca.crt").read_bytes()
+    (tmp_path / "server.crt").unlink()
+    (tmp_path / "server.key").unlink()
+    make_server_certificate(tmp_path, ["other"])
+    assert (tmp_path / "ca.crt").read_bytes() == authority, "one authority for further certificates"
+
+
+def test_a_node_reads_its_key(tmp_path):
+    key = make_node_key(tmp_path, "org-a")
+    connection = ConnectionArguments(root_certificates="ca.crt", private_key=str(key))
+    connection.check()
+    assert connection.keys[1] == load_ssh_public_key((tmp_path / "org-a.key.pub").read_bytes())
+
+
+def test_tls_and_a_key_are_asked_for_unless_refused():
+    with pytest.raises(ValueError, match="--insecure goes without, for trials"):
+        ConnectionArguments().check()
+    with pytest.raises(ValueError, match="leave either out"):
+        ConnectionArguments(insecure=True, private_key="org-a.key").check()
+    ConnectionArguments(insecure=True).check()
+
+
+def test_a_node_has_rows():
+    with pytest.raises(ValueError, match="--train_file or --dataset_name, one of them"):
+        DataArguments(name="org-a").participant()

@@ -1,0 +1,24 @@
+import pytest
+import torch
+
+from hf_devft.network.client_state import ClientState
+
+
+def test_a_state_is_that_of_its_round(tmp_path):
+    state = ClientState(tmp_path, keep=2)
+    assert state.load(-1) == ({}, 0)
+    for number in range(3):
+        state.save(number, {"3/kept/key": torch.full((2,), float(number))}, stage=number + 1)
+    tensors, stage = state.load(2)
+    assert tensors["3/kept/key"].tolist() == [2.0, 2.0]
+    assert stage == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-2.safetensors", "round-3.safetensors"]
+
+
+def test_a_state_that_is_lost_or_broken_is_named(tmp_path):
+    state = ClientState(tmp_path, keep=2)
+    with pytest.raises(ValueError, match=r"kept of round 5 cannot be read from .*round-5.safetensors"):
+        state.load(4)
+    (tmp_path / "round-5.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="Only a new run can start without it"):
+        state.load(4)
