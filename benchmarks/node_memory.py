@@ -3,8 +3,8 @@
     pip install 'hf-devft[flower]'
     python benchmarks/node_memory.py --base build/gemma-gsm8k --data build/gsm8k --layers 5 9 18
 
-One round of one client in each stage, rows of `train.jsonl` in the folder of data (see `real_base.py`). The base is read
-from its files as far as a stage needs it. Writes `results/node_memory.md`.
+One round of one client in each stage, rows of `train.jsonl` in the folder of data (see `real_base.py`). The base is
+read from its files as far as a stage needs it. Writes `results/node_memory.md`.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def measure(base: str, data: Path, layers: list[int], steps: int) -> dict[int, f
         federation.start_node("node", [*rows, "--model_name_or_path", str(Path(base).absolute()), "--use_cpu", "true"])
         flags = (
             f"--model_name_or_path {Path(base).absolute()} --output_dir {federation.folder}/run --num_clients 1 "
-            f"--clients_per_round 1 --stage_layers {' '.join(map(str, layers))} --stage_rounds 1 --local_steps {steps} "
-            "--eval_strategy no --save_strategy no --use_cpu true"
+            f"--clients_per_round 1 --stage_layers {' '.join(map(str, layers))} --stage_rounds 1 "
+            f"--local_steps {steps} --eval_strategy no --save_strategy no --use_cpu true"
         )
         run = federation.run(
             RECIPES / "federation", {"config": f"{RECIPES}/configs/gemma3-270m.yaml", "overrides": flags}
