@@ -190,6 +190,8 @@ HOSTILE = {
     "not bytes": (changed(adapter="all of it"), "adapter is a str, not a bytes"),
     "a count below zero": (changed(positions=[-5]), "not a number of tokens"),
     "endless operations": (changed(flops=float("inf")), "no number of operations"),
+    "more tokens than there are": (changed(positions=[2**62, 2**62]), "not a number of tokens"),
+    "no loss": (changed(loss=float("nan")), "no loss"),
     "another record": (lambda answer: RecordDict({"gift": ConfigRecord({})}), "has no record 'trained'"),
 }
 
@@ -262,7 +264,7 @@ def test_a_name_has_one_client(participants, caplog):
     clients = RemoteClients(Loopback(participants), timeout=60)
     clients.wait_for(2)
     assert clients.names == ["org-a", "org-c"]
-    assert "'org-c' is here already: give each client a name of its own" in caplog.text
+    assert "'org-c' is here already, on another node" in caplog.text
 
 
 def test_without_any_client_the_first_reason_is_the_cause(remote_run, participants):
@@ -354,3 +356,72 @@ def test_a_sum_of_one_is_none(remote_run, participants):
     trainer = remote_run(Failing(participants, "train"), num_clients=2, round_retries=0, secure_aggregation=True)
     with pytest.raises(QuorumError):
         trainer.train()
+
+
+class Lying(Loopback):
+    """One participant says something else at a step of a secure sum."""
+
+    def __init__(self, participants, step, said):
+        super().__init__(participants)
+        self.step, self.said = step, said
+
+    def answer(self, node, content):
+        if node == 12 and self.step in content:
+            super().answer(node, content)
+            return RecordDict({self.step: ConfigRecord(self.said)})
+        return super().answer(node, content)
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ("keys", {"public": b"short"}),
+        ("keys", {"public": "text"}),
+        ("shares", {"0": b"for one alone"}),
+        ("shares", {"x": b"for nobody"}),
+        ("reveal", {"x": b"nothing"}),
+    ],
+)
+def test_a_client_that_lies_in_a_secure_sum_is_left_out_alone(remote_run, participants, step, said):
+    options = {"clients_per_round": 3, "stage_layers": [4], "stage_rounds": [1], "secure_aggregation": True}
+    trainer = remote_run(Lying(participants, step, said), **options)
+    trainer.train()
+    assert trainer.ledger.rounds[0].dropped == ([] if step == "reveal" else ["org-b"])
+    assert trainer.ledger.rounds[0].attempts == 1
+
+
+def test_a_participant_can_insist_on_secure_sums(remote_run, participants):
+    participants[12].secure_only = True
+    trainer = remote_run(Loopback(participants), clients_per_round=3, stage_layers=[4], stage_rounds=[1])
+    trainer.train()
+    assert trainer.ledger.rounds[0].dropped == ["org-b"]
+
+
+class Busy(Loopback):
+    """A node is in the middle of something when it is asked for the first time."""
+
+    asked = 0
+
+    def push_messages(self, messages):
+        (message,) = messages
+        if message.metadata.dst_node_id == 12 and "join" in message.content:
+            self.asked += 1
+            if self.asked == 1:
+                return ["unanswered"]
+        return super().push_messages(messages)
+
+
+def test_a_busy_node_is_asked_again_who_it_is(participants, monkeypatch):
+    monkeypatch.setattr("hf_devft.network.remote_clients.JOIN_TIMEOUT", 0.2)
+    grid = Busy(participants)
+    assert RemoteClients(grid).wait_for(3).names == ["org-a", "org-b", "org-c"]
+    assert grid.asked == 2
+
+
+def test_runs_do_not_mix_what_clients_keep(remote_run, participants, simulated, tmp_path):
+    """The same participants in another run before: this one starts from nothing."""
+    remote_run(Loopback(participants), output_dir=tmp_path / "other", seed=7, **STATEFUL).train()
+    remote_run(Loopback(participants), **STATEFUL).train()
+    assert_same(adapters(tmp_path / "run"), simulated(**STATEFUL))
+    runs = {path.name.split("-client-")[0] for path in (tmp_path / "nodes").glob("*/state/*")}
+    assert len(runs) == 2

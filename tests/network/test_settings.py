@@ -34,6 +34,7 @@ def test_a_client_trains_as_the_server_says_and_keeps_its_own(tmp_path):
         {"options": {"resume_from_checkpoint": "/tmp/evil"}},
         {"model_options": {"trust_remote_code": True}},
         {"model_options": {"cache_dir": "/etc"}},
+        {"model_options": {"attn_implementation": "someone/kernel@main"}},
     ],
 )
 def test_a_server_cannot_set_more(tmp_path, stolen):

@@ -64,6 +64,25 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
     return tuple(map(preference_pairs, made_up)) if recipe.trainer == "dpo" else made_up
 
 
+def load_server_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset | None, Dataset | None]:
+    """Load the (evaluation, calibration) rows of a server whose clients have theirs themselves: of files, or made-up
+    tasks for the embedded base; either may be missing."""
+    task = TASKS[args.task or "text-generation"]
+    made_up = recipe.model_name_or_path == "embedded"
+    evaluation = calibration = None
+    if recipe.eval_file:
+        evaluation = load_files(recipe.eval_file, task.to_columns)
+    elif made_up:
+        evaluation = task_dataset(recipe.task_eval_rows, recipe.task_families, split="test")
+    if recipe.calibration_file:
+        calibration = load_files(
+            recipe.calibration_file, lambda rows: task.to_columns(add_placeholder_answers(task, rows, args))
+        )
+    elif made_up and args.asks_server_texts:
+        calibration = task_dataset(args.calibration_samples, recipe.task_families, seed=args.seed + 1)
+    return evaluation, calibration
+
+
 def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
     """Plan what the run will cost; data on the Hub is not downloaded for it."""
     path, options = locate(resolve_model_name(recipe.model_name_or_path), args.model_init_kwargs or {})
@@ -108,9 +127,9 @@ def make_trainer(
             "the clients have their rows themselves: leave `train_file` and `dataset_name` out, and give the server's "
             "own as `eval_file` and `calibration_file`."
         )
-    train, evaluation, calibration = load_data(recipe, args)
-    if clients is not None:
-        train = clients
+    train, evaluation, calibration = (
+        load_data(recipe, args) if clients is None else (clients, *load_server_data(recipe, args))
+    )
     data = {"train_dataset": train, "eval_dataset": evaluation, "calibration_dataset": calibration}
     if patience is not None:
         data["callbacks"] = [EarlyStoppingCallback(patience)]

@@ -13,7 +13,8 @@ class BySize(ClientSelection):
     """Clients with more data are asked more often, in proportion to their examples."""
 
     def weights(self) -> Sequence[float]:
-        return [self.examples[client] for client in self.candidates]
+        # One of which nobody knows yet how many examples it has counts as one.
+        return [max(1, self.examples[client]) for client in self.candidates]
 
 
 SELECTIONS: dict[str, type[ClientSelection]] = {

@@ -59,14 +59,24 @@ def make_server_certificate(folder: Path, hosts: Sequence[str]) -> None:
     else:
         authority = ec.generate_private_key(ec.SECP384R1())
         rules = x509.BasicConstraints(ca=True, path_length=0)
-        certificate = _builder(authority_name, authority_name, authority.public_key()).add_extension(rules, True)
+        certificate = (
+            _builder(authority_name, authority_name, authority.public_key(), authority.public_key())
+            .add_extension(rules, True)
+            .add_extension(_usage(signs_certificates=True), True)
+        )
         _write(folder / "ca.key", _pem(authority), secret=True)
         _write(folder / "ca.crt", certificate.sign(authority, hashes.SHA384()).public_bytes(Encoding.PEM))
     key = ec.generate_private_key(ec.SECP384R1())
     certificate = (
-        _builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0])]), authority_name, key.public_key())
+        _builder(
+            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0])]),
+            authority_name,
+            key.public_key(),
+            authority.public_key(),
+        )
         .add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), True)
+        .add_extension(_usage(signs_certificates=False), True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
     )
     _write(folder / "server.key", _pem(key), secret=True)
@@ -89,7 +99,23 @@ def make_node_key(folder: Path, name: str) -> Path:
     return path
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+def _usage(signs_certificates: bool) -> x509.KeyUsage:
+    others = dict.fromkeys(
+        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only")
+        + ("decipher_only",),
+        False,
+    )
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        **others,
+    )
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, authority: ec.EllipticCurvePublicKey
+) -> x509.CertificateBuilder:
     now = datetime.now(timezone.utc)
     return (
         x509.CertificateBuilder()
@@ -99,6 +125,8 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicK
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(minutes=5))
         .not_valid_after(now + timedelta(days=DAYS))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority), False)
     )
 
 

@@ -22,6 +22,6 @@ app = ClientApp()
 def answer(message: Message, context: Context) -> Message:
     """Answer a message of the server's."""
     given: dict[str, Any] = {key.replace("-", "_"): value for key, value in context.node_config.items()}
-    files = [given.pop("train_file")] if "train_file" in given else None
-    participant = DataArguments(train_file=files, **given).participant()
+    lists = {key: [given.pop(key)] for key in ("train_file", "dataset_name") if key in given}
+    participant = DataArguments(**lists, **given).participant()
     return Message(reply_to(participant, message.content), reply_to=message)

@@ -49,15 +49,20 @@ class ClientState:
                 "new run can start without it."
             ) from error
 
-    def save(self, round_index: int, state: State, stage: int) -> None:
-        """Write the state after the turn of a round, in one move, and delete the oldest ones."""
+    def save(self, round_index: int, state: State, stage: int, needed: int = -1) -> None:
+        """Write the state after the turn of a round, in one move, and delete the oldest ones.
+
+        Args:
+            stage: whose depth it has. needed: the round whose state the server may still ask for.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(self._path(round_index)) as path:
             contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
             save_file(contiguous | {_STAGE: torch.tensor(stage)}, path)
         paths = sorted(self._folder.glob("round-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
         for old in paths[: -self._keep]:
-            old.unlink()
+            if old != self._path(needed):
+                old.unlink()
 
     def _path(self, round_index: int) -> Path:
         return self._folder / f"round-{round_index + 1}.safetensors"

@@ -22,6 +22,15 @@ JOIN, STAGE, TRAIN, TRAINED, REFUSED = "join", "stage", "train", "trained", "ref
 KEYS, SHARES, TOLD, REVEAL = "keys", "shares", "told", "reveal"
 # Why a client refuses a turn: it does not have the stage, so that the server sends it.
 NO_STAGE = "no stage"
+_MOST = 2**40  # of anything that is counted
+
+
+class ClientError(RuntimeError):
+    """A client that cannot be reached, refuses a turn, or sends something else."""
+
+
+# What comes back for a message to a client.
+Reply = RecordDict | ClientError
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class StageMessage:
     """What a client must know of a stage, sent once.
 
     Attributes:
-        key: stands for all of it, in the turns that follow.
+        key: stands for all of it, in the turns that follow. run: of the run that it belongs to.
         settings: see `shared_settings`.
         records: of the stages up to this one, with their groups.
         num_clients: of the federation.
@@ -53,6 +62,7 @@ class StageMessage:
     """
 
     key: str
+    run: str
     settings: str
     records: list[StageConfig]
     num_clients: int
@@ -84,8 +94,8 @@ class StageMessage:
 
 
 _STAGE_TYPES = {
-    "key": str, "settings": str, "records": str, "num_clients": int, "places": list, "untransmitted": bytes,
-    "taught": bytes, "base_hash": str,
+    "key": str, "run": str, "settings": str, "records": str, "num_clients": int, "places": list,
+    "untransmitted": bytes, "taught": bytes, "base_hash": str,
 }  # fmt: skip
 
 
@@ -196,10 +206,10 @@ def answer_from_record(
     values = {name: typed(record, name, kind) for name, kind in kinds.items()}
     is_finite, remembers = (typed(record, name, bool) for name in ("is_finite", "remembers"))
     positions = tuple(values["positions"])
-    if not all(type(each) is int and each >= 0 for each in (*positions, values["seen"])):
+    if not all(type(each) is int and 0 <= each <= _MOST for each in (*positions, values["seen"], len(positions))):
         raise ValueError("what a client has counted is not a number of tokens")
-    if not math.isfinite(values["flops"]) or values["flops"] < 0:
-        raise ValueError(f"flops={values['flops']} is no number of operations")
+    if not 0 <= values["flops"] < math.inf or not math.isfinite(values["loss"]):
+        raise ValueError(f"flops={values['flops']}, loss={values['loss']} are no number of operations and no loss")
     loss, norm = torch.tensor(values["loss"]), values["grad_norm"]
     result = LocalResult(loss, positions, values["seen"], None if math.isnan(norm) else norm, values["flops"])
     if not is_finite:
@@ -216,7 +226,7 @@ def joining_from_record(record: Mapping[str, Any]) -> Joining:
         ValueError: it is something else.
     """
     joining = Joining(**{name: typed(record, name, kind) for name, kind in Joining.__annotations__.items()})
-    if not 0 < len(joining.name) <= 100 or joining.examples < 1 or joining.max_layers < 0:
+    if not 0 < len(joining.name) <= 100 or not 0 < joining.examples <= _MOST or not 0 <= joining.max_layers <= _MOST:
         raise ValueError(f"{joining} needs a name, an example or more, and no negative number of layers")
     return joining
 
@@ -238,6 +248,24 @@ def to_clients(content: Mapping[int, bytes]) -> ConfigRecord:
 def refusal(why: str) -> RecordDict:
     """Return what a client answers that refuses a message."""
     return RecordDict({REFUSED: ConfigRecord({"why": why})})
+
+
+def why_refused(reply: Reply) -> str | None:
+    """Return why a client refuses; None where it does not."""
+    if isinstance(reply, ClientError) or REFUSED not in reply:
+        return None
+    return str(reply[REFUSED].get("why"))
+
+
+def record_of(reply: RecordDict, name: str) -> ConfigRecord:
+    """Return a record of a reply.
+
+    Raises:
+        ValueError: it has none of this name.
+    """
+    if name not in reply or not isinstance(record := reply[name], ConfigRecord):
+        raise ValueError(f"it has no record {name!r}")
+    return record
 
 
 def typed(record: Mapping[str, Any], name: str, kind: type) -> Any:

@@ -69,6 +69,12 @@ class DataArguments:
         default=None, metadata={"help": "Folder of what stays here. Default: outputs/ and the name."}
     )
     max_layers: int = field(default=0, metadata={"help": "Most layers that it can train; 0 for no limit."})
+    keep_states: int = field(
+        default=20, metadata={"help": "Of how many turns it keeps its state, for a server that goes back."}
+    )
+    secure_only: bool = field(
+        default=False, metadata={"help": "Send updates into secure sums alone, whatever the server asks."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU, where there is an accelerator, too."})
 
     def participant(self) -> Participant:
@@ -79,6 +85,8 @@ class DataArguments:
         """
         if (self.train_file is None) == (self.dataset_name is None):
             raise ValueError("give the participant's rows: --train_file or --dataset_name, one of them.")
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r} is unknown: choose one of {', '.join(TASKS)}.")
         to_columns = TASKS[self.task].to_columns
         if self.train_file is not None:
             rows = load_files(self.train_file, to_columns)
@@ -86,7 +94,16 @@ class DataArguments:
             rows = load_datasets(self.dataset_name, self.dataset_config, self.dataset_train_split, to_columns)
         folder = Path(self.output_dir or f"outputs/{self.name}")
         options = {"use_cpu": True} if self.use_cpu else {}
-        return Participant(self.name, self.model_name_or_path, rows, folder, self.max_layers, options)
+        return Participant(
+            name=self.name,
+            model=self.model_name_or_path,
+            rows=rows,
+            folder=folder,
+            max_layers=self.max_layers,
+            options=options,
+            keep_states=self.keep_states,
+            secure_only=self.secure_only,
+        )
 
 
 @dataclass
@@ -184,7 +201,12 @@ def serve(connection: Connection, participant: Participant, goes_on: Callable[[]
     """Answer the server's messages, one after another."""
     idle_since = time.perf_counter()
     while goes_on():
-        if (message := connection.receive()) is None:
+        try:
+            message = connection.receive()
+        except Exception as error:  # a run that has ended in the middle of a message, say
+            logger.warning(f"a message could not be read: {type(error).__name__}: {error}")
+            message = None
+        if message is None or not message.has_content():
             waited = time.perf_counter() - idle_since
             time.sleep(min(max(PATIENCE * waited, SHORTEST), LONGEST))
             continue
@@ -205,18 +227,21 @@ def main() -> None:
     ours.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the SuperLink is told that it ends
     data, connection = HfArgumentParser([DataArguments, ConnectionArguments]).parse_args_into_dataclasses()
+    place = None
     try:
         participant = data.participant()
         connection.check()
         with connect(connection) as place:
             ours.info(f"{data.name}, {len(participant.rows)} rows, is connected to {connection.superlink}")
             serve(place, participant)
+        sys.exit(f"error: the connection to {connection.superlink} was lost")  # which Flower has logged
     except SystemExit:
-        ours.error(
-            f"{connection.superlink} does not admit this node. Is its key registered (`flwr supernode register`), and "
-            "is it the SuperLink of --root_certificates? A node that was killed is admitted again when the SuperLink "
-            "has noticed, after a minute."
-        )
+        if place is None:
+            ours.error(
+                f"{connection.superlink} does not admit this node. Is its key registered (`flwr supernode register`), "
+                "and is it the SuperLink of --root_certificates? A node that was killed is admitted again when the "
+                "SuperLink has noticed, after a minute."
+            )
         raise
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {error}")

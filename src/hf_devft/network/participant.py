@@ -1,7 +1,7 @@
 """A participant: one client of a federation, with its own data, base and disk. It knows no network."""
 
-import hashlib
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients, make_methods
 from hf_devft.federation.wire import Wire
 from hf_devft.models.layout import AdapterLayout
+from hf_devft.network.base_hash import hash_of_weights
 from hf_devft.network.client_state import ClientState, carry
 from hf_devft.network.messages import Joining, StageMessage, Turn, answer_to_record
 from hf_devft.network.secure_sum import SecureSumError, SummingClient, to_fixed
@@ -61,6 +62,7 @@ class Participant:
         max_layers: most layers that it can train; 0 for no limit.
         options: of its own `DevFTConfig`, such as `use_cpu`; what local training depends on comes from the server.
         keep_states: of how many of its turns it keeps the state, for servers that go back to a checkpoint.
+        secure_only: whether its updates go into secure sums alone.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Participant:
     max_layers: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     keep_states: int = 20
+    secure_only: bool = False
 
     def __post_init__(self):
         self._settings: str | None = None
@@ -145,7 +148,10 @@ class Participant:
             raise UnknownStageError(turn.stage_key)
         stage, trainer = self._stage, self._trainer
         assert trainer is not None
-        kept = ClientState(self.folder / "state" / f"client-{turn.client}", self.keep_states)
+        if self.secure_only and told is None:
+            raise ValueError("this participant takes part in secure sums alone: set `secure_aggregation`")
+        run = re.sub(r"[^0-9a-f]", "", stage.message.run)
+        kept = ClientState(self.folder / "state" / f"run-{run}-client-{turn.client}", self.keep_states)
         side, memory = self._side(stage, turn, *kept.load(turn.state_round))
         counts = _counts(side, turn.client)
         logger.info(f"round {turn.round_index + 1}: {self.name} trains {len(stage.active.layers)} layers")
@@ -156,7 +162,7 @@ class Participant:
         memory.commit()
         state = memory.state_dict()
         if state:
-            kept.save(turn.round_index, state, stage.message.records[-1].stage)
+            kept.save(turn.round_index, state, stage.message.records[-1].stage, needed=turn.state_round)
         masked = None
         if told is not None and answer.adapter is not None:
             change = answer.adapter.decoded - side.method.payload(turn.client, local.start)
@@ -210,7 +216,7 @@ class Participant:
                 "save_strategy": "no", "eval_strategy": "no", "report_to": "none", "disable_tqdm": True,
             }  # fmt: skip
             args, adapter = read_settings(settings, own | self.options)
-            self._stage = None
+            self._settings = self._trainer = self._session = self._stage = None  # one base at a time
             self._trainer = DevFTTrainer(self.model, args, peft_config=adapter, train_dataset=self.rows)
             trainer: Any = self._trainer
             self._session = TrainingSession(trainer, trainer.run, trainer.models, None)
@@ -234,14 +240,3 @@ def _known(layout: AdapterLayout, places: Sequence[int], values: bytes) -> torch
     if places:
         layout.put(known, places, torch.frombuffer(bytearray(values), dtype=torch.float32))
     return known
-
-
-def hash_of_weights(active: ActiveStage) -> str:
-    """Return a hash of a stage's base weights, without its adapter: of their names, types, shapes and bytes."""
-    digest, own = hashlib.sha256(), {id(parameter) for parameter in active.engine.parameters}
-    for name, parameter in sorted(active.model.named_parameters()):
-        if id(parameter) not in own:
-            values = parameter.detach().cpu().contiguous()
-            digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-            digest.update(values.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -2,33 +2,38 @@
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import DEFAULT_TTL, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from hf_devft.federation.client_side import Answer, Exchange, ToClient
 from hf_devft.federation.memory import SERVER
 from hf_devft.federation.partition import ClientData, clients_elsewhere
 from hf_devft.federation.rounds import Federation
+from hf_devft.network.base_hash import hash_of_weights
 from hf_devft.network.messages import (
     JOIN,
     NO_STAGE,
     STAGE,
     TRAIN,
     TRAINED,
+    ClientError,
     Joining,
+    Reply,
     StageMessage,
     Turn,
     answer_from_record,
     joining_from_record,
+    record_of,
+    why_refused,
 )
-from hf_devft.network.participant import hash_of_weights
-from hf_devft.network.secure_exchange import ClientError, record_of, sum_securely, why_refused
+from hf_devft.network.secure_exchange import sum_securely
 from hf_devft.network.settings import shared_settings
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.federated_run import FederatedRun
@@ -39,7 +44,10 @@ logger = logging.getLogger(__name__)
 # How often the server asks Flower for replies, in seconds. A reply whose parts are still on their way costs a second
 # (Flower's first wait), so that asking more often is no faster.
 POLL = 0.1
-_COUNTED = "counted"  # under which the server remembers in which round a client has counted last
+# Seconds for an answer to who a node is; one that is busy is asked again.
+JOIN_TIMEOUT = 5.0
+# Under which the server remembers in which round a client has counted last, and which run this is.
+_COUNTED, _RUN = "counted", "run"
 
 
 @dataclass
@@ -68,7 +76,8 @@ class RemoteClients:
 
     def __post_init__(self):
         self._node_of: dict[str, int] = {}  # name -> Flower's number of its node
-        self._joinings: dict[int, Joining | None] = {}  # of the nodes that were asked; None for one that is refused
+        self._joinings: dict[int, Joining | None] = {}  # of nodes that have answered; None for one that is refused
+        self._waiting: set[int] = set()  # nodes whose name another one has
         self._has_stage: dict[int, str] = {}  # node -> key of the stage that it was sent last
 
     # --- who is there ---------------------------------------------------------------------------------------
@@ -111,24 +120,23 @@ class RemoteClients:
         if not new:
             return
         asked = {node: RecordDict({JOIN: ConfigRecord({})}) for node in new}
-        for node, reply in self.ask(asked, f"{MessageType.QUERY}.{JOIN}", timeout=self.timeout or 60.0):
-            self._joinings[node] = self._admit(node, reply)
-
-    def _admit(self, node: int, reply: RecordDict | ClientError) -> Joining | None:
-        """Take a client in, by its answer; None, and a warning, where it cannot be."""
-        try:
+        for node, reply in self.ask(asked, f"{MessageType.QUERY}.{JOIN}", timeout=JOIN_TIMEOUT):
             if isinstance(reply, ClientError):
-                raise reply
-            joining = joining_from_record(record_of(reply, JOIN))
-            if self.names and joining.name not in self.names:
-                raise ClientError(f"{joining.name!r} is none of the clients {', '.join(self.names)}")
-            if joining.name in self._node_of:
-                raise ClientError(f"{joining.name!r} is here already: give each client a name of its own")
-        except (ClientError, ValueError) as error:
-            logger.warning(f"node {node} cannot join: {error}.")
-            return None
-        self._node_of[joining.name] = node
-        return joining
+                continue  # it may be in the middle of a turn: it is asked again
+            try:
+                joining = joining_from_record(record_of(reply, JOIN))
+                if self.names and joining.name not in self.names:
+                    raise ValueError(f"{joining.name!r} is none of the clients {', '.join(self.names)}")
+            except ValueError as error:
+                logger.warning(f"node {node} cannot join: {error}.")
+                self._joinings[node] = None
+                continue
+            if joining.name in self._node_of:  # perhaps what is left of it before it was killed: it is asked again
+                if node not in self._waiting:
+                    logger.warning(f"node {node} waits: {joining.name!r} is here already, on another node.")
+                self._waiting.add(node)
+                continue
+            self._joinings[node], self._node_of[joining.name] = joining, node
 
     def _note_examples(self) -> None:
         for joining in filter(None, self._joinings.values()):
@@ -140,6 +148,10 @@ class RemoteClients:
     def begin_run(self, run: FederatedRun, federation: Federation) -> None:
         """Begin a run, or go on with one."""
         self._run, self._federation = run, federation
+        if federation.memory.get(SERVER, _RUN) is None:
+            number = int.from_bytes(os.urandom(7), "big")
+            federation.memory.put(SERVER, _RUN, {"number": torch.tensor(number)})
+            federation.memory.commit()
         self._settings = shared_settings(run.args, run.adapter.config)
         self._has_stage.clear()
 
@@ -154,6 +166,7 @@ class RemoteClients:
         path = self._run.healed.path(active.record.stage)
         message = StageMessage(
             key="",
+            run=f"{int(self._federation.memory.get(SERVER, _RUN)['number']):014x}",
             settings=self._settings,
             records=self._run.stages[: active.record.stage],
             num_clients=len(self.names),
@@ -194,6 +207,7 @@ class RemoteClients:
             yield from self._ask_openly(asked, learning_rate)
 
     def _ask_openly(self, asked: dict[int, ToClient], learning_rate: float) -> Iterator[tuple[ToClient, Answer]]:
+        started = time.monotonic()
         turns = {node: self.turn(node, message, learning_rate) for node, message in asked.items()}
         again: dict[int, RecordDict] = {}
         for node, reply in self.ask(turns, MessageType.TRAIN, self.timeout):
@@ -202,7 +216,8 @@ class RemoteClients:
                 again[node] = self.turn(node, asked[node], learning_rate)
             else:
                 yield asked[node], self.read(asked[node], reply)
-        for node, reply in self.ask(again, MessageType.TRAIN, self.timeout):
+        left = None if self.timeout is None else max(1.0, self.timeout - (time.monotonic() - started))
+        for node, reply in self.ask(again, MessageType.TRAIN, left):
             yield asked[node], self.read(asked[node], reply)
 
     def turn(self, node: int, message: ToClient, learning_rate: float, weight: float = 0.0) -> RecordDict:
@@ -221,7 +236,7 @@ class RemoteClients:
             self._has_stage[node] = self._stage.key
         return records
 
-    def read(self, message: ToClient, reply: RecordDict | ClientError) -> Answer:
+    def read(self, message: ToClient, reply: Reply) -> Answer:
         """Read what a client sends back; the error that it failed with, or is."""
         federation, client = self._federation, message.client
         if isinstance(reply, ClientError):
@@ -256,32 +271,49 @@ class RemoteClients:
 
     # --- messages -------------------------------------------------------------------------------------------
 
-    def ask(
-        self, records: dict[int, RecordDict], kind: str, timeout: float | None
-    ) -> Iterator[tuple[int, RecordDict | ClientError]]:
+    def ask(self, records: dict[int, RecordDict], kind: str, timeout: float | None) -> Iterator[tuple[int, Reply]]:
         """Send records to nodes; yields each node's reply as it comes, or why there is none."""
-        if not records:
-            return
-        messages = [Message(content, node, kind) for node, content in records.items()]
-        self.traffic.down += sum(map(_size, records.values()))
-        sent = list(self.grid.push_messages(messages))
-        nodes = dict(zip(sent, records, strict=True))
+        nodes: dict[str, int] = {}
+        for node, content in records.items():
+            number = self._push(Message(content, node, kind, ttl=timeout or DEFAULT_TTL))
+            if number is None:
+                yield node, ClientError("its message could not be sent: it is gone, or the message is too large")
+                continue
+            nodes[number] = node
+            self.traffic.down += _size(content)
         ends = None if timeout is None else time.monotonic() + timeout
         while nodes:
-            for reply in self.grid.pull_messages(list(nodes)):
-                node = nodes.pop(reply.metadata.reply_to_message_id)
-                if reply.has_error():
-                    yield node, ClientError(reply.error.reason)
-                    continue
-                self.traffic.up += _size(reply.content)
-                yield node, reply.content
+            for number, reply in self._pull(list(nodes)):
+                if not isinstance(reply, ClientError):
+                    self.traffic.up += _size(reply)
+                yield nodes.pop(number), reply
             if nodes and ends is not None and time.monotonic() > ends:
-                yield from (
-                    (node, ClientError(f"it has not answered in {timeout:.0f} seconds")) for node in nodes.values()
-                )
+                late = ClientError(f"it has not answered in {timeout:.0f} seconds")
+                yield from ((node, late) for node in nodes.values())
                 return
             if nodes:
                 time.sleep(POLL)
+
+    def _push(self, message: Message) -> str | None:
+        """Send a message; returns its number, None where Flower does not take it."""
+        return next(iter(self.grid.push_messages([message])), None)
+
+    def _pull(self, numbers: list[str]) -> Iterator[tuple[str, Reply]]:
+        """Fetch the replies to messages, as far as they are there; one that cannot be read is a client's error."""
+        try:
+            replies = list(self.grid.pull_messages(numbers))
+        except Exception as error:
+            if len(numbers) > 1:
+                for number in numbers:
+                    yield from self._pull([number])
+            elif isinstance(error, ConnectionError | TimeoutError):
+                logger.warning(f"the SuperLink does not answer: {error}.")
+            else:
+                yield numbers[0], ClientError(f"its answer cannot be read: {type(error).__name__}: {error}")
+            return
+        for reply in replies:
+            answer = ClientError(reply.error.reason) if reply.has_error() else reply.content
+            yield reply.metadata.reply_to_message_id, answer
 
 
 def _size(content: RecordDict) -> int:

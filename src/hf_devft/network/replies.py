@@ -22,6 +22,7 @@ from hf_devft.network.messages import (
     typed,
 )
 from hf_devft.network.participant import Participant, UnknownStageError
+from hf_devft.network.secure_sum import SecureSumError
 
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,9 @@ def reply_to(participant: Participant, content: RecordDict) -> RecordDict:
         return RecordDict({TRAINED: participant.take_turn(turn, told)})
     except UnknownStageError:
         return refusal(NO_STAGE)
-    except Exception as error:
+    except (ValueError, SecureSumError) as error:
         logger.exception("a turn failed")
-        return refusal(f"{type(error).__name__}: {error}")
+        return refusal(str(error).replace(str(participant.folder), "its folder"))
+    except Exception as error:  # whose text may quote what stays here
+        logger.exception("a turn failed")
+        return refusal(f"{type(error).__name__}; its own log says more")

@@ -1,8 +1,8 @@
 """A round whose server sees only the sum of what its clients send."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -10,15 +10,24 @@ from flwr.app import ConfigRecord, MessageType, RecordDict
 
 from hf_devft.federation.client_side import Answer, FromClient, ToClient
 from hf_devft.federation.encoding import Encoded
-from hf_devft.network.messages import KEYS, NO_STAGE, REFUSED, REVEAL, SHARES, TOLD, by_client, to_clients, typed
-from hf_devft.network.secure_sum import SecureSumError, from_fixed, unmask
+from hf_devft.network.messages import (
+    KEYS,
+    NO_STAGE,
+    REVEAL,
+    SHARES,
+    TOLD,
+    ClientError,
+    Reply,
+    by_client,
+    record_of,
+    to_clients,
+    typed,
+    why_refused,
+)
+from hf_devft.network.secure_sum import PUBLIC_BYTES, SecureSumError, from_fixed, unmask
 
 
-class ClientError(RuntimeError):
-    """A client that cannot be reached, refuses a turn, or sends something else."""
-
-
-Reply = RecordDict | ClientError
+T = TypeVar("T")
 
 
 class Clients(Protocol):
@@ -95,18 +104,21 @@ class SecureRound:
             SecureSumError: too few clients are left at one of the steps.
         """
         keys = {client: RecordDict({KEYS: ConfigRecord({"client": client})}) for client in self._node_of}
-        public = {client: typed(record, "public", bytes) for client, record in self._ask(keys, KEYS)}
+        public = dict(self._ask(keys, KEYS, _public_keys))
         threshold = len(public) // 2 + 1
         _check(len(public), 2, "sent their keys")
         share = RecordDict({SHARES: ConfigRecord({"threshold": threshold}), TOLD: to_clients(public)})
-        told = {client: by_client(record) for client, record in self._ask(dict.fromkeys(public, share), SHARES)}
+        told = dict(self._ask(dict.fromkeys(public, share), SHARES, by_client))
+        for client in [client for client, words in told.items() if words.keys() != public.keys() - {client}]:
+            self.failed[client] = ClientError("it has not told every other client of its masks")
+            del told[client]
         _check(len(told), threshold, "told the others of their masks")
         weights = {client: self._clients.examples[client] / sum(map(self._examples, told)) for client in told}
         self._take_turns(told, weights)
         arrived, missing = sorted(self.answers), sorted(set(told) - set(self.answers))
         _check(len(arrived), threshold, "sent an update")
         reveal = RecordDict({REVEAL: ConfigRecord({"arrived": arrived, "missing": missing})})
-        revealed = [by_client(shares) for _, shares in self._ask(dict.fromkeys(arrived, reveal), REVEAL)]
+        revealed = [shares for _, shares in self._ask(dict.fromkeys(arrived, reveal), REVEAL, by_client)]
         total = sum((_numbers(self.answers[client]) for client in arrived), np.uint32(0))
         mean = from_fixed(unmask(total, public, arrived, missing, revealed, threshold))
         return mean / sum(weights[client] for client in arrived)
@@ -114,15 +126,19 @@ class SecureRound:
     def _examples(self, client: int) -> int:
         return self._clients.examples[client]
 
-    def _ask(self, records: dict[int, RecordDict], name: str) -> Iterator[tuple[int, ConfigRecord]]:
-        """Ask clients for a record; notes failures."""
+    def _ask(
+        self, records: dict[int, RecordDict], name: str, parse: Callable[[ConfigRecord], T]
+    ) -> Iterator[tuple[int, T]]:
+        """Ask clients for a record, and read it; notes failures."""
         by_node = {self._node_of[client]: content for client, content in records.items()}
         for node, reply in self._clients.ask(by_node, f"{MessageType.QUERY}.{name}", self._clients.timeout):
             client = self._asked[node].client
             try:
-                yield client, record_of(_accepted(reply), name)
+                parsed = parse(record_of(_accepted(reply), name))
             except (ClientError, ValueError) as error:
                 self.failed[client] = error
+                continue
+            yield client, parsed
 
     def _take_turns(self, told: dict[int, dict[int, bytes]], weights: dict[int, float]) -> None:
         """Have clients train and mask their updates; each is given what the others have told it."""
@@ -144,6 +160,13 @@ class SecureRound:
                 self.answers[client] = answer
 
 
+def _public_keys(record: ConfigRecord) -> bytes:
+    keys = typed(record, "public", bytes)
+    if len(keys) != PUBLIC_BYTES:
+        raise ValueError(f"its public keys have {len(keys)} bytes, not {PUBLIC_BYTES}")
+    return keys
+
+
 def _check(count: int, needed: int, what: str) -> None:
     if count < needed:
         raise SecureSumError(f"{count} clients have {what}, {needed} are needed")
@@ -161,21 +184,3 @@ def _accepted(reply: Reply) -> RecordDict:
     if (why := why_refused(reply)) is not None:
         raise ClientError(why)
     return reply
-
-
-def why_refused(reply: Reply) -> str | None:
-    """Return why a client refuses; None where it does not."""
-    if isinstance(reply, ClientError) or REFUSED not in reply:
-        return None
-    return str(reply[REFUSED].get("why"))
-
-
-def record_of(reply: RecordDict, name: str) -> ConfigRecord:
-    """Return a record of a reply.
-
-    Raises:
-        ValueError: it has none of this name.
-    """
-    if name not in reply or not isinstance(record := reply[name], ConfigRecord):
-        raise ValueError(f"it has no record {name!r}")
-    return record

@@ -24,6 +24,7 @@ from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_
 # of an adapter is far below 8, and 2⁻²⁸ is below float32's precision there).
 LARGEST, FRACTION = 8.0, 2.0**28
 _KEY = 32  # bytes of a key
+PUBLIC_BYTES = 2 * _KEY  # of a client's public keys
 
 
 class SecureSumError(RuntimeError):
@@ -31,8 +32,16 @@ class SecureSumError(RuntimeError):
 
 
 def to_fixed(values: np.ndarray, weight: float) -> np.ndarray:
-    """Return weight times the values in fixed point, modulo 2³²; clipped to ±`LARGEST`."""
-    scaled = np.clip(values.astype(np.float64) * weight, -LARGEST, LARGEST * (1 - 2**-31)) * FRACTION
+    """Return weight times the values in fixed point, modulo 2³². Values are clipped to ±`LARGEST` first, so that sums
+    whose weights add up to 1 cannot wrap.
+
+    Raises:
+        SecureSumError: a weight that is not above 0, up to 1.
+    """
+    if not 0 < weight <= 1:
+        raise SecureSumError(f"a weight of {weight} would show one update, or none: it must be above 0, up to 1")
+    most = LARGEST * (1 - 2**-24)
+    scaled = np.clip(values.astype(np.float64), -most, most) * weight * FRACTION
     return np.rint(scaled).astype(np.int64).astype(np.uint32)
 
 

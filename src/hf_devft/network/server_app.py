@@ -11,8 +11,9 @@ from flwr.serverapp import Grid, ServerApp
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from hf_devft.cli.arguments import parse_arguments
+from hf_devft.cli.arguments import RecipeArguments, parse_arguments
 from hf_devft.cli.recipe import make_trainer
+from hf_devft.configuration import DevFTConfig, Setup, check_compatibility
 from hf_devft.network.remote_clients import RemoteClients
 from hf_devft.run.report import table_rows
 from hf_devft.run.tables import print_stages
@@ -22,6 +23,21 @@ from hf_devft.trainer.mixin import DevFTMixin
 app = ServerApp()
 TRAFFIC_NAME = "traffic.json"
 logger = logging.getLogger("hf_devft")
+
+
+def check_before_waiting(recipe: RecipeArguments, args: DevFTConfig, names: list[str], count: int | None) -> None:
+    """Refuse what no client could change, before any is waited for.
+
+    Raises:
+        ValueError: clients that cannot be counted, or a run that no network can have.
+    """
+    if not count:
+        raise ValueError("how many clients there are is not known: give `num_clients`, or their names as `clients`.")
+    if names and (count > len(names) or len(set(names)) < len(names)):
+        raise ValueError(
+            f"clients={names}, min-clients={count}: give each name once, and wait for no more than those."
+        )
+    check_compatibility(Setup(args, trainer=recipe.trainer, network=True))
 
 
 class RoundLog(TrainerCallback):
@@ -64,12 +80,11 @@ def main(grid: Grid, context: Context) -> None:
     recipe, args = parse_arguments(shlex.split(str(asked["overrides"])), config)
     names = str(asked["clients"]).split()
     count = int(asked["min-clients"]) or len(names) or args.num_clients
-    if not count:
-        raise ValueError("how many clients there are is not known: give `num_clients`, or their names as `clients`.")
+    check_before_waiting(recipe, args, names, count)
     clients = RemoteClients(grid, timeout=float(asked["timeout"]) or None)
     who = clients.wait_for(count, names)
     args.num_clients, args.disable_tqdm = len(who.names), True
-    args.client_max_layers = clients.max_layers or args.client_max_layers
+    args.client_max_layers = args.client_max_layers or clients.max_layers
     trainer = make_trainer(recipe, args, clients, who)
     trainer.add_callback(RoundLog(trainer))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -18,11 +18,18 @@ SHARED_OPTIONS = (
     "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "activation_checkpointing",
     "include_num_input_tokens_seen", "seed", "data_seed",
 )  # fmt: skip
-# Of `from_pretrained`: where the base comes from is the client's own matter.
-SHARED_MODEL_OPTIONS = ("dtype", "attn_implementation")
-
-# Of an adapter's config.
-_NAME_FILES_OR_CODE = ("base_model_name_or_path", "auto_mapping", "megatron_core", "megatron_config")
+# Of `from_pretrained`, and their values: where the base comes from is the client's own matter, and other names of an
+# attention would be repositories of code.
+SHARED_MODEL_OPTIONS = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "attn_implementation": ("eager", "sdpa", "flash_attention_2", "flex_attention"),
+}
+# Of an adapter's config; others name files or code, or are of adapters that no stage carries.
+_SHARED_ADAPTER_OPTIONS = (
+    "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
+    "modules_to_save", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "init_lora_weights", "layers_to_transform",
+    "layers_pattern", "rank_pattern", "alpha_pattern", "feedforward_modules", "init_ia3_weights",
+)  # fmt: skip
 
 
 def shared_settings(args: DevFTConfig, adapter: PeftConfig) -> str:
@@ -37,10 +44,15 @@ def shared_settings(args: DevFTConfig, adapter: PeftConfig) -> str:
     model_options = args.model_init_kwargs or {}
     content = {
         "options": options,
-        "model_options": {name: model_options[name] for name in SHARED_MODEL_OPTIONS if name in model_options},
+        "model_options": {name: _name(model_options[name]) for name in SHARED_MODEL_OPTIONS if name in model_options},
         "adapter": adapter.to_dict(),
     }
     return json.dumps(content, sort_keys=True, default=_plain)
+
+
+def _name(value: Any) -> str:
+    """A type of torch's, or another name, as a name."""
+    return str(value).removeprefix("torch.")
 
 
 def _plain(value: Any) -> Any:
@@ -64,10 +76,11 @@ def read_settings(text: str, own: dict[str, Any]) -> tuple[DevFTConfig, PeftConf
         options, model_options, adapter = content["options"], content["model_options"], content["adapter"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the server's settings cannot be read: {error}") from error
-    unknown = {*(options.keys() - set(SHARED_OPTIONS)), *(model_options.keys() - set(SHARED_MODEL_OPTIONS))}
+    unknown = options.keys() - set(SHARED_OPTIONS)
+    unknown |= {name for name, value in model_options.items() if value not in SHARED_MODEL_OPTIONS.get(name, ())}
     if unknown:
         raise ValueError(f"the server sets {sorted(unknown)}, which is not a server's to set: use the same version.")
-    config = get_peft_config({key: value for key, value in adapter.items() if key not in _NAME_FILES_OR_CODE})
+    config = get_peft_config({key: value for key, value in adapter.items() if key in _SHARED_ADAPTER_OPTIONS})
     config.inference_mode = False
     own_model_options = own.pop("model_init_kwargs", None) or {}
     return DevFTConfig(**(options | own), model_init_kwargs=model_options | own_model_options), config

@@ -40,7 +40,7 @@ def run_setting(
         """The values of options of which the first turns the others on."""
         return [getattr(args, option) for option in options] if getattr(args, options[0]) else None
 
-    return {option: getattr(args, option) for option in (*_RULES, *_FEDERATION)} | {
+    setting = {option: getattr(args, option) for option in (*_RULES, *_FEDERATION)} | {
         "stage_layers": [stage.num_layers for stage in stages],
         "adapter_layers": [stage.adapted for stage in stages] if args.adapter_layers else None,
         "lora_alpha": getattr(adapter, "lora_alpha", None),
@@ -52,6 +52,9 @@ def run_setting(
         "rows of the clients (checksum)": zlib.crc32(np.concatenate([*clients.rows.values()]).tobytes()),
         "clients elsewhere": clients.names if clients.elsewhere is not None else None,
     }
+    if clients.elsewhere is not None:  # each client says for itself what it can hold, when it joins
+        setting["client_max_layers"] = None
+    return setting
 
 
 def check_same_setting(saved: dict[str, Any], setting: dict[str, Any], folder: str | Path) -> None:
