@@ -109,7 +109,7 @@ def table(runs: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="of each stage")
-    parser.add_argument("--steps", type=int, nargs="+", default=[10, 40], help="of a client's turn")
+    parser.add_argument("--steps", type=int, nargs="+", default=[10], help="of a client's turn")
     parser.add_argument("--results", type=Path, default=RESULTS / "network.jsonl")
     options = parser.parse_args()
     options.results.parent.mkdir(parents=True, exist_ok=True)
