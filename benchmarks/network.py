@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import datasets
 from machine import RESULTS, machine
 
 from hf_devft.embedded import task_dataset
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "network.jsonl")
     options = parser.parse_args()
     options.results.parent.mkdir(parents=True, exist_ok=True)
+    datasets.disable_progress_bars()
     runs = []
     for steps in options.steps:
         for way, measure in WAYS.items():
