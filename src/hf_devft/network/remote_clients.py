@@ -44,8 +44,9 @@ logger = logging.getLogger(__name__)
 # How often the server asks Flower for replies, in seconds. A reply whose parts are still on their way costs a second
 # (Flower's first wait), so that asking more often is no faster.
 POLL = 0.1
-# Seconds for an answer to who a node is; one that is busy is asked again.
-JOIN_TIMEOUT = 5.0
+# Seconds for an answer to who a node is, before a run (Flower's own SuperNode starts a process for it) and between two
+# rounds, which wait for it; a node that is busy is asked again.
+JOIN_TIMEOUT, LATE_JOIN_TIMEOUT = 60.0, 5.0
 # Under which the server remembers in which round a client has counted last, and which run this is.
 _COUNTED, _RUN = "counted", "run"
 
@@ -92,7 +93,7 @@ class RemoteClients:
         self.names = list(names)
         said = -1
         while len(self._node_of) < count:
-            self.greet()
+            self.greet(JOIN_TIMEOUT)
             if len(self._node_of) != said:
                 said = len(self._node_of)
                 logger.info(f"{said} of {count} clients have joined: {', '.join(sorted(self._node_of)) or 'none'}.")
@@ -110,8 +111,8 @@ class RemoteClients:
         limits = [known.get(name, 0) for name in self.names]
         return [limit or 10**6 for limit in limits] if any(limits) else None
 
-    def greet(self) -> None:
-        """Ask nodes that are new who they are."""
+    def greet(self, timeout: float) -> None:
+        """Ask nodes that are new who they are, and wait for answers for some seconds."""
         present = set(self.grid.get_node_ids())
         for node in set(self._joinings) - present:
             del self._joinings[node]
@@ -120,7 +121,7 @@ class RemoteClients:
         if not new:
             return
         asked = {node: RecordDict({JOIN: ConfigRecord({})}) for node in new}
-        for node, reply in self.ask(asked, f"{MessageType.QUERY}.{JOIN}", timeout=JOIN_TIMEOUT):
+        for node, reply in self.ask(asked, f"{MessageType.QUERY}.{JOIN}", timeout):
             if isinstance(reply, ClientError):
                 continue  # it may be in the middle of a turn: it is asked again
             try:
@@ -192,7 +193,7 @@ class RemoteClients:
     def _exchange(
         self, learning_rate: float, round_index: int, attempt: int, messages: Iterator[ToClient]
     ) -> Iterator[tuple[ToClient, Answer]]:
-        self.greet()
+        self.greet(LATE_JOIN_TIMEOUT)
         self._note_examples()
         asked: dict[int, ToClient] = {}
         for message in messages:
