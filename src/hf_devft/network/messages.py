@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from flwr.app import ConfigRecord, RecordDict
@@ -30,7 +30,7 @@ class ClientError(RuntimeError):
 
 
 # What comes back for a message to a client.
-Reply = RecordDict | ClientError
+Reply: TypeAlias = RecordDict | ClientError
 
 
 @dataclass(frozen=True)
