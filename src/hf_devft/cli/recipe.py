@@ -31,17 +31,7 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
     """
     task = TASKS[args.task or "text-generation"]
     to_columns = task.to_columns if recipe.trainer == "devft" else lambda rows: rows  # TRL converts for itself
-    asked = args.asks_server_texts
-    calibration = None
-    if recipe.calibration_file:
-        if not asked or recipe.trainer != "devft":
-            raise ValueError(
-                'calibration_file is read for grouping="calibrated", fusion="bridge", healing_steps and '
-                "distillation_steps of --trainer devft: set one of them, or leave it out."
-            )
-        calibration = load_files(
-            recipe.calibration_file, lambda rows: to_columns(add_placeholder_answers(task, rows, args))
-        )
+    asked, calibration = args.asks_server_texts, _calibration_rows(recipe, args)
     if recipe.train_file or recipe.dataset_name:
         if recipe.train_file:
             train = load_files(recipe.train_file, to_columns)
@@ -56,10 +46,8 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
         return parts["train"], evaluation, parts["test"]
     made_up = (
         task_dataset(recipe.task_rows, recipe.task_families, seed=args.seed),
-        task_dataset(recipe.task_eval_rows, recipe.task_families, split="test"),
-        task_dataset(args.calibration_samples, recipe.task_families, seed=args.seed + 1)
-        if calibration is None
-        else calibration,
+        _made_up_evaluation(recipe),
+        _made_up_calibration(recipe, args) if calibration is None else calibration,
     )
     return tuple(map(preference_pairs, made_up)) if recipe.trainer == "dpo" else made_up
 
@@ -67,20 +55,41 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
 def load_server_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset | None, Dataset | None]:
     """Load the (evaluation, calibration) rows of a server whose clients have theirs themselves: of files, or made-up
     tasks for the embedded base; either may be missing."""
-    task = TASKS[args.task or "text-generation"]
-    made_up = recipe.model_name_or_path == "embedded"
-    evaluation = calibration = None
+    evaluation, calibration = None, _calibration_rows(recipe, args)
     if recipe.eval_file:
-        evaluation = load_files(recipe.eval_file, task.to_columns)
-    elif made_up:
-        evaluation = task_dataset(recipe.task_eval_rows, recipe.task_families, split="test")
-    if recipe.calibration_file:
-        calibration = load_files(
-            recipe.calibration_file, lambda rows: task.to_columns(add_placeholder_answers(task, rows, args))
-        )
-    elif made_up and args.asks_server_texts:
-        calibration = task_dataset(args.calibration_samples, recipe.task_families, seed=args.seed + 1)
+        evaluation = load_files(recipe.eval_file, TASKS[args.task or "text-generation"].to_columns)
+    if recipe.model_name_or_path != "embedded":
+        return evaluation, calibration
+    if evaluation is None:
+        evaluation = _made_up_evaluation(recipe)
+    if calibration is None and args.asks_server_texts:
+        calibration = _made_up_calibration(recipe, args)
     return evaluation, calibration
+
+
+def _calibration_rows(recipe: RecipeArguments, args: DevFTConfig) -> Dataset | None:
+    """The rows of `calibration_file`, where it is given.
+
+    Raises:
+        ValueError: nothing reads them.
+    """
+    if not recipe.calibration_file:
+        return None
+    if not args.asks_server_texts or recipe.trainer != "devft":
+        raise ValueError(
+            'calibration_file is read for grouping="calibrated", fusion="bridge", healing_steps and '
+            "distillation_steps of --trainer devft: set one of them, or leave it out."
+        )
+    task = TASKS[args.task or "text-generation"]
+    return load_files(recipe.calibration_file, lambda rows: task.to_columns(add_placeholder_answers(task, rows, args)))
+
+
+def _made_up_evaluation(recipe: RecipeArguments) -> Dataset:
+    return task_dataset(recipe.task_eval_rows, recipe.task_families, split="test")
+
+
+def _made_up_calibration(recipe: RecipeArguments, args: DevFTConfig) -> Dataset:
+    return task_dataset(args.calibration_samples, recipe.task_families, seed=args.seed + 1)
 
 
 def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:

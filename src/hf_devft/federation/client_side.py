@@ -17,12 +17,11 @@ class ToClient:
     """What a client is sent.
 
     Attributes:
-        round_index, attempt, client: which. adapter: what the method has it receive.
+        round_index, client: which. adapter: what the method has it receive.
         correction: what the correction has it receive, or None.
     """
 
     round_index: int
-    attempt: int
     client: int
     adapter: Encoded
     correction: Encoded | None = None

@@ -270,7 +270,7 @@ class Federation:
                 if extra is not None:
                     outcome.bytes_down += self.wire.bytes_down(extra.numel())
                 if client in mine:
-                    yield ToClient(round_index, attempt, client, self.wire.down(values), correction)
+                    yield ToClient(round_index, client, self.wire.down(values), correction)
 
         reports = torch.zeros(len(sampled), len(COLUMNS), dtype=torch.float64)
         for message, answer in exchange(round_index, attempt, messages()):

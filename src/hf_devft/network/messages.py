@@ -109,7 +109,7 @@ class Turn:
         state_round: the last round in which this client's update has counted, whose state it goes on from; -1 for
             none.
         weight: of the client's update in a secure sum; 0 where it is sent as it is.
-        round_index, attempt, client: see `ToClient`. adapter, correction: the bytes of its messages.
+        round_index, client: see `ToClient`. adapter, correction: the bytes of its messages.
     """
 
     stage_key: str
@@ -117,7 +117,6 @@ class Turn:
     state_round: int
     weight: float
     round_index: int
-    attempt: int
     client: int
     adapter: bytes
     correction: bytes
@@ -134,7 +133,6 @@ class Turn:
             state_round,
             weight,
             message.round_index,
-            message.attempt,
             message.client,
             to_bytes(message.adapter, dtype),
             correction,
@@ -161,7 +159,7 @@ class Turn:
         """
         correction = wire.parse_down(self.correction, correction_count) if correction_count else None
         adapter = wire.parse_down(self.adapter, count)
-        return ToClient(self.round_index, self.attempt, self.client, adapter, correction)
+        return ToClient(self.round_index, self.client, adapter, correction)
 
 
 def answer_to_record(answer: FromClient, dtype: str, remembers: bool, masked: bytes | None = None) -> ConfigRecord:

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from flwr.app import ConfigRecord
 
-from hf_devft.federation.batches import FederatedBatchSampler, client_loader
+from hf_devft.federation.batches import client_loader
 from hf_devft.federation.client_side import ClientSide
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients, make_methods
@@ -23,6 +23,7 @@ from hf_devft.network.client_state import ClientState, carry
 from hf_devft.network.messages import Joining, StageMessage, Turn, answer_to_record
 from hf_devft.network.secure_sum import SecureSumError, SummingClient, to_fixed
 from hf_devft.network.settings import read_settings
+from hf_devft.run.client_batches import make_sampler
 from hf_devft.run.files import atomic_file
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.devft_trainer import DevFTTrainer
@@ -195,17 +196,9 @@ class Participant:
 
     def _batches(self, turn: Turn) -> Iterable:
         """Make the batches of a turn: those that a simulation would have of these rows."""
-        trainer = self._trainer
-        args = trainer.args
-        sampler = FederatedBatchSampler(
-            rows={turn.client: np.arange(len(self.rows))},
-            turns=[(turn.round_index, turn.client)],
-            batches_per_client=args.local_steps * args.gradient_accumulation_steps,
-            batch_size=args.train_batch_size,
-            drop_last=args.dataloader_drop_last,
-            data_seed=args.seed if args.data_seed is None else args.data_seed,
-        )
-        return client_loader(*trainer.client_rows(), sampler, args).next_client()
+        trainer, rows = self._trainer, {turn.client: np.arange(len(self.rows))}
+        sampler = make_sampler(trainer.args, rows, [(turn.round_index, turn.client)], trainer.placement)
+        return client_loader(*trainer.client_rows(), sampler, trainer.args).next_client()
 
     def _session_with(self, settings: str) -> TrainingSession:
         """Build the trainer of a run's settings, and load the base, unless that is done."""

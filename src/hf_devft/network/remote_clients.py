@@ -1,6 +1,5 @@
 """The server's way to its clients: turns go out as Flower's messages, what they train comes back."""
 
-import hashlib
 import logging
 import os
 import time
@@ -176,13 +175,12 @@ class RemoteClients:
             taught=path.read_bytes() if active.record.is_taught else b"",
             base_hash=hash_of_weights(active),
         )
-        content = RecordDict({STAGE: message.to_record()})[STAGE]
-        key = hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest()
-        self._stage = replace(message, key=key)
+        self._stage_key = message.to_record().object_id
+        self._stage = replace(message, key=self._stage_key).to_record()
 
     def end_stage(self) -> None:
         """End a stage."""
-        del self._stage
+        del self._stage, self._stage_key
 
     # --- a round --------------------------------------------------------------------------------------------
 
@@ -230,11 +228,11 @@ class RemoteClients:
         counted = self._federation.memory.get(message.client, _COUNTED)
         state_round = -1 if counted is None else int(counted["round"])
         dtype = self._federation.wire.dtype
-        turn = Turn.of(message, dtype, self._stage.key, learning_rate, state_round, weight)
+        turn = Turn.of(message, dtype, self._stage_key, learning_rate, state_round, weight)
         records = RecordDict({TRAIN: turn.to_record()})
-        if self._has_stage.get(node) != self._stage.key:
-            records[STAGE] = self._stage.to_record()
-            self._has_stage[node] = self._stage.key
+        if self._has_stage.get(node) != self._stage_key:
+            records[STAGE] = self._stage
+            self._has_stage[node] = self._stage_key
         return records
 
     def read(self, message: ToClient, reply: Reply) -> Answer:

@@ -144,7 +144,7 @@ def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range
         for index in rounds
         for client in sample_clients(everyone, args.clients_per_round, args.seed, index)
     ]
-    sampler = make_sampler(args, clients, order, Placement())  # which has all of the work
+    sampler = make_sampler(args, list(clients.rows.values()), order, Placement())  # which has all of the work
     return [(len(batch), 8 * -(-int(lengths[batch].max()) // 8)) for batch in sampler]
 
 

@@ -209,7 +209,7 @@ class TrainingSession:
         """Make the batches of this process's clients in these rounds."""
         order = local_trainings(self.federation.selection, self.trainer.placement, rounds, attempt)
         trainer = self.trainer
-        sampler = make_sampler(trainer.args, trainer.clients, order, trainer.placement)
+        sampler = make_sampler(trainer.args, list(trainer.clients.rows.values()), order, trainer.placement)
         return client_loader(*trainer.client_rows(), sampler, trainer.args)
 
     def run_round(self, active: ActiveStage, learning_rate: float) -> RoundOutcome:
