@@ -130,11 +130,13 @@ def test_plain_averaging_is_fedavgm_without_momentum():
 
 
 def test_names_are_joined():
-    method, correction, optimizer = make_methods("ffa_lora+fedprox+fedadam", {"mu": 0.5, "server_learning_rate": 0.2})
+    method, correction, optimizer, _ = make_methods(
+        "ffa_lora+fedprox+fedadam", {"mu": 0.5, "server_learning_rate": 0.2}
+    )
     assert isinstance(method, METHODS["ffa_lora"])
     assert correction.mu == 0.5
     assert optimizer.rate == 0.2
-    method, correction, optimizer = make_methods("fedyogi")
+    method, correction, optimizer, _ = make_methods("fedyogi")
     assert type(method) is FedIT
     assert correction is None
 

@@ -21,6 +21,7 @@ from hf_devft.federation.methods.flexlora import FlexLoRA, HLoRA
 from hf_devft.federation.methods.flora import FLoRA
 from hf_devft.federation.methods.hetlora import HetLoRA
 from hf_devft.federation.methods.residual import Residual
+from hf_devft.federation.methods.robust import AGGREGATION_RULES, AggregationRule
 from hf_devft.federation.methods.rolora import RoLoRA
 from hf_devft.federation.methods.scaffold import Scaffold
 from hf_devft.federation.methods.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
@@ -49,14 +50,15 @@ class Methods(NamedTuple):
     method: FederatedMethod
     correction: LocalCorrection | None
     optimizer: ServerOptimizer | None
+    rule: AggregationRule | None
 
 
 def make_methods(name: str, options: dict[str, Any] | None = None) -> Methods:
     """Make what a `federated_method` names.
 
     Args:
-        name: a name in `METHODS`, `CORRECTIONS` or `SERVER_OPTIMIZERS`, or one of each joined by "+"; "fedit" is the
-            method where none is named.
+        name: a name in `METHODS`, `CORRECTIONS`, `SERVER_OPTIMIZERS` or `AGGREGATION_RULES`, or one of each joined by
+            "+"; "fedit" is the method where none is named.
         options: arguments of what is named.
 
     Raises:
@@ -66,6 +68,7 @@ def make_methods(name: str, options: dict[str, Any] | None = None) -> Methods:
         "method": METHODS,
         "correction": CORRECTIONS,
         "server optimiser": SERVER_OPTIMIZERS,
+        "aggregation rule": AGGREGATION_RULES,
     }
     chosen: dict[str, Callable[..., Any] | None] = dict.fromkeys(registries)
     for part in name.split("+"):
@@ -94,9 +97,11 @@ def make_methods(name: str, options: dict[str, Any] | None = None) -> Methods:
 
 
 __all__ = [
+    "AGGREGATION_RULES",
     "CORRECTIONS",
     "METHODS",
     "SERVER_OPTIMIZERS",
+    "AggregationRule",
     "Clients",
     "FederatedMethod",
     "LocalCorrection",

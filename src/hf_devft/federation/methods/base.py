@@ -61,6 +61,8 @@ class FederatedMethod:
         supports_error_feedback: a value of the adapter stands for the same thing in every round.
         optimizable: a server optimiser may step along the update.
         supports_late_updates: an update may arrive in a later round than the one that it was made in.
+        averages: all clients of a round start from the same values and send the same tensors, and the server takes
+            their mean as it is, so that noise (`fix_mean`) or a robust rule can take the mean's place.
     """
 
     factors = False
@@ -72,6 +74,7 @@ class FederatedMethod:
     supports_error_feedback = True
     optimizable = True
     supports_late_updates = True
+    averages = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -216,6 +219,18 @@ class FederatedMethod:
         """Put the processes' sums together; called once on each, after its clients. `add_up` sums a tensor over the
         processes, in place."""
         add_up(self.sums)
+
+    @property
+    def num_sent_values(self) -> int:
+        """How many values a client of the round sends, where all send the same."""
+        return sum(self.layout.sizes[place] for place in self.sends(0))
+
+    def fix_mean(self, noise: torch.Tensor, count: float) -> None:
+        """After `merge`: add noise to the sums of what clients send, and divide them by `count` clients, however many
+        there were. For methods that average, with clients of weight 1."""
+        places = self.sends(0)
+        self.layout.put(self.sums[: -len(self.layout)], places, self.wide(noise), alpha=1.0)
+        self.weights[list(places)] = count
 
     def mean_update(self) -> torch.Tensor | None:
         """Return the mean of what the round's clients have changed, flat; None without any. After `merge`, and before

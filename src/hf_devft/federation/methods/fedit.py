@@ -6,3 +6,5 @@ from hf_devft.federation.methods.base import FederatedMethod
 class FedIT(FederatedMethod):
     """Everything is received, trained and sent. The mean, weighted by examples, is `FederatedMethod.receive` and
     `end_round`."""
+
+    averages = True

@@ -11,7 +11,7 @@ class FedSALoRA(FederatedMethod):
     to depth, as the server does with A (our choices).
     """
 
-    factors = remembers = True
+    factors = remembers = averages = True
 
     def receives(self, client: int) -> tuple[int, ...]:
         return self.layout.without(B)

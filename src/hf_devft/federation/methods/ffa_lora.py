@@ -10,7 +10,7 @@ class FFALoRA(FederatedMethod):
     A is random and known by the run's seed, also after a stage has fused it, so it never travels (our choice).
     """
 
-    partial = factors = True
+    partial = factors = averages = True
 
     def receives(self, client: int) -> tuple[int, ...]:
         return self.layout.without(A)

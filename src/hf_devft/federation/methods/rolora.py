@@ -12,7 +12,7 @@ class RoLoRA(FederatedMethod):
     Our first round trains B, as A has no gradient where B is still zero.
     """
 
-    partial = factors = True
+    partial = factors = averages = True
     supports_late_updates = False
 
     def trains(self, client: int) -> tuple[int, ...]:
