@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from hf_devft import DevFTConfig, DevFTTrainer
 from hf_devft.embedded import BASE_PATH, task_dataset
+from hf_devft.federation.privacy.secret import SECRET
 
 
 # The same examples everywhere, and no deadline: the machines are slow and noisy.
@@ -44,6 +45,12 @@ def tasks():
 @pytest.fixture(scope="session")
 def eval_tasks():
     return task_dataset(16, split="test", seed=0)
+
+
+def write_secret(folder: str | Path, secret: int = 1) -> None:
+    """Give private runs in a folder a secret that a test knows."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / SECRET).write_text(f"{secret}\n")
 
 
 def tiny_llama(layers: int = 4, seed: int = 0) -> LlamaForCausalLM:

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from conftest import config, lora, tiny_llama
+from conftest import config, lora, tiny_llama, write_secret
 from transformers import AutoTokenizer
 
 from hf_devft import DevFTTrainer
@@ -17,6 +17,8 @@ def main(output_dir: str, runs: dict[str, dict], **options) -> None:
         # Plain gradient steps: Adam's division would make rounding visible where gradients are nearly 0.
         options = {"clients_per_round": 3, "optim": "sgd", "learning_rate": 1.0} | options
         args = config(output_dir=Path(output_dir) / name, **options | own)
+        if args.is_private:
+            write_secret(args.output_dir)  # that of all launches
         trainer = DevFTTrainer(
             tiny_llama(),
             args,

@@ -46,6 +46,8 @@ RUNS = {name: {"federated_method": name} for name in METHODS} | {
     },
     "adapters": {"stage_layers": None, "adapter_layers": [2, 4], "adapter_layers_from": "first"},
     "keep-last": {"client_max_layers": [2, 4], "beyond_capacity": "keep_last"},
+    "private": {"federated_method": "ffa_lora+fedadam", "dp_noise_multiplier": 0.1},
+    "robust": {"federated_method": "rolora+median", "round_quorum": 3, "wire_dtype": "int8"},
     "top-k": {"federated_method": "scaffold", "wire_dtype": "bf16", "upload_fraction": 0.2},
 }
 SCRIPT = Path(__file__).with_name("launched_methods.py")

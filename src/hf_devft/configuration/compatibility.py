@@ -16,7 +16,14 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_devft.federation.methods import CORRECTIONS, METHODS, SERVER_OPTIMIZERS, Methods, make_methods
+from hf_devft.federation.methods import (
+    AGGREGATION_RULES,
+    CORRECTIONS,
+    METHODS,
+    SERVER_OPTIMIZERS,
+    Methods,
+    make_methods,
+)
 from hf_devft.federation.methods.c2a import C2A
 from hf_devft.federation.methods.dofit import DoFIT
 from hf_devft.federation.methods.droppeft import DropPEFT
@@ -124,6 +131,7 @@ def _named(registry: Collection[str], default: str = "") -> Callable[[Setup], st
 
 
 _METHOD, _CORRECTION, _OPTIMIZER = _named(METHODS, "fedit"), _named(CORRECTIONS), _named(SERVER_OPTIMIZERS)
+_RULE = _named(AGGREGATION_RULES)
 
 
 def _trainer(setup: Setup) -> str:
@@ -423,6 +431,30 @@ FACTS: dict[str, Fact] = {
         _given("wire_dtype", "upload_fraction"),
     ),
     "FedSA-LoRA": Fact("`fedsa_lora`", lambda s: isinstance(s.methods.method, FedSALoRA), _METHOD),
+    "not averaged": Fact(
+        f"methods that do more than take the mean of what all clients send ({_with('averages', False)})",
+        lambda s: not s.methods.method.averages,
+        _METHOD,
+    ),
+    "robust rule": Fact(
+        f"robust rules ({', '.join(f'`{name}`' for name in AGGREGATION_RULES)})",
+        lambda s: s.methods.rule is not None,
+        _RULE,
+    ),
+    "differential privacy": Fact(
+        "`dp_noise_multiplier` and `dp_target_epsilon`",
+        lambda s: s.args.is_private,
+        lambda s: ", ".join(
+            f"{option}={value}"
+            for option in ("dp_noise_multiplier", "dp_target_epsilon")
+            if (value := getattr(s.args, option)) is not None
+        ),
+    ),
+    "chosen clients": Fact(
+        '`client_selection` other than `"uniform"`',
+        lambda s: s.args.client_selection != "uniform",
+        _given("client_selection"),
+    ),
     "drawn dropouts": Fact(
         "`client_dropout_rate`", lambda s: s.args.client_dropout_rate, _given("client_dropout_rate")
     ),
@@ -628,6 +660,25 @@ CONFLICTS: list[tuple[str, str, str]] = [
         "network with anchor transfer",
         'a client does not know what other layers have: set transfer="broadcast"',
     ),
+    ("robust rule", "not averaged", "it needs updates that stand for the same: use fedit, ffa_lora or rolora"),
+    ("robust rule", "recorded gradients", "what it sends beside the update would go unwatched: leave it out"),
+    ("robust rule", "late updates", "it looks at all of a round's updates at once: use another `client_selection`"),
+    ("robust rule", "secure aggregation", "it looks at each client's update: leave one out"),
+    (
+        "differential privacy",
+        "not averaged",
+        "it adds noise to a mean of updates: use ffa_lora, fedit or rolora",
+    ),
+    (
+        "differential privacy",
+        "FedSA-LoRA",
+        "what stays with clients is published without noise: use ffa_lora, fedit or rolora",
+    ),
+    ("differential privacy", "robust rule", "its noise is made for a mean: leave one out"),
+    ("differential privacy", "recorded gradients", "it sends gradients without noise: leave it out"),
+    ("differential privacy", "chosen clients", 'accounting needs equal chances: set client_selection="uniform"'),
+    ("differential privacy", "held out rows", "metrics of clients' rows have no noise: pass an `eval_dataset`"),
+    ("differential privacy", "secure aggregation", "the server clips each client's update: leave one out"),
     ("DeepSpeed", "client_parallel", 'it trains each client on all processes: set client_placement="data_parallel"'),
     ("DeepSpeed", "own optimizer", "each client starts a fresh one: leave it out, and set `optim`"),
     ("DeepSpeed", "own scheduler", "a schedule counts rounds: leave it out, and set `lr_scheduler_type`"),

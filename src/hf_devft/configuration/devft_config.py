@@ -12,10 +12,18 @@ from transformers.integrations import is_deepspeed_available
 from transformers.training_args import OptimizerNames
 
 from hf_devft.configuration.compatibility import Setup, check_compatibility
+from hf_devft.configuration.privacy_options import PrivacyOptions, settle_privacy
 from hf_devft.configuration.stage_config import StageConfig, adapted_layers, derive_layers, plan_stages
 from hf_devft.federation.heterogeneity.capacity import BEYOND_CAPACITY
-from hf_devft.federation.methods import CORRECTIONS, METHODS, SERVER_OPTIMIZERS
-from hf_devft.federation.partition import PARTITIONS
+from hf_devft.federation.methods import (
+    AGGREGATION_RULES,
+    CORRECTIONS,
+    METHODS,
+    SERVER_OPTIMIZERS,
+    make_methods,
+)
+from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, PARTITIONS
+from hf_devft.federation.privacy import SAMPLINGS
 from hf_devft.federation.sampling import PLACEMENTS
 from hf_devft.federation.selection import SELECTIONS
 from hf_devft.federation.wire import WIRE_DTYPES
@@ -57,6 +65,7 @@ CHOICES: dict[str, Collection[str]] = {
     "client_selection": SELECTIONS,
     "client_placement": PLACEMENTS,
     "wire_dtype": WIRE_DTYPES,
+    "dp_sampling": SAMPLINGS,
     "adapter_layers_from": ENDS,
 }
 # Option -> the least value that it may have.
@@ -73,6 +82,8 @@ _RANGES = (
     (("growth_factor",), lambda value: value > 1, "a factor above 1, which grows"),
     (("learning_rate", "healing_learning_rate"), lambda value: value > 0, "a rate above 0"),
     (("dirichlet_alpha",), lambda value: value > 0, "a concentration above 0"),
+    (("dp_noise_multiplier", "dp_target_epsilon"), lambda value: value > 0, "a number above 0"),
+    (("dp_delta",), lambda value: 0 < value < 1, "a probability above 0, below 1"),
     (("client_max_layers",), lambda value: value and min(value) >= 1, "numbers of layers, 1 or more each"),
 )
 
@@ -82,9 +93,10 @@ def _names(choices: Collection[str]) -> str:
 
 
 @dataclass
-class DevFTConfig(TrainingArguments):
+class DevFTConfig(PrivacyOptions, TrainingArguments):
     """
-    Arguments of a developmental federated run: those of [`~transformers.TrainingArguments`] and the following.
+    Arguments of a developmental federated run: those of [`~transformers.TrainingArguments`], of [`PrivacyOptions`] and
+    the following.
 
     The Trainer's *step* is a communication round and its *epoch* a stage, so `logging_steps`, `eval_steps`,
     `save_steps`, `max_steps`, `warmup_steps` and `lr_scheduler_type` count or act on rounds, and the `"epoch"`
@@ -178,15 +190,15 @@ class DevFTConfig(TrainingArguments):
             What travels and how it is combined: `"fedit"`, `"ffa_lora"`, `"fedsa_lora"`, `"rolora"`, `"flora"`,
             `"fedex_lora"`, `"flexlora"`, `"hlora"`, `"hetlora"`, `"c2a"`, `"dofit"`, `"droppeft"`, or a registered
             one. A correction of local training (`"fedprox"`, `"scaffold"`) and a server optimiser (`"fedavgm"`,
-            `"fedadagrad"`, `"fedadam"`, `"fedyogi"`) can be joined: `"ffa_lora+fedprox+fedadam"`.
+            `"fedadagrad"`, `"fedadam"`, `"fedyogi"`) can be joined: `"ffa_lora+fedprox+fedadam"`; and in place of the
+            mean a robust rule (`"median"`, `"trimmed_mean"`, `"geometric_median"`, `"krum"`, `"multi_krum"`,
+            `"norm_clipping"`): `"fedit+multi_krum"`.
         federated_method_kwargs (`dict` or `str`, *optional*):
             Options of what `federated_method` names, such as `{"mu": 0.1}`; see docs/methods.md.
         wire_dtype (`str`, *optional*, defaults to `"fp32"`):
             Encoding of what travels: `"fp32"`, `"bf16"`, blockwise `"int8"` or `"int4"`; upwards with error feedback.
         upload_fraction (`float`, *optional*, defaults to `1.0`):
             Part of the values that a client sends, the largest changes, with error feedback.
-        secure_aggregation (`bool`, *optional*, defaults to `False`):
-            Over a network, the server sees only the sum of a round's updates; see docs/federation.md.
         wire_top_k (`float`, *optional*):
             The earlier name of `upload_fraction`; goes with version 0.3.
         client_selection (`str`, *optional*, defaults to `"uniform"`):
@@ -280,8 +292,7 @@ class DevFTConfig(TrainingArguments):
         default="deconfliction", metadata={"help": f"Which layers share a group: {_names(GROUPINGS)}."}
     )
     calibration_samples: int = field(
-        default=32,
-        metadata={"help": "The server's texts, for grouping, bridges, healing and distillation."},
+        default=32, metadata={"help": "The server's texts, for grouping, bridges, healing and distillation."}
     )
     fusion: str = field(default="anchor", metadata={"help": f"A group's representative: {_names(FUSIONS)}."})
     fusion_beta: float = field(default=0.1, metadata={"help": "Beta of differential fusion."})
@@ -296,8 +307,7 @@ class DevFTConfig(TrainingArguments):
         default=None, metadata={"help": "How a stage's adapter starts; the names of fusion. Default: fusion."}
     )
     healing_steps: int = field(
-        default=0,
-        metadata={"help": "Steps on the server that teach a submodel's layers to stand for all."},
+        default=0, metadata={"help": "Steps on the server that teach a submodel's layers to stand for all."}
     )
     healing_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of healing_steps."})
     distillation_steps: int = field(
@@ -321,7 +331,7 @@ class DevFTConfig(TrainingArguments):
         default="fedit",
         metadata={
             "help": f"One of {_names(METHODS)}; joined by + with one of {_names(CORRECTIONS)} and of "
-            f"{_names(SERVER_OPTIMIZERS)}."
+            f"{_names(SERVER_OPTIMIZERS)} and of {_names(AGGREGATION_RULES)}."
         },
     )
     federated_method_kwargs: dict[str, Any] | str | None = field(
@@ -329,7 +339,6 @@ class DevFTConfig(TrainingArguments):
     )
     wire_dtype: str = field(default="fp32", metadata={"help": f"Encoding of what travels: {_names(WIRE_DTYPES)}."})
     upload_fraction: float = field(default=1.0, metadata={"help": "Part of the values that a client sends."})
-    secure_aggregation: bool = field(default=False, metadata={"help": "The server sees only sums of updates."})
     wire_top_k: float | None = field(default=None, metadata={"help": "The earlier name of upload_fraction."})
     client_selection: str = field(default="uniform", metadata={"help": f"Who takes part: {_names(SELECTIONS)}."})
     client_selection_kwargs: dict[str, Any] | str | None = field(
@@ -380,6 +389,7 @@ class DevFTConfig(TrainingArguments):
         self.use_cpu |= not torch.accelerator.is_available()
         super().__post_init__()
         _rename_options(self)
+        settle_privacy(self)
         self.adapter_fusion = self.adapter_fusion or self.fusion
         self._n_gpu = min(self.n_gpu, 1)  # one process, one device: clients are not spread by DataParallel
         if self.device.type == "cpu":
@@ -472,6 +482,17 @@ def _check_values(args: DevFTConfig) -> None:
         raise ValueError(
             f"clients_per_round={args.clients_per_round} is more than num_clients={args.num_clients}: lower the one "
             "or raise the other."
+        )
+    if args.is_private and args.dp_delta >= 1 / (args.num_clients or DEFAULT_NUM_CLIENTS):
+        raise ValueError(
+            f"dp_delta={args.dp_delta} lets one client of {args.num_clients or DEFAULT_NUM_CLIENTS} be laid bare: "
+            "give much less than one in as many."
+        )
+    rule = make_methods(args.federated_method, args.federated_method_kwargs).rule
+    if rule is not None and args.round_quorum < rule.needs:
+        raise ValueError(
+            f"federated_method={args.federated_method!r} needs the updates of {rule.needs} clients: set round_quorum "
+            f"to {rule.needs} or more, and clients_per_round to as many."
         )
     if args.partition in ("dirichlet", "natural") and args.partition_column is None:
         raise ValueError(f'partition="{args.partition}" needs `partition_column`, the column to partition over.')

@@ -15,10 +15,12 @@ class RoundRecord:
         flops: see `flops_per_token`.
         seconds: wall time of the round, without evaluation and checkpoints.
         peak_memory: bytes, highest within the round on the main process; see `PeakMemory`.
-        loss: mean training loss of the clients that were not left out.
+        loss: mean training loss of the clients that were not left out; None in a private run, which also names no
+            client.
         attempts: how often the round was tried; the clients, bytes and tokens are those of all attempts.
         late: names of the sampled clients whose update counts in a later round.
         simulated_seconds: what the round takes by the clients' speeds and bandwidths; 0 where they are not known.
+        epsilon: what the rounds so far have cost in privacy, see `Accountant`; None in a run that is not private.
     """
 
     round: int
@@ -31,10 +33,11 @@ class RoundRecord:
     flops: float
     seconds: float
     peak_memory: int
-    loss: float
+    loss: float | None
     attempts: int = 1
     late: list[str] = field(default_factory=list)
     simulated_seconds: float = 0.0
+    epsilon: float | None = None
 
 
 @dataclass
@@ -71,15 +74,22 @@ class Ledger:
         return [asdict(record) for record in self.rounds]
 
     def totals(self, stage: int | None = None) -> dict[str, float]:
-        """Sums over one stage's rounds, or over all; `peak_memory` is the highest."""
+        """Sums over one stage's rounds, or over all; `peak_memory` is the highest, and so is `epsilon` of a
+        private run."""
         records = [record for record in self.rounds if stage in (None, record.stage)]
         names = ("bytes_down", "bytes_up", "tokens", "flops", "seconds", "simulated_seconds")
         totals = {name: sum(getattr(record, name) for record in records) for name in names}
-        return totals | {
-            "bytes": totals["bytes_down"] + totals["bytes_up"],
-            "peak_memory": max((record.peak_memory for record in records), default=0),
-            "dropped_clients": sum(len(record.dropped) for record in records),
-        }
+        spent = [record.epsilon for record in records if record.epsilon is not None]
+        privacy = {"epsilon": max(spent)} if spent else {}
+        return (
+            totals
+            | privacy
+            | {
+                "bytes": totals["bytes_down"] + totals["bytes_up"],
+                "peak_memory": max((record.peak_memory for record in records), default=0),
+                "dropped_clients": sum(len(record.dropped) for record in records),
+            }
+        )
 
     def bytes_until(self, round_number: int) -> int:
         """Bytes sent both ways in the first `round_number` rounds."""

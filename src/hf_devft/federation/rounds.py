@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from hf_devft.federation.heterogeneity.clock import SimulatedClock, Work
 from hf_devft.federation.heterogeneity.late_updates import LateUpdates
 from hf_devft.federation.ledger import RoundRecord
 from hf_devft.federation.memory import SERVER, Memory
-from hf_devft.federation.methods import FederatedMethod, LocalCorrection, ServerOptimizer
+from hf_devft.federation.methods import AggregationRule, FederatedMethod, LocalCorrection, ServerOptimizer
+from hf_devft.federation.privacy import ClientPrivacy
 from hf_devft.federation.sampling import Placement
 from hf_devft.federation.selection import ClientSelection
 from hf_devft.federation.wire import Wire
@@ -101,6 +102,16 @@ class RoundOutcome:
             simulated_seconds=self.seconds,
         )
 
+    def to_private_record(self, epsilon: float, **of_the_round: Any) -> RoundRecord:
+        """Return the ledger's record of a differentially private round: who took part, and with which loss, stays
+        untold, as no noise covers it.
+
+        Args:
+            epsilon: see `RoundRecord`. of_the_round: the arguments of `to_record`.
+        """
+        untold: dict[str, Any] = {"clients": [], "dropped": [], "late": [], "loss": None}
+        return replace(self.to_record(**of_the_round), epsilon=epsilon, **untold)
+
 
 @dataclass
 class Federation:
@@ -118,6 +129,8 @@ class Federation:
         add_up: sums a tensor over the processes, in place.
         gather: (an object of this process) -> those of all processes.
         device: where those sums are made.
+        rule: takes the place of the mean, or None; see `make_methods`.
+        privacy: what makes a round's mean differentially private, or None.
     """
 
     method: FederatedMethod
@@ -133,9 +146,12 @@ class Federation:
     add_up: Callable[[torch.Tensor], None]
     gather: Callable[[Any], list]
     device: torch.device
+    rule: AggregationRule | None = None
+    privacy: ClientPrivacy | None = None
 
     def __post_init__(self):
         self._first_error: Exception | None = None
+        self._updates: dict[int, torch.Tensor] = {}  # of a robust rule's round, by client
         self.late = LateUpdates(self.memory)
         self.clock = SimulatedClock(self.memory, runs=self.selection.resources is not None)
 
@@ -234,8 +250,8 @@ class Federation:
             reports = self._ask_all(round_index, attempt, start, exchange, outcome)
             counted = outcome.add(sampled, self._of_all_processes(reports))
             arrived = self.late.arrived(self.selection.arrivals(round_index), round_index)
-            if counted + len(arrived) >= self.quorum:
-                outcome.adapter = self._combine(start, counted, arrived)
+            if counted + len(arrived) >= min(self.quorum, len(sampled)):  # chance may have drawn fewer
+                outcome.adapter = self._combine(round_index, start, counted, arrived)
                 outcome.seconds = self.selection.seconds(round_index)
                 self.clock.time += outcome.seconds
                 return outcome
@@ -257,6 +273,9 @@ class Federation:
         mine = set(self.placement.clients(self.selection.training(round_index, attempt)))
         self.memory.rollback()
         self.method.begin_round(round_index, start, sampled)
+        self._updates = {}
+        if self.privacy is not None:
+            self.privacy.begin_round()
         extra = None
         if self.correction is not None:
             self.correction.begin_round(start)
@@ -311,6 +330,11 @@ class Federation:
             return False
         if is_late:
             self.late.keep(client, method.sends(client), values - known)
+        elif self.rule is not None:
+            self._updates[client] = (method.wide(values) - method.wide(known)).cpu()
+        elif self.privacy is not None:
+            known = method.wide(known)
+            method.receive(client, start, known + self.privacy.clip(method.wide(values) - known))
         else:
             method.receive(client, start, values)
         if self.correction is not None and correction is not None:
@@ -321,14 +345,20 @@ class Federation:
         """Count the values of a message of `count`, as it would be for the submodel that the client trains."""
         return round(count * self._shares[client])
 
-    def _combine(self, start: torch.Tensor, fresh: int, arrived: dict[int, int]) -> torch.Tensor:
+    def _combine(self, round_index: int, start: torch.Tensor, fresh: int, arrived: dict[int, int]) -> torch.Tensor:
         """Combine this many fresh updates, and those that have arrived late, {client: rounds since}; returns the new
         global adapter."""
         needs_no_merge = self.placement.count == 1 or self.placement.shares_batches
+        if self.rule is not None:
+            self._agree(self.rule, start, self.gather if not needs_no_merge else None)
         if not needs_no_merge:
             self.method.merge(self.add_up)
             if self.correction is not None:
                 self.correction.merge(self.add_up)
+            if self.privacy is not None:
+                self.privacy.merge(self.add_up, self.device)
+        if self.privacy is not None:
+            self.privacy.end_round(self.method, round_index)
         self.late.add_to(self.method, fresh, arrived)
         adapter = self.method.end_round().to(start.device)
         if self.correction is not None:
@@ -337,6 +367,21 @@ class Federation:
         if self.optimizer is not None:
             adapter = self.optimizer.step(start, adapter, self.method.updated)
         return adapter
+
+    def _agree(self, rule: AggregationRule, start: torch.Tensor, gather: Callable[[Any], list] | None) -> None:
+        """Put one update in the place of each client's of the round: the one that the rule makes of all."""
+        mine = self._updates
+        everyone: dict[int, torch.Tensor] = {}
+        for theirs in gather(mine) if gather is not None else [mine]:
+            everyone |= theirs
+        if not everyone:
+            return
+        clients, self._updates = sorted(everyone), {}
+        weights = torch.tensor([self.method.clients.examples[client] for client in clients], dtype=torch.float64)
+        agreed = rule.combine(torch.stack([everyone[client] for client in clients]), weights)
+        for client in mine:
+            known = self.method.wide(self.method.payload(client, start))
+            self.method.receive(client, start, known + agreed.to(known.device))
 
     def _of_all_processes(self, reports: torch.Tensor) -> torch.Tensor:
         """Put together the clients' reports, each from the process or the processes that trained it."""

@@ -40,6 +40,14 @@ def sample_clients(
     return sorted(chosen.tolist())
 
 
+def sampled_by_chance(
+    clients: Sequence[int], chance: float, seed: int, round_index: int, attempt: int = 0
+) -> list[int]:
+    """Draw each of `clients` for a round by a throw of its own; returns those drawn, maybe none, ascending."""
+    throws = np.random.default_rng([seed, round_index, attempt]).random(len(clients))
+    return sorted(client for client, throw in zip(clients, throws, strict=True) if throw < chance)
+
+
 def client_seed(seed: int, round_index: int, client: int) -> int:
     """Return a 32-bit seed for everything random that a client does in a round, on whichever process it runs."""
     return int(np.random.SeedSequence([seed, round_index, client]).generate_state(1)[0])

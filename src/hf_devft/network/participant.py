@@ -177,7 +177,7 @@ class Participant:
         memory.load_state_dict(state)
         if depth:
             carry(memory, self._session.run.adapter, stage.message.records, depth)
-        method, correction, _ = make_methods(args.federated_method, args.federated_method_kwargs)
+        method, correction, *_ = make_methods(args.federated_method, args.federated_method_kwargs)
         examples = [0] * stage.message.num_clients
         if not 0 <= turn.client < len(examples):
             raise ValueError(f"client {turn.client} is none of {len(examples)}")

@@ -52,11 +52,11 @@ class RoundLog(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         record, stages = self._trainer.ledger.rounds[-1], self._trainer.stages
-        answered = [client for client in record.clients if client not in record.dropped]
+        answered = ", ".join(client for client in record.clients if client not in record.dropped)
+        came_to = f"ε {record.epsilon:.2f}" if record.loss is None else f"loss {record.loss:.3f} of {answered}"
         logger.info(
             f"round {record.round}/{state.max_steps}, stage {record.stage}/{len(stages)} "
-            f"({stages[record.stage - 1].num_layers} layers): loss {record.loss:.3f} of {', '.join(answered)}, "
-            f"{record.seconds:.1f} s"
+            f"({stages[record.stage - 1].num_layers} layers): {came_to}, {record.seconds:.1f} s"
         )
 
 

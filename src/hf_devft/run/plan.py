@@ -28,6 +28,7 @@ from hf_devft.models.initialisation import without_weight_based_init
 from hf_devft.models.layer_stack import encoders_of, find_layer_stack, watch_lengths, with_layers
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.models.supported import check_adapter
+from hf_devft.run.accounts import make_accountant
 from hf_devft.run.client_batches import make_sampler
 from hf_devft.stages.bridges import add_bridges
 from hf_devft.stages.grouping import GroupingTask, group_layers
@@ -80,12 +81,16 @@ class RunPlan:
     Attributes:
         stages: a plan each; total: of all of them; without_stages: as many rounds of the full model.
         measured: whether tokens were counted in the run's data, or as if every row had `max_length` of them.
+        noise_multiplier, epsilon, delta: of a run that is differentially private, see `Accountant`; else None.
     """
 
     stages: list[StagePlan]
     total: StagePlan
     without_stages: StagePlan
     measured: bool
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    delta: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -128,7 +133,14 @@ def plan_run(
         for stage, span, smaller in zip(stages, itertools.pairwise(ends), [None, *stages[:-1]], strict=True)
     ]
     full_depth_plan = _plan_stage(args, submodels, replace(stages[-1], rounds=ends[-1]), batches(range(ends[-1])))
-    return RunPlan(plans, _total(plans), replace(full_depth_plan, stage="none"), clients is not None)
+    plan = RunPlan(plans, _total(plans), replace(full_depth_plan, stage="none"), clients is not None)
+    populations = [len(clients.rows) if clients else args.num_clients or DEFAULT_NUM_CLIENTS] * ends[-1]
+    if (accountant := make_accountant(args, populations)) is None:
+        return plan
+    spent = accountant.epsilon(populations)
+    if args.dp_target_epsilon is not None:  # the run ends before it would spend more
+        spent = accountant.epsilon(populations[: accountant.affordable(populations, args.dp_target_epsilon)])
+    return replace(plan, noise_multiplier=accountant.noise_multiplier, epsilon=spent, delta=args.dp_delta)
 
 
 def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range) -> list[tuple[int, int]]:
@@ -302,7 +314,7 @@ def _messages(args: DevFTConfig, layout: AdapterLayout) -> tuple[float, float, i
     """Bytes to a client and from it in a round, and the values that it trains: means over the first two rounds, as
     some methods take turns."""
     memory = Memory()
-    method, correction, _ = make_methods(args.federated_method, args.federated_method_kwargs)
+    method, correction, *_ = make_methods(args.federated_method, args.federated_method_kwargs)
     count = args.num_clients or DEFAULT_NUM_CLIENTS
     method.begin_run(Clients(examples=[1] * count, seed=args.seed, memory=memory))
     method.begin_stage(layout, torch.zeros(sum(layout.sizes)))

@@ -45,5 +45,10 @@ def print_plan(plan: RunPlan) -> None:
         Console().print(
             f"Bridges, healing and distillation on the server take about {_si(plan.total.setup_flops)} FLOPs more."
         )
+    if plan.epsilon is not None:
+        Console().print(
+            f"Differentially private for each client: ε = {plan.epsilon:.2f} at δ = {plan.delta:g} in the end, with a "
+            f"noise multiplier of {plan.noise_multiplier:.3g}."
+        )
     if not plan.measured:
         Console().print("Rows were not measured: FLOPs and memory are as if each had `max_length` tokens.")

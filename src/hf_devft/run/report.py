@@ -12,6 +12,7 @@ from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.configuration.stage_folder import PLOT
 from hf_devft.federation.ledger import Ledger
 from hf_devft.federation.partition import ClientData
+from hf_devft.federation.privacy import Accountant
 from hf_devft.hub.model_card import CardContext, model_card
 from hf_devft.models.initialisation import moves_weights
 from hf_devft.models.layout import State
@@ -136,8 +137,14 @@ def table_rows(finished: list[StageConfig], start_metrics: dict[str, float] | No
     return [replace(finished[-1], metrics=start_metrics, **none), *finished]
 
 
-def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: PeftConfig) -> dict[str, Any]:
-    """Describe the federation's set-up, as a card shows it: {what: value}."""
+def describe_setup(
+    args: DevFTConfig, clients: ClientData, peft_config: PeftConfig, accountant: Accountant | None = None
+) -> dict[str, Any]:
+    """Describe the federation's set-up, as a card shows it: {what: value}.
+
+    Args:
+        accountant: of a run that is differentially private.
+    """
     sizes, network = [size for size in clients.examples if size], clients.elsewhere is not None
     options = ", ".join(f"{name} {value}" for name, value in (args.federated_method_kwargs or {}).items())
     special = {
@@ -146,6 +153,7 @@ def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: PeftConf
         "submodels": _teaching(args),
         "where layers come back": f"{args.distillation_steps} steps of distillation on the server's texts"
         if args.distillation_steps else None,
+        "differential privacy": None if accountant is None else _privacy(args, accountant),
         "aggregation": "secure: the server sees only sums of updates" if args.secure_aggregation else None,
         "participants": None if args.client_selection == "uniform" else args.client_selection,
     }  # fmt: skip
@@ -154,12 +162,21 @@ def describe_setup(args: DevFTConfig, clients: ClientData, peft_config: PeftConf
         "clients": len(clients.rows),
         "clients per round": args.clients_per_round,
         "partition": "each client's own data, on its own machine, over a network" if network else args.partition,
-        "examples per client": f"{min(sizes)} to {max(sizes)}",
+        "examples per client": f"{min(sizes)} to {max(sizes)}" if accountant is None else "untold",
         "local steps": args.local_steps,
         "batch size": args.train_batch_size * args.gradient_accumulation_steps,
         "adapter": _adapter(peft_config),
         "seed": args.seed,
     } | {name: value for name, value in special.items() if value is not None}
+
+
+def _privacy(args: DevFTConfig, accountant: Accountant) -> str:
+    """Describe what makes a run private."""
+    norm = args.dp_clipping_norm
+    clipped = f"updates clipped to {f'a norm of {norm}' if isinstance(norm, float) else 'the median of their norms'}"
+    drawn = {"poisson": "Poisson sampling", "fixed_size": "as many clients in every round"}[accountant.sampling]
+    noise = f"noise of {accountant.noise_multiplier:.3g} of that in their sum"
+    return f"of each client, by DP-FedAvg: {clipped}, {noise}, {drawn}, δ = {accountant.delta:g}"
 
 
 def _teaching(args: DevFTConfig) -> str | None:

@@ -48,6 +48,15 @@ def run_setting(
         "distillation": of("distillation_steps", *_ANSWERING),
         "bridged on": args.calibration_samples if args.fusion == "bridge" else None,
         "healing": of("healing_steps", "healing_learning_rate", *_ANSWERING),
+        "differential privacy": [
+            args.dp_noise_multiplier,
+            args.dp_target_epsilon,
+            args.dp_delta,
+            args.dp_clipping_norm,
+            args.dp_sampling,
+        ]
+        if args.is_private
+        else None,
         "num_clients": len(clients.rows),
         "rows of the clients (checksum)": zlib.crc32(np.concatenate([*clients.rows.values()]).tobytes()),
         "clients elsewhere": clients.names if clients.elsewhere is not None else None,

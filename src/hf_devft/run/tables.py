@@ -22,6 +22,7 @@ _COLUMNS = {
     "accu-\nracy": lambda stage: _number(stage.metrics.get("eval_full_accuracy"), ".1%"),
     "reward\nmargin": lambda stage: _number(stage.metrics.get("eval_full_rewards/margins"), ".3f"),
     "loss\nworst": lambda stage: _number(stage.metrics.get("eval_full_worst_loss"), ".3f"),
+    "ε": lambda stage: _number(stage.totals.get("epsilon"), ".2f"),
     "MB\nsent": lambda stage: _number(stage.totals["bytes"] / 1e6, ".2f"),
     "TFLOPs": lambda stage: _number(stage.totals["flops"] / 1e12, ".2f"),
     "seconds": lambda stage: _number(stage.totals["seconds"], ".1f"),

@@ -11,7 +11,8 @@ from hf_devft.configuration.stage_folder import SUBMODEL
 from hf_devft.federation.heterogeneity.capacity import Capacities
 from hf_devft.federation.ledger import Ledger
 from hf_devft.federation.partition import ClientData
-from hf_devft.federation.rounds import Federation
+from hf_devft.federation.privacy import Accountant
+from hf_devft.federation.rounds import Federation, RoundOutcome
 from hf_devft.models.adapter_files import load_adapter, save_adapter
 from hf_devft.models.layout import State
 from hf_devft.models.residual import without_residual
@@ -21,6 +22,16 @@ from hf_devft.run.report import StageResult
 from hf_devft.run.setting import check_same_adapter, check_same_setting, run_setting
 from hf_devft.stages.global_adapter import GlobalAdapter
 from hf_devft.trainer.active_stage import ActiveStage
+
+
+# What the Trainer logs of the clients' rows.
+_WITHOUT_NOISE = ("loss", "grad_norm", "train_loss")
+
+
+def planned_populations(args: DevFTConfig, stages: list[StageConfig], capacities: Capacities) -> list[int]:
+    """Of each round that a run has, as its stages and `max_steps` say: from how many clients it draws."""
+    sizes = [len(capacities.taking_part(stage.stage)) for stage in stages for _ in range(stage.rounds)]
+    return sizes if args.max_steps < 0 else sizes[: args.max_steps]
 
 
 @dataclass
@@ -39,6 +50,7 @@ class FederatedRun:
         federation: runs the rounds; None before the first `train`.
         active: the stage that is being trained, or None.
         start_metrics: of the full model before the first round, where it was evaluated.
+        accountant: of the privacy that rounds cost, in a run that is differentially private; else None.
     """
 
     args: DevFTConfig
@@ -52,6 +64,7 @@ class FederatedRun:
     federation: Federation | None = None
     active: ActiveStage | None = None
     start_metrics: dict[str, float] | None = None
+    accountant: Accountant | None = None
 
     @property
     def residual(self) -> State:
@@ -65,9 +78,39 @@ class FederatedRun:
 
     @property
     def num_rounds(self) -> int:
-        """Of all stages, or fewer where `max_steps` says so."""
-        planned = sum(stage.rounds for stage in self.stages)
-        return planned if self.args.max_steps < 0 else min(self.args.max_steps, planned)
+        """Of all stages, or fewer where `max_steps` or the privacy budget says so."""
+        planned = planned_populations(self.args, self.stages, self.capacities)
+        if self.accountant is not None and self.args.dp_target_epsilon is not None:
+            return self.accountant.affordable(planned, self.args.dp_target_epsilon)
+        return len(planned)
+
+    def annotated(self, logs: dict[str, float]) -> dict[str, float]:
+        """Add to what is logged within a stage where the run stands; in a private run, take out what no noise
+        covers."""
+        if self.active is not None:
+            logs = logs | {"stage": self.active.record.stage, "bytes": self.ledger.bytes}
+        if self.accountant is None:
+            return logs
+        spent = {"epsilon": epsilon} if (epsilon := self.ledger.totals().get("epsilon")) is not None else {}
+        return {name: value for name, value in logs.items() if name not in _WITHOUT_NOISE} | spent
+
+    def record_round(self, outcome: RoundOutcome, index: int, seconds: float, peak_memory: int) -> None:
+        """Add a round of the active stage to the ledger.
+
+        Args:
+            index: of the round, from 0. seconds, peak_memory: what it took.
+        """
+        assert self.active is not None
+        of_the_round = {
+            "round_index": index, "stage": self.active.record.stage, "names": self.clients.names, "seconds": seconds,
+            "peak_memory": peak_memory,
+        }  # fmt: skip
+        if self.accountant is None:
+            self.ledger.add(outcome.to_record(**of_the_round))
+            return
+        stages = [*(record.stage for record in self.ledger.rounds), self.active.record.stage]
+        spent = self.accountant.epsilon(len(self.capacities.taking_part(stage)) for stage in stages)
+        self.ledger.add(outcome.to_private_record(spent, **of_the_round))
 
     # --- a stage is over ------------------------------------------------------------------------------------
 

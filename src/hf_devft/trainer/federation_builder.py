@@ -12,6 +12,7 @@ from hf_devft.federation.heterogeneity.resources import ClientResources, load_re
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients, make_methods
 from hf_devft.federation.partition import ClientData
+from hf_devft.federation.privacy import Accountant, ClientPrivacy, PoissonSampling
 from hf_devft.federation.processes import add_up as add_up_tensors
 from hf_devft.federation.processes import gather as gather_objects
 from hf_devft.federation.rounds import Federation
@@ -31,6 +32,8 @@ def build_federation(
     add_up: Callable[[torch.Tensor], None],
     gather: Callable[[Any], list],
     remembered: State | None = None,
+    accountant: Accountant | None = None,
+    secret: int = 0,
 ) -> Federation:
     """Build the federation of all rounds to come.
 
@@ -39,6 +42,7 @@ def build_federation(
         label_counts: () -> how often each token is a label of each client, for methods that need it.
         add_up, gather: see `Federation`.
         remembered: what a run that goes on has kept; see `Federation.state_dict`.
+        accountant, secret: of a run that is differentially private; see `read_secret`.
 
     Raises:
         ValueError: options of the selection or resources that are refused; a method that refuses the clients.
@@ -47,12 +51,18 @@ def build_federation(
     if remembered is not None:
         memory.load_state_dict(remembered)
     examples = clients.examples
-    method, correction, optimizer = make_methods(args.federated_method, args.federated_method_kwargs)
-    taking_part = Clients(examples=examples, seed=args.seed, label_counts=label_counts, memory=memory)
+    method, correction, optimizer, rule = make_methods(args.federated_method, args.federated_method_kwargs)
+    # Of a private run all clients have weight 1, so that nobody's number of examples shows.
+    weights = examples if accountant is None else [1] * len(examples)
+    taking_part = Clients(examples=weights, seed=args.seed, label_counts=label_counts, memory=memory)
     method.begin_run(taking_part)
     if correction is not None:
         correction.begin_run(taking_part, method)
-    selection = build_selection(args, examples, clients.names)
+    selection = build_selection(args, examples, clients.names, args.seed if accountant is None else secret)
+    privacy = None
+    if accountant is not None and args.dp_clipping_norm is not None:
+        expected = args.clients_per_round
+        privacy = ClientPrivacy(accountant.noise_multiplier, args.dp_clipping_norm, expected, secret, memory)
     return Federation(
         method=method,
         correction=correction,
@@ -63,17 +73,27 @@ def build_federation(
         placement=placement,
         names=clients.names,
         quorum=args.round_quorum,
-        retries=args.round_retries,
+        retries=args.round_retries if privacy is None else 0,  # each attempt would cost
         add_up=add_up,
         gather=gather,
         device=args.device,
+        rule=rule,
+        privacy=privacy,
     )
 
 
-def build_selection(args: DevFTConfig, examples: list[int], names: list[str]) -> ClientSelection:
-    """Build the selection of clients, with their resources where a clock is asked for."""
+def build_selection(args: DevFTConfig, examples: list[int], names: list[str], seed: int) -> ClientSelection:
+    """Build the selection of clients, with their resources where a clock is asked for.
+
+    Args:
+        seed: what clients are drawn by.
+    """
     try:
-        selection = SELECTIONS[args.client_selection](**args.client_selection_kwargs or {})
+        selection = (
+            PoissonSampling()
+            if args.is_private and args.dp_sampling == "poisson"
+            else SELECTIONS[args.client_selection](**args.client_selection_kwargs or {})
+        )
     except TypeError as error:
         raise ValueError(f"client_selection_kwargs={args.client_selection_kwargs}: {error}") from error
     resources: list[ClientResources] | None = None
@@ -81,7 +101,7 @@ def build_selection(args: DevFTConfig, examples: list[int], names: list[str]) ->
         resources = make_resources(len(examples), args.seed)
     elif args.client_resources is not None:
         resources = load_resources(args.client_resources, names)
-    selection.begin_run(args.clients_per_round, examples, args.client_dropout_rate, args.seed, resources)
+    selection.begin_run(args.clients_per_round, examples, args.client_dropout_rate, seed, resources)
     return selection
 
 
@@ -92,8 +112,13 @@ def gradient_obstacle(args: DevFTConfig, federation: Federation) -> str | None:
     return None
 
 
-def federation_of(trainer: FederatedTrainer, checkpoint: Checkpoint | None = None) -> Federation:
-    """Build the federation of a trainer's clients.
+def federation_of(
+    trainer: FederatedTrainer,
+    checkpoint: Checkpoint | None = None,
+    accountant: Accountant | None = None,
+    secret: int = 0,
+) -> Federation:
+    """Build the federation of a trainer's clients; the arguments are those of `build_federation`.
 
     Raises:
         ValueError: see `build_federation`.
@@ -107,4 +132,6 @@ def federation_of(trainer: FederatedTrainer, checkpoint: Checkpoint | None = Non
         add_up_tensors,
         gather_objects,
         checkpoint.run.federation if checkpoint is not None else None,
+        accountant,
+        secret,
     )

@@ -289,10 +289,8 @@ class DevFTMixin(Base):
         self.state.total_flos = self.ledger.flops
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`, with the running stage and the bytes sent so far."""
-        if self.run.active is not None:
-            logs = logs | {"stage": self.run.active.record.stage, "bytes": self.ledger.bytes}
-        super().log(logs, start_time)
+        """As `Trainer.log`, with the running stage and what was spent so far; see `FederatedRun.annotated`."""
+        super().log(self.run.annotated(logs), start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the full-depth adapter, and within a stage also the submodel's as it travels."""

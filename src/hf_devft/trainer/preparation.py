@@ -22,13 +22,14 @@ from hf_devft.models.layout import AdapterLayout, lora_scaling
 from hf_devft.models.residual import PatchedBaseWeights
 from hf_devft.models.supported import check_adapter
 from hf_devft.models.weights import keep_readable
+from hf_devft.run.accounts import make_accountant
 from hf_devft.run.healed_layers import HealedLayers
 from hf_devft.stages.builder import layer_stack
 from hf_devft.stages.global_adapter import GlobalAdapter
 from hf_devft.stages.grouping import GroupingTask, group_layers
 from hf_devft.stages.transfer import check_alike
 from hf_devft.tasks.data import first_rows
-from hf_devft.trainer.federated_run import FederatedRun
+from hf_devft.trainer.federated_run import FederatedRun, planned_populations
 from hf_devft.trainer.federation_builder import federation_of
 from hf_devft.trainer.interface import FederatedTrainer
 
@@ -188,6 +189,7 @@ def prepare_run(
         initialisation=initialisation,
         healed=HealedLayers(args.output_dir, stages, bool(args.client_max_layers), args.process_index == 0),
         capacities=capacities,
+        accountant=make_accountant(args, planned_populations(args, stages, capacities)),
     )
     return run, patched
 
@@ -234,6 +236,6 @@ def check_run(trainer: FederatedTrainer, run: FederatedRun, setup: Setup) -> Non
     layout = AdapterLayout(tuple(state), shapes, lora_scaling(run.adapter.config))
     setup = replace(setup, layout=layout, num_stages=len(run.stages))
     check_compatibility(setup)
-    federation = federation_of(trainer)
+    federation = federation_of(trainer, accountant=run.accountant)
     federation.method.begin_stage(layout, torch.zeros(sum(layout.sizes)))  # raises, and says why
     check_compatibility(replace(setup, remembers=bool(federation.memory.state_dict())))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -17,6 +18,7 @@ from hf_devft.federation.batches import ClientBatches, client_loader
 from hf_devft.federation.client_side import ClientSide
 from hf_devft.federation.clients.local_training import LocalTraining
 from hf_devft.federation.heterogeneity.resources import expected_flops
+from hf_devft.federation.privacy import read_secret
 from hf_devft.federation.processes import add_up
 from hf_devft.federation.rounds import RoundOutcome
 from hf_devft.federation.sampling import client_seed, local_trainings
@@ -64,7 +66,7 @@ class TrainingSession:
     ):
         args = trainer.args
         self.trainer, self.run, self.models = trainer, run, models
-        self.federation = run.federation = federation_of(trainer, checkpoint)
+        self.federation = run.federation = federation_of(trainer, checkpoint, run.accountant, self._secret())
         self.schedule = RoundSchedule(
             trainer, run.num_rounds, trainer.state.global_step, checkpoint.schedule if checkpoint else None
         )
@@ -78,6 +80,13 @@ class TrainingSession:
         if trainer.remote_clients is not None:
             self.clients = trainer.remote_clients
             self.clients.begin_run(run, self.federation)
+
+    def _secret(self) -> int:
+        """What a private run's clients and noise are drawn by, the same on all processes; 0 in other runs."""
+        if self.run.accountant is None:
+            return 0
+        is_main = self.trainer.args.process_index == 0
+        return broadcast_object_list([read_secret(self.trainer.args.output_dir) if is_main else None])[0]
 
     def seed_round(self) -> None:
         """Make whatever is drawn between rounds the same on all processes, and in a resumed run."""
@@ -223,7 +232,7 @@ class TrainingSession:
         if not self.trainer.args.load_best_model_at_end:
             active.record.metrics = {}  # they were of the round before
         seconds, peak = time.perf_counter() - started, self.peak_memory.read()
-        self.run.ledger.add(outcome.to_record(index, active.record.stage, self.run.clients.names, seconds, peak))
+        self.run.record_round(outcome, index, seconds, peak)
         return outcome
 
     # --- files ----------------------------------------------------------------------------------------------
@@ -239,7 +248,7 @@ class TrainingSession:
             args,
             self.models.base.config,
             processor=trainer.processing_class,
-            setup=describe_setup(args, self.run.clients, self.run.adapter.config),
+            setup=describe_setup(args, self.run.clients, self.run.adapter.config, self.run.accountant),
             evaluation_rows=number_of_rows(trainer.eval_dataset),
             repo_id=repo_id,
         )

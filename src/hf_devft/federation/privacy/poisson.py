@@ -1,0 +1,12 @@
+"""Poisson sampling: each client takes part by a throw of its own."""
+
+from hf_devft.federation.sampling import ClientSelection, sampled_by_chance
+
+
+class PoissonSampling(ClientSelection):
+    """Each client takes part in a round with the same chance, independent of all others, so that a round has
+    `clients_per_round` of them on average, and may have none."""
+
+    def sample(self, round_index: int, attempt: int = 0) -> list[int]:
+        chance = self.clients_per_round / len(self.candidates)
+        return sampled_by_chance(self.candidates, chance, self.seed, round_index, attempt)
