@@ -1,0 +1,141 @@
+"""Whole runs under differential privacy, and with bad clients."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import lora, write_secret
+
+from hf_devft.federation.client_side import Exchange
+from hf_devft.federation.encoding import Encoded
+from hf_devft.federation.privacy import Accountant
+from hf_devft.models.adapter_files import load_adapter
+from hf_devft.trainer.local_clients import LocalClients
+
+
+PRIVATE = {"dp_noise_multiplier": 0.5, "dp_clipping_norm": 1.0, "num_clients": 12, "clients_per_round": 4}
+
+
+def test_what_a_private_run_writes_says_what_it_cost_and_nothing_of_a_client(make_trainer, tmp_path):
+    write_secret(tmp_path / "run")
+    trainer = make_trainer(output_dir=tmp_path / "run", **PRIVATE)
+    trainer.train()
+    spent = [Accountant(0.5, 4).epsilon([12] * count) for count in range(1, len(trainer.ledger.rounds) + 1)]
+    assert [record.epsilon for record in trainer.ledger.rounds] == spent
+    assert [stage.totals["epsilon"] for stage in trainer.stages] == [spent[1], spent[-1]]
+    logged = [row for row in trainer.state.log_history if "learning_rate" in row]
+    assert [row["epsilon"] for row in logged] == spent
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"ε = {spent[-1]:.2f}" in card
+    assert "clipped to a norm of 1.0, noise of 0.5 of that in their sum, Poisson sampling, δ = 1e-05" in card
+    for stage in ("stage-1", "stage-2"):
+        folder = tmp_path / "run" / stage
+        ledger = json.loads((folder / "ledger.json").read_text())
+        assert all((row["clients"], row["dropped"], row["loss"]) == ([], [], None) for row in ledger)
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        assert not any({"loss", "grad_norm", "train_loss"} & row.keys() for row in history)
+        assert not list(folder.rglob("privacy_secret"))
+    assert (tmp_path / "run" / "privacy_secret").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"dp_sampling": "fixed_size", "dp_clipping_norm": 0.5}])
+def test_two_secrets_differ_and_the_config_does_not_give_the_noise_away(make_trainer, tmp_path, options):
+    adapters = []
+    for name, secret in (("a", 1), ("b", 1), ("c", 2)):
+        write_secret(tmp_path / name, secret)
+        make_trainer(output_dir=tmp_path / name, **PRIVATE | options).train()
+        adapters.append(load_adapter(tmp_path / name)[1])
+    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+    assert not all(torch.equal(adapters[0][key], adapters[2][key]) for key in adapters[0])
+
+
+def test_the_noise_is_found_for_a_budget_before_the_run(make_trainer):
+    trainer = make_trainer(
+        **{**PRIVATE, "dp_noise_multiplier": None}, dp_target_epsilon=8.0, federated_method="ffa_lora+fedavgm"
+    )
+    trainer.train()
+    assert len(trainer.ledger.rounds) == trainer.run.num_rounds == sum(stage.rounds for stage in trainer.stages)
+    assert 7.9 < trainer.ledger.rounds[-1].epsilon <= 8.0
+
+
+def test_a_run_ends_before_its_budget_does(make_trainer, caplog):
+    budget = Accountant(0.5, 4).epsilon([12] * 3)
+    trainer = make_trainer(**PRIVATE, dp_target_epsilon=budget)
+    assert "lasts for 3 of 4 rounds" in caplog.text
+    trainer.train()
+    assert [record.epsilon <= budget for record in trainer.ledger.rounds] == [True] * 3
+    assert (Path(trainer.args.output_dir) / "stage-2" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dp_target_epsilon": 1e-3}, "does not last for a round"),
+        ({"dp_clipping_norm": "adaptive", "dp_noise_multiplier": 1.0}, "needs more clients a round"),
+        ({"dp_clipping_norm": "none"}, 'give a norm above 0, or "adaptive"'),
+        ({"dp_clipping_norm": -1.0}, "give a norm above 0"),
+        ({"dp_noise_multiplier": 0.0}, "give a number above 0"),
+        ({"dp_noise_multiplier": None}, "without noise protects nobody"),
+        ({"dp_delta": 0.1}, "laid bare"),
+        ({"federated_method": "flora"}, "use ffa_lora, fedit or rolora"),
+        ({"federated_method": "fedsa_lora"}, "published without noise"),
+        ({"federated_method": "scaffold"}, "gradients without noise"),
+        ({"federated_method": "median", "round_quorum": 3}, "its noise is made for a mean"),
+        ({"client_selection": "by_size"}, "equal chances"),
+        ({"client_eval_size": 0.2, "eval_dataset": None}, "metrics of clients' rows"),
+    ],
+)
+def test_what_cannot_be_private_is_refused(make_trainer, options, says):
+    with pytest.raises(ValueError, match=says):
+        make_trainer(**PRIVATE | options)
+
+
+@pytest.mark.parametrize(
+    ("method", "quorum", "says"),
+    [
+        ("krum", 3, "needs the updates of 5 clients: set round_quorum to 5"),
+        ("flexlora+median", 5, "updates that stand for the same"),
+        ("scaffold+median", 5, "go unwatched"),
+    ],
+)
+def test_what_no_rule_can_defend_is_refused(make_trainer, method, quorum, says):
+    with pytest.raises(ValueError, match=says):
+        make_trainer(federated_method=method, round_quorum=quorum, num_clients=6, clients_per_round=5)
+
+
+def have_lie(monkeypatch, liar: int, scale: float) -> None:
+    """Have a client send `scale` times its update, whatever it has trained."""
+    exchange = LocalClients.exchange
+
+    def with_a_liar(clients: LocalClients, learning_rate: float) -> Exchange:
+        def carry(round_index, attempt, messages):
+            for message, answer in exchange(clients, learning_rate)(round_index, attempt, messages):
+                if message.client == liar:
+                    known = message.adapter.decoded
+                    learned = known if answer.adapter is None else answer.adapter.arrive(known)
+                    lie = known + scale * (learned - known)
+                    answer = replace(answer, adapter=Encoded(lie, lie.numel()))
+                yield message, answer
+
+        return carry
+
+    monkeypatch.setattr(LocalClients, "exchange", with_a_liar)
+
+
+FIVE = {"num_clients": 5, "clients_per_round": 5, "stage_layers": [4], "stage_rounds": [2]}
+
+
+def test_rules_survive_a_client_that_sends_a_million_times_its_update(make_trainer, monkeypatch):
+    def norm_after(method: str, quorum: int = 1) -> float:
+        trainer = make_trainer(federated_method=method, round_quorum=quorum, peft_config=lora(r=4), **FIVE)
+        trainer.train()
+        return sum(tensor.square().sum().item() for tensor in trainer.run.adapter.state.values()) ** 0.5
+
+    honest = norm_after("fedit")
+    have_lie(monkeypatch, liar=2, scale=1e6)
+    assert norm_after("fedit") > 1e3 * honest
+    rules = ("median", "trimmed_mean", "geometric_median", "krum", "multi_krum", "norm_clipping", "fedavgm+median")
+    norms = {rule: norm_after(rule, quorum=5) for rule in rules}
+    assert all(norm < 1.5 * honest for norm in norms.values()), (honest, norms)
