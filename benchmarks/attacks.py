@@ -87,12 +87,17 @@ def attack(poison: Poison | None, lie: Lie | None, bad: set[int]) -> None:
         carry = exchange(self, learning_rate)
 
         def carried(round_index: int, attempt: int, messages: Iterator[ToClient]):
-            answers = list(carry(round_index, attempt, messages))
-            updates = {message.client: update_of(message, answer) for message, answer in answers}
-            everyone = torch.stack(list(updates.values()))
-            for message, answer in answers:
-                if lie is not None and message.client in bad and isinstance(answer, FromClient):
-                    sent = message.adapter.decoded + lie(updates[message.client], everyone)
+            # What a client has trained is overwritten by the next one: each update is taken as it comes.
+            answers = [
+                (message, answer, update_of(message, answer))
+                for message, answer in carry(round_index, attempt, messages)
+            ]
+            everyone = torch.stack([update for _, _, update in answers])
+            for message, answer, update in answers:
+                if lie is not None and message.client in bad:
+                    update = lie(update, everyone)
+                if isinstance(answer, FromClient):
+                    sent = message.adapter.decoded + update
                     answer = replace(answer, adapter=Encoded(sent, sent.numel()))
                 yield message, answer
 

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from hf_devft.cli.arguments import RecipeArguments
 from hf_devft.configuration.compatibility import CONFLICTS, FACTS
 from hf_devft.configuration.devft_config import CHOICES, UNSUPPORTED, DevFTConfig
+from hf_devft.configuration.output_options import OutputOptions
 from hf_devft.configuration.privacy_options import PrivacyOptions
 
 
@@ -41,7 +42,8 @@ _ENTRY = re.compile(r"^ {8}(\w+) \((.*?)\):\n((?: {12}.*\n|\n)+)", re.MULTILINE)
 def page() -> str:
     """The Markdown of the reference."""
     text = HEAD
-    for section in [*DevFTConfig.__doc__.split("    > ")[1:], *PrivacyOptions.__doc__.split("    > ")[1:]]:
+    docstrings = [options.__doc__ for options in (DevFTConfig, PrivacyOptions, OutputOptions)]
+    for section in [part for docstring in docstrings for part in docstring.split("    > ")[1:]]:
         title, _, entries = section.partition("\n")
         text += f"\n## {title}\n\n| key | type and default | meaning |\n|---|---|---|\n"
         for name, kind, meaning in _ENTRY.findall(entries.rstrip(" ") + "\n"):

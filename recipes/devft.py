@@ -10,7 +10,6 @@ Every key of a config is also a flag. Without data files, the tasks are made up 
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from transformers.utils import logging
 
 from hf_devft.cli.arguments import parse_arguments
 from hf_devft.cli.recipe import make_plan, make_trainer
+from hf_devft.cli.running import one_line_errors, stopping_between_rounds
 from hf_devft.run.plan_table import print_plan
 
 
@@ -27,7 +27,7 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 if __name__ == "__main__":
     logging.disable_progress_bar()  # the run has one bar and one table of its own
-    try:
+    with one_line_errors("--traceback" in sys.argv):
         recipe, args = parse_arguments(sys.argv[1:], QUICKSTART)
         if not (recipe.train_file or recipe.dataset_name):
             datasets.disable_progress_bars()  # made-up tasks are encoded at once
@@ -36,9 +36,7 @@ if __name__ == "__main__":
             print(json.dumps(plan.to_dict(), indent=2)) if recipe.plan_json else print_plan(plan)
             sys.exit()
         trainer = make_trainer(recipe, args)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        process = os.environ.get("RANK", "0")
-        sys.exit(f"error: {error}" if process == "0" else f"error on process {process}: {error}")
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    if trainer.is_world_process_zero():
-        print(f"Adapters, model card and plot are in {trainer.args.output_dir}/")
+        with stopping_between_rounds(trainer):
+            trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        if trainer.is_world_process_zero():
+            print(f"Adapters, model card and plot are in {trainer.args.output_dir}/")

@@ -8,7 +8,6 @@
 Scores go into the metadata of the stage's card, and of the run's, where the stage is its newest.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, HfArgumentParser
 
 from hf_devft import StageConfig
+from hf_devft.cli.running import one_line_errors
 from hf_devft.run.benchmarks import (
     add_to_card,
     answer_questions,
@@ -93,7 +93,5 @@ def main(options: EvaluationArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors(traceback=False):
         main(HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()[0])
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")

@@ -107,6 +107,7 @@ def config(output_dir, **kwargs) -> DevFTConfig:
         "save_strategy": "no",
         "disable_tqdm": True,
         "use_cpu": True,
+        "overwrite_output_dir": True,  # tests start several runs in one folder
     }
     return DevFTConfig(output_dir=str(output_dir), **defaults | kwargs)
 

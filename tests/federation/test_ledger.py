@@ -1,8 +1,11 @@
+import json
+
 import torch
 from conftest import lora, tiny_llama
 from peft import get_peft_model
 
 from hf_devft.federation.ledger import Ledger, RoundRecord
+from hf_devft.files import as_record
 from hf_devft.models.flops import flops_per_token, forward_flops
 from hf_devft.run.peak_memory import PeakMemory
 
@@ -31,7 +34,8 @@ def test_a_ledger_keeps_count():
 
 def test_a_ledger_survives_json():
     ledger = Ledger([record(1, 1), record(2, 1)])
-    assert Ledger.from_dicts(ledger.to_dicts()) == ledger
+    records = as_record(json.loads(json.dumps(ledger.to_dicts())), list[RoundRecord], "the ledger")
+    assert Ledger(records) == ledger
 
 
 def test_flops_count_every_matrix_once():

@@ -78,4 +78,4 @@ def test_stages_hold_no_pickle(make_trainer):
     from pathlib import Path
 
     suffixes = {path.suffix for path in Path(trainer.args.output_dir).rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".safetensors", ".md", ".png", ".jinja"}
+    assert suffixes <= {".json", ".safetensors", ".md", ".png", ".jinja", ".lock"}

@@ -12,7 +12,7 @@ def test_a_state_is_that_of_its_round(tmp_path):
     tensors, stage = state.load(2)
     assert tensors["3/kept/key"].tolist() == [2.0, 2.0]
     assert stage == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-2.safetensors", "round-3.safetensors"]
+    assert sorted(path.name for path in tmp_path.glob("round-*")) == ["round-2.safetensors", "round-3.safetensors"]
 
 
 def test_a_state_that_is_lost_or_broken_is_named(tmp_path):

@@ -60,7 +60,9 @@ def test_merged_it_is_a_plain_model(run, tmp_path):
 def broken(run, tmp_path, name, change):
     """A copy of the run in which `change` was done to a file of stage 1."""
     shutil.copytree(run, tmp_path / "broken")
-    change(tmp_path / "broken" / "stage-1" / name)
+    path = tmp_path / "broken" / "stage-1" / name
+    change(path)
+    (path.parent / "checksums.json").unlink()  # whoever writes what they like leaves it out
     return tmp_path / "broken"
 
 
@@ -86,19 +88,31 @@ WEIGHTS, CONFIG = "submodel/adapter_model.safetensors", "submodel/adapter_config
 
 @pytest.mark.parametrize(("name", "change", "message"), [
     ("stage_config.json", edit(groups=[[0, 1], [1, 2, 3]]), "not a stage's record: groups"),
-    ("stage_config.json", edit(groups=[[0, 1, 2], ["../3"]]), "not a stage's record"),
-    ("stage_config.json", edit(num_layers=10**9), "not a stage's record"),
-    ("stage_config.json", edit(full_layers=10**15), "not a stage's record: groups"),
-    ("stage_config.json", edit(full_layers="4"), "not a positive number"),
+    ("stage_config.json", edit(groups=[[0, 1, 2], ["../3"]]), r"groups\.1\.0: Input should be a valid integer"),
+    ("stage_config.json", edit(groups=[[3], [0, 1, 2]]), "not a stage's record: groups"),
+    ("stage_config.json", edit(num_layers=10**9), "num_layers: Input should be less than or equal to 100000"),
+    ("stage_config.json", edit(full_layers=7), "not a stage's record: groups"),
+    ("stage_config.json", edit(full_layers="4"), "full_layers: Input should be a valid integer"),
+    ("stage_config.json", edit(metrics={"eval_loss": "low"}), "not a stage's record: eval_loss='low' is no number"),
     ("stage_config.json", edit(fusion="__import__"), "fusion '__import__'"),
     ("stage_config.json", edit(groups=None), "has groups None"),
-    ("stage_config.json", lambda path: path.write_text("{"), "not a stage's record"),
+    ("stage_config.json", lambda path: path.write_text("{"), "no readable JSON"),
     (WEIGHTS, reshape, "its tensors have"),
     (WEIGHTS, rename, "differ in name or shape"),
     (WEIGHTS, lambda path: path.write_bytes(b"\x80\x04."), "no readable adapter"),
     (WEIGHTS, pickle_instead, "pickled weights are not read"),
     (CONFIG, edit(peft_type="IA3"), "no readable adapter"),
-    (CONFIG, edit(r="many"), "r='many'"),
+    (CONFIG, edit(r="many"), "r: Input should be a valid integer"),
+    (CONFIG, edit(lora_alpha=float("nan")), "lora_alpha"),
+    (CONFIG, edit(lora_alpha=-8), "give one above 0"),
+    (CONFIG, edit(lora_alpha=1e308), "give one above 0, up to"),
+    (CONFIG, edit(rank_pattern={r"(a+)+": 2}), "a pattern that may take forever"),
+    (CONFIG, edit(alpha_pattern={r"(q|q)*_proj": 2.0}), "a pattern that may take forever"),
+    (CONFIG, edit(alpha_pattern={"q_proj": "2"}), "give one above 0"),
+    (CONFIG, edit(layers_to_transform=[0], layers_pattern=r"(.*)*x"), "a pattern that may take forever"),
+    (CONFIG, edit(target_modules=[f"x{i}" for i in range(100_000)]), "has 100000 entries, 4096 at most"),
+    (CONFIG, edit(megatron_config={"x": 1}, megatron_core="this"), "sets megatron_config, megatron_core"),
+    (CONFIG, edit(lora_dropout=7.0), "give 0 to below 1"),
     (CONFIG, edit(r=2_000_000), "its tensors have"),
     (CONFIG, lambda path: path.write_text("[]"), "no readable adapter"),
 ])  # fmt: skip
@@ -107,8 +121,9 @@ def test_what_is_broken_or_hostile_is_refused(run, tmp_path, name, change, messa
         load_submodel(tiny_llama(), broken(run, tmp_path, name, change), stage=1)
 
 
-def test_a_pattern_from_elsewhere_is_not_run(run, tmp_path):
-    never_ends = edit(target_modules=r"(([a-z0-9_]|\.)+)+!")
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
+def test_a_pattern_from_elsewhere_is_not_run(run, tmp_path, option):
+    never_ends = edit(**{option: r"(([a-z0-9_]|\.)+)+!"})
     model = load_submodel(tiny_llama(), broken(run, tmp_path, CONFIG, never_ends), stage=1)
     assert "a-z" not in model.peft_config["default"].target_modules, "the tensors tell which modules it found"
 

@@ -1,7 +1,6 @@
 import copy
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -489,6 +488,7 @@ def test_a_checkpoint_with_another_adapter_is_refused(make_trainer, folder):
     trainer.train()
     path = Path(trainer.args.output_dir) / folder / "adapter_model.safetensors"
     save_file({key: tensor[..., :-1].clone() for key, tensor in load_file(path).items() if "lora_A" in key}, path)
+    (path.parent / "checksums.json").unlink()
     with pytest.raises(ValueError, match="names or shapes differ"):
         make_trainer().train(resume_from_checkpoint=str(path.parent))
 
@@ -502,7 +502,7 @@ def test_an_interrupted_checkpoint_is_never_picked_up(make_trainer, monkeypatch)
     monkeypatch.setattr(trainer.run, "save_state", fail)
     with pytest.raises(OSError, match="disk full"):
         trainer.train()
-    with pytest.raises(ValueError, match="No valid checkpoint"):
+    with pytest.raises(ValueError, match="there is no checkpoint"):
         make_trainer(save_strategy="steps").train(resume_from_checkpoint=True)
 
 
@@ -705,24 +705,17 @@ def test_an_empty_client_is_refused(make_trainer, tasks):
         make_trainer(train_dataset=clients, num_clients=None)
 
 
-def test_an_adapter_of_another_base_says_how_far_it_is(make_trainer, tmp_path, caplog):
-    for name, factor in (("old", 1.0), ("new", 1.5)):
-        model = tiny_llama()
-        with torch.no_grad():
-            model.model.layers[1].mlp.up_proj.weight *= factor
-        model.save_pretrained(tmp_path / name)
+def test_an_adapter_of_another_base_says_so_and_its_base_is_not_loaded(make_trainer, tmp_path, caplog):
+    for name in ("old", "new"):
+        tiny_llama().save_pretrained(tmp_path / name)
     trainer = make_trainer(model=str(tmp_path / "old"), stage_layers=[4], stage_rounds=[1])
     trainer.train()
     adapter = trainer.args.output_dir
     make_trainer(model=str(tmp_path / "old"), peft_config=adapter)
-    assert "differs" not in caplog.text
+    assert "was made on" not in caplog.text
+    (tmp_path / "old" / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "evil.Model"}}')
     make_trainer(model=str(tmp_path / "new"), peft_config=adapter)
-    assert "differs from it by" in caplog.text
-    assert "(layer 1)" in caplog.text
-    caplog.clear()
-    shutil.rmtree(tmp_path / "old")
-    make_trainer(model=str(tmp_path / "new"), peft_config=adapter)
-    assert "is not on this machine" in caplog.text
+    assert f"was made on {tmp_path / 'old'}, and is put on {tmp_path / 'new'}" in caplog.text
 
 
 class Rows(torch.utils.data.Dataset):

@@ -1,6 +1,7 @@
 """`kill -9` at random moments: the run that is gone on with ends as the one that was left alone, bit for bit."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -9,7 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hf_devft.embedded import task_dataset
+from hf_devft.tasks.data import tokenize
+from hf_devft.tasks.metrics import IGNORED
 
 
 def contents(output: Path) -> dict:
@@ -76,3 +83,48 @@ def test_a_deletion_that_a_kill_cut_short_deletes_nothing_else(make_trainer, mon
     make_trainer(**options).train(resume_from_checkpoint="last")
     last = trainer.run.num_rounds
     assert sorted(path.name for path in output.glob("*checkpoint-*")) == [f"checkpoint-{last}"]
+
+
+def test_a_client_without_labels_is_left_out_of_the_loss_and_learns_nothing(make_trainer, tokenizer):
+    def rows(seed: int, silent: bool):
+        encoded = tokenize(task_dataset(8, seed=seed), tokenizer, 64).select_columns(["input_ids", "labels"])
+        return encoded.map(lambda row: {"labels": [IGNORED] * len(row["labels"])}) if silent else encoded
+
+    def train(silent: bool, **options):
+        clients = {"a": rows(3, silent), "b": rows(4, silent=False)}
+        trainer = make_trainer(train_dataset=clients, num_clients=None, clients_per_round=2, **options)
+        trainer.train()
+        return trainer
+
+    for options in ({}, {"clients_per_batch": 2}):
+        trainer = train(silent=True, **options)
+        assert all(math.isfinite(record.loss) and not record.dropped for record in trainer.ledger.rounds)
+        assert trainer.ledger.rounds[0].loss != train(silent=False, **options).ledger.rounds[0].loss
+
+
+class ClockAhead(TrainerCallback):
+    """The clock is ahead while a checkpoint is written, and right again before the next."""
+
+    def on_save(self, args, state, control, **kwargs):
+        os.utime(Path(args.output_dir) / f"checkpoint-{state.global_step}", (4e9 - state.global_step,) * 2)
+
+
+def test_checkpoints_are_rotated_by_round_whatever_the_clock_says(make_trainer, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "callbacks": [ClockAhead()]}
+    make_trainer(**options).train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_disk_that_is_full_is_named_and_leaves_nothing_half_written(make_trainer, tmp_path, monkeypatch):
+    def full(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    trainer = make_trainer(save_strategy="steps", save_steps=2)
+    monkeypatch.setattr("hf_devft.files.writing.save_file", full)
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors cannot be written: .*No space left"):
+        trainer.train()
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".run.lock"]
+    trainer = make_trainer(overwrite_output_dir=False)
+    trainer.train(resume_from_checkpoint="last")

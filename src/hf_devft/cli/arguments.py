@@ -89,6 +89,7 @@ class RecipeArguments:
 
     plan: bool = field(default=False, metadata={"help": "Only say what the run would cost."})
     plan_json: bool = field(default=False, metadata={"help": "The same as JSON."})
+    traceback: bool = field(default=False, metadata={"help": "Show where an error comes from."})
 
     def lora_config(self, task: str | None = None) -> LoraConfig:
         """The adapter's config, for a task of `DevFTConfig.task`."""

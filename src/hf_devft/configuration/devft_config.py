@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_available
 from transformers.training_args import OptimizerNames
 
 from hf_devft.configuration.compatibility import Setup, check_compatibility
+from hf_devft.configuration.output_options import OutputOptions
 from hf_devft.configuration.privacy_options import PrivacyOptions, settle_privacy
 from hf_devft.configuration.stage_config import StageConfig, adapted_layers, derive_layers, plan_stages
 from hf_devft.federation.heterogeneity.capacity import BEYOND_CAPACITY
@@ -72,7 +73,9 @@ CHOICES: dict[str, Collection[str]] = {
 _MINIMA = {
     "initial_layers": 1, "calibration_samples": 1, "num_clients": 1, "clients_per_round": 1, "local_steps": 1,
     "clients_per_batch": 1, "max_length": 2, "max_eval_samples": 1, "generation_max_new_tokens": 1,
-    "dataset_num_proc": 1, "round_quorum": 1, "round_retries": 0, "distillation_steps": 0, "healing_steps": 0,
+    "dataset_num_proc": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1, "round_quorum": 1, "round_retries": 0, "distillation_steps": 0,
+    "healing_steps": 0,
 }  # fmt: skip
 # (options, whether a value is allowed, what to give instead).
 _RANGES = (
@@ -93,10 +96,10 @@ def _names(choices: Collection[str]) -> str:
 
 
 @dataclass
-class DevFTConfig(PrivacyOptions, TrainingArguments):
+class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
     """
-    Arguments of a developmental federated run: those of [`~transformers.TrainingArguments`], of [`PrivacyOptions`] and
-    the following.
+    Arguments of a developmental federated run: those of [`~transformers.TrainingArguments`], of [`PrivacyOptions`],
+    of [`OutputOptions`] and the following.
 
     The Trainer's *step* is a communication round and its *epoch* a stage, so `logging_steps`, `eval_steps`,
     `save_steps`, `max_steps`, `warmup_steps` and `lr_scheduler_type` count or act on rounds, and the `"epoch"`
@@ -239,14 +242,6 @@ class DevFTConfig(PrivacyOptions, TrainingArguments):
             Keyword arguments of `from_pretrained` where the model is given by name.
         max_length (`int`, *optional*, defaults to `512`):
             Tokens that a prompt with its completion is cut to (paper: 512).
-        resume_from_hub (`str`, *optional*):
-            Repository that an earlier run has pushed to: go on with the stage after its last one.
-        card_license (`str`, *optional*):
-            Metadata of the model card: licence of the adapter.
-        card_language (`list[str]`, *optional*):
-            Metadata of the model card: languages (ISO 639-1).
-        card_datasets (`list[str]`, *optional*):
-            Metadata of the model card: names of the datasets on the Hub.
         client_eval_size (`float`, *optional*):
             Part of each client's rows that is held out, and evaluated on client by client; the mean over the clients
             and the worst of them are reported, too.
@@ -367,12 +362,6 @@ class DevFTConfig(PrivacyOptions, TrainingArguments):
         default=None, metadata={"help": "Keyword arguments of from_pretrained, as JSON."}
     )
     max_length: int = field(default=512, metadata={"help": "Tokens that a prompt with its completion is cut to."})
-    resume_from_hub: str | None = field(
-        default=None, metadata={"help": "Repository of an earlier run: go on with the stage after its last one."}
-    )
-    card_license: str | None = field(default=None, metadata={"help": "Model card: licence of the adapter."})
-    card_language: list[str] | None = field(default=None, metadata={"help": "Model card: languages, ISO 639-1."})
-    card_datasets: list[str] | None = field(default=None, metadata={"help": "Model card: datasets on the Hub."})
     client_eval_size: float | None = field(
         default=None, metadata={"help": "Part of each client's rows to evaluate on, client by client."}
     )

@@ -1,17 +1,25 @@
 """`StageConfig`: the record of one stage, and the stages of a run."""
 
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Interval
 from huggingface_hub import hf_hub_download
+from pydantic import AllowInfNan
 from transformers.utils import PushToHubMixin
 
+from hf_devft.files import read_record, write_json
 from hf_devft.models.layer_stack import STACKS
 
 
 STAGE_CONFIG_NAME = "stage_config.json"
+
+# No model has more layers, no run more stages or rounds: what follows from a number must not fill the memory.
+Count = Annotated[int, Interval(ge=1, le=100_000)]
+Index = Annotated[int, Interval(ge=0, le=100_000)]
+Finite = Annotated[float, AllowInfNan(False)]
+Positive = Annotated[float, Ge(0), AllowInfNan(False)]
 
 
 @dataclass
@@ -38,29 +46,29 @@ class StageConfig(PushToHubMixin):
             healing and distillation, on the server) and `base_bytes` (the submodel's base weights).
     """
 
-    stage: int
-    num_stages: int
-    num_layers: int
-    full_layers: int
-    rounds: int
-    learning_rate: float
+    stage: Count
+    num_stages: Count
+    num_layers: Count
+    full_layers: Count
+    rounds: Count
+    learning_rate: Positive
     grouping: str = "deconfliction"
     fusion: str = "anchor"
-    fusion_beta: float = 0.1
+    fusion_beta: Finite = 0.1
     transfer: str = "broadcast"
     adapter_fusion: str = "anchor"
     stack: str | None = None
     task: str = "text-generation"
     labels: list[str] | None = None
     federated_method: str = "fedit"
-    healing_steps: int = 0
-    adapted: list[int] | None = None
-    groups: list[list[int]] | None = None
+    healing_steps: Annotated[int, Ge(0)] = 0
+    adapted: list[Index] | None = None
+    groups: list[list[Index]] | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
-    rounds_done: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    totals: dict[str, float] = field(default_factory=dict)
+    rounds_done: Index = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, Finite] = field(default_factory=dict)
 
     @property
     def has_bridges(self) -> bool:
@@ -74,11 +82,7 @@ class StageConfig(PushToHubMixin):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Write `stage_config.json` into a folder. What `push_to_hub` passes on for models is ignored."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{STAGE_CONFIG_NAME}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        temporary.replace(folder / STAGE_CONFIG_NAME)
+        write_json(Path(save_directory) / STAGE_CONFIG_NAME, asdict(self), indent=2)
 
     @classmethod
     def from_pretrained(
@@ -102,36 +106,44 @@ class StageConfig(PushToHubMixin):
                     str(name_or_path), STAGE_CONFIG_NAME, subfolder=subfolder, revision=revision, token=token
                 )
             )
+        config = read_record(path, cls)
         try:
-            content = json.loads(path.read_text())
-            known = {item.name for item in fields(cls)}
-            config = cls(**{key: value for key, value in content.items() if key in known})
             config.check()
-            return config
-        except (ValueError, AttributeError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not a stage's record: {error}") from error
+        return config
 
     def check(self) -> None:
-        """Refuse what no run writes, before anything is built from it."""
-        for name in ("stage", "num_stages", "num_layers", "full_layers", "rounds"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ValueError(f"{name}={value!r} is not a positive number")
-        if type(self.fusion_beta) not in (int, float) or not isinstance(self.metrics, dict):
-            raise ValueError("fusion_beta or metrics are of another type")
-        if self.stack not in (None, *STACKS) or not isinstance(self.labels, list | None):
+        """Refuse what no run writes, before anything is built from it.
+
+        Raises:
+            ValueError: values that do not agree with each other.
+        """
+        if self.stage > self.num_stages or self.num_layers > self.full_layers or self.rounds_done > self.rounds:
             raise ValueError(
-                f"stack={self.stack!r} or labels={self.labels!r} are not a stack of layers or a list of labels"
+                f"stage {self.stage} of {self.num_stages}, {self.num_layers} of {self.full_layers} layers, "
+                f"{self.rounds_done} of {self.rounds} rounds"
             )
+        if self.stack not in (None, *STACKS):
+            raise ValueError(f"stack={self.stack!r} is not a stack of layers")
+        measured = {key: value for key, value in self.metrics.items() if key.endswith(("_loss", "_exact_match"))}
+        if wrong := [key for key, value in measured.items() if type(value) not in (int, float)]:
+            raise ValueError(f"{wrong[0]}={measured[wrong[0]]!r} is no number")
+        if self.adapted is not None and self.adapted != sorted({*self.adapted} & {*range(self.num_layers)}):
+            raise ValueError(f"adapted={self.adapted} are no layers of {self.num_layers}")
         if self.groups is None:
             return
-        layers = sorted(layer for group in self.groups for layer in group)
+        ordered = sorted(sorted(group) for group in self.groups)
         if (
-            len(layers) != self.full_layers
-            or layers != list(range(len(layers)))
+            sorted(layer for group in self.groups for layer in group) != list(range(self.full_layers))
+            or self.groups != ordered
             or len(self.groups) != self.num_layers
             or not all(self.groups)
         ):
-            raise ValueError(f"groups={self.groups!r} are not {self.num_layers} groups of {self.full_layers} layers")
+            raise ValueError(
+                f"groups={str(self.groups)[:200]} are not {self.num_layers} groups of {self.full_layers} layers, each "
+                "and all of them in order"
+            )
 
 
 def derive_layers(num_layers: int, first: int, growth: float) -> list[int]:

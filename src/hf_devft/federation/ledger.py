@@ -1,6 +1,14 @@
 """What a run cost, round by round: bytes up and down, tokens, FLOPs, seconds, peak memory."""
 
 from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from annotated_types import Ge
+from pydantic import AllowInfNan
+
+
+Count = Annotated[int, Ge(0)]
+Amount = Annotated[float, Ge(0), AllowInfNan(False)]
 
 
 @dataclass(frozen=True)
@@ -23,21 +31,21 @@ class RoundRecord:
         epsilon: what the rounds so far have cost in privacy, see `Accountant`; None in a run that is not private.
     """
 
-    round: int
-    stage: int
+    round: Annotated[int, Ge(1)]
+    stage: Annotated[int, Ge(1)]
     clients: list[str]
     dropped: list[str]
-    bytes_down: int
-    bytes_up: int
-    tokens: int
-    flops: float
-    seconds: float
-    peak_memory: int
+    bytes_down: Count
+    bytes_up: Count
+    tokens: Count
+    flops: Amount
+    seconds: Amount
+    peak_memory: Count
     loss: float | None
-    attempts: int = 1
+    attempts: Annotated[int, Ge(1)] = 1
     late: list[str] = field(default_factory=list)
-    simulated_seconds: float = 0.0
-    epsilon: float | None = None
+    simulated_seconds: Amount = 0.0
+    epsilon: Amount | None = None
 
 
 @dataclass
@@ -57,10 +65,6 @@ class Ledger:
         for record in self.rounds:
             self._count(record)
 
-    @classmethod
-    def from_dicts(cls, records: list[dict]) -> "Ledger":
-        return cls([RoundRecord(**record) for record in records])
-
     def add(self, record: RoundRecord) -> None:
         """Append a round."""
         self.rounds.append(record)
@@ -70,7 +74,7 @@ class Ledger:
         self.bytes += record.bytes_down + record.bytes_up
         self.flops += record.flops
 
-    def to_dicts(self) -> list[dict]:
+    def to_dicts(self) -> list[dict[str, Any]]:
         return [asdict(record) for record in self.rounds]
 
     def totals(self, stage: int | None = None) -> dict[str, float]:

@@ -73,7 +73,7 @@ class RoundOutcome:
         self.seen += int(reports[:, SEEN].sum())
         self.flops += reports[:, FLOPS].sum().item()
         if (used := counted | late).any():
-            self.loss = reports[used, LOSS].mean().item()
+            self.loss = reports[used, LOSS].nanmean().item()  # of those that know theirs
             self.grad_norm = reports[used, GRAD_NORM][-1].item()
         return int(counted.sum())
 

@@ -34,7 +34,7 @@ class LocalResult:
     """What local training came to.
 
     Attributes:
-        loss: mean of the optimiser steps' losses, a tensor on the device.
+        loss: mean of the optimiser steps' losses, a tensor on the device; NaN where the rows of one had no labels.
         positions: how many went through each stack of the model's layers, padding included.
         seen: how many tokens `include_num_input_tokens_seen` counts.
         grad_norm: of the last step, before clipping; None where gradients are not clipped.

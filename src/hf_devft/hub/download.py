@@ -8,6 +8,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from peft.utils import CONFIG_NAME
 
+from hf_devft.files import CHECKSUMS
 from hf_devft.models.adapter_files import ADAPTER_WEIGHTS
 from hf_devft.models.layer_files import healed_path
 
@@ -56,7 +57,10 @@ def fetch_adapter(
     """
     if Path(name_or_path).is_dir():
         return Path(name_or_path) / subfolder
-    files = [str(PurePosixPath(subfolder) / name) for name in (CONFIG_NAME, ADAPTER_WEIGHTS, healed_path("", "*"))]
+    files = [
+        str(PurePosixPath(subfolder) / name)
+        for name in (CONFIG_NAME, ADAPTER_WEIGHTS, CHECKSUMS, healed_path("", "*"))
+    ]
     with _reading(str(name_or_path)):
         folder = snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=files)
     return Path(folder) / subfolder

@@ -43,8 +43,8 @@ class Push:
     keep: Any = None
 
     def operations(self) -> list[CommitOperationAdd]:
-        """Every file of the folders but what stays with the clients; a compact adapter, checkpoints and hidden files
-        stay out of the root.
+        """Every file of the folders but what stays with the clients, and links, which may lead anywhere; a compact
+        adapter, checkpoints and hidden files stay out of the root.
 
         Raises:
             FileNotFoundError: a folder is not there any more.
@@ -55,8 +55,16 @@ class Push:
             CommitOperationAdd("/".join(filter(None, [where, path.relative_to(folder).as_posix()])), path)
             for where, folder in self.folders.items()
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != FEDERATION and (where or _belongs_to_root(path.relative_to(folder)))
+            if _is_own(path, folder)
+            and path.name != FEDERATION
+            and (where or _belongs_to_root(path.relative_to(folder)))
         ]
+
+
+def _is_own(path: Path, folder: Path) -> bool:
+    """Whether it is a file of a folder, not one elsewhere to which a link in the folder leads."""
+    parts = [path, *(parent for parent in path.parents if parent.is_relative_to(folder) and parent != folder)]
+    return path.is_file() and not any(part.is_symlink() for part in parts)
 
 
 def _belongs_to_root(path: Path) -> bool:

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
+from hf_devft.files import read_tensors, write_tensors
 from hf_devft.models.layout import State
 
 
@@ -15,12 +13,7 @@ def healed_path(folder: str | Path, stage: int | str) -> Path:
 
 def save_healed(path: Path, state: State) -> None:
     """Write `taught_state` in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary, metadata={"format": "pt"}
-    )
-    temporary.replace(path)
+    write_tensors(path, state)
 
 
 def read_healed(path: Path) -> State:
@@ -30,9 +23,6 @@ def read_healed(path: Path) -> State:
         ValueError: the file is missing or broken.
     """
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"the submodel was healed or bridged, but {path} cannot be read: {error}. Fetch the run's folder again, "
-            "whole."
-        ) from error
+        return read_tensors(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the submodel was healed or bridged, but its layers cannot be read: {error}") from error

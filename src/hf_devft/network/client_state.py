@@ -5,13 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from hf_devft.configuration import StageConfig
 from hf_devft.federation.memory import SERVER, Memory
+from hf_devft.files import FLOATS, forget_checksum, read_tensors, write_tensors
 from hf_devft.models.layout import State
-from hf_devft.run.files import atomic_file
 from hf_devft.stages.global_adapter import GlobalAdapter
 
 
@@ -41,9 +39,9 @@ class ClientState:
             return {}, 0
         path = self._path(round_index)
         try:
-            state = load_file(path)
+            state = read_tensors(path, (*FLOATS, "I64"), largest=torch.finfo(torch.float32).max)
             return state, int(state.pop(_STAGE))
-        except (OSError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"what this client has kept of round {round_index + 1} cannot be read from {path}: {error}. Only a "
                 "new run can start without it."
@@ -55,13 +53,11 @@ class ClientState:
         Args:
             stage: whose depth it has. needed: the round whose state the server may still ask for.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self._path(round_index)) as path:
-            contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
-            save_file(contiguous | {_STAGE: torch.tensor(stage)}, path)
+        write_tensors(self._path(round_index), state | {_STAGE: torch.tensor(stage)})
         paths = sorted(self._folder.glob("round-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
         for old in paths[: -self._keep]:
             if old != self._path(needed):
+                forget_checksum(old)
                 old.unlink()
 
     def _path(self, round_index: int) -> Path:

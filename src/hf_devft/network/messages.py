@@ -14,6 +14,7 @@ from hf_devft.federation.client_side import FromClient, ToClient
 from hf_devft.federation.encoding import to_bytes
 from hf_devft.federation.turns import LocalResult
 from hf_devft.federation.wire import Wire
+from hf_devft.files import as_record
 
 
 # Names of records.
@@ -85,7 +86,7 @@ class StageMessage:
         """
         try:
             values = {name: typed(record, name, kind) for name, kind in _STAGE_TYPES.items()}
-            records = [StageConfig(**content) for content in json.loads(values.pop("records"))]
+            records = as_record(json.loads(values.pop("records")), list[StageConfig], "its records")
             for each in records:
                 each.check()
             return cls(records=records, **values)

@@ -17,6 +17,7 @@ from hf_devft.federation.client_side import ClientSide
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients, make_methods
 from hf_devft.federation.wire import Wire
+from hf_devft.files import atomic_file
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.network.base_hash import hash_of_weights
 from hf_devft.network.client_state import ClientState, carry
@@ -24,7 +25,6 @@ from hf_devft.network.messages import Joining, StageMessage, Turn, answer_to_rec
 from hf_devft.network.secure_sum import SecureSumError, SummingClient, to_fixed
 from hf_devft.network.settings import read_settings
 from hf_devft.run.client_batches import make_sampler
-from hf_devft.run.files import atomic_file
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.devft_trainer import DevFTTrainer
 from hf_devft.trainer.session import TrainingSession

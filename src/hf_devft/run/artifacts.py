@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_devft.configuration import StageConfig
 from hf_devft.configuration.stage_folder import FEDERATION, SUBMODEL
+from hf_devft.files import atomic_folder, replace_files
 from hf_devft.models.adapter_files import save_adapter
 from hf_devft.models.layout import State
-from hf_devft.run.files import atomic_folder, replace_files
 
 
 def save_stage(

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_devft.configuration import StageConfig
 from hf_devft.embedded import resolve_model_name
+from hf_devft.files import atomic_file
 from hf_devft.hub.download import fetch_adapter
 from hf_devft.models.adapter import attach_adapter
 from hf_devft.models.adapter_files import load_adapter
 from hf_devft.models.streaming import load_base
-from hf_devft.run.files import atomic_file
 from hf_devft.run.loading import load_submodel
 from hf_devft.tasks import TASKS
 from hf_devft.tasks.data import instruction_prompt

@@ -1,53 +1,46 @@
 """What a checkpoint, or a finished stage's folder, holds beyond the Trainer's own state, so that a run goes on."""
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_devft.configuration import StageConfig
 from hf_devft.configuration.devft_config import RENAMED
+from hf_devft.configuration.stage_config import Count, Index
 from hf_devft.configuration.stage_folder import FEDERATION, LEDGER, SUBMODEL
-from hf_devft.federation.ledger import Ledger
+from hf_devft.federation.ledger import Ledger, RoundRecord
+from hf_devft.files import FLOATS, read_json, read_record, read_tensors, write_json, write_tensors
+from hf_devft.files.checksums import sha256
 from hf_devft.models.adapter_files import load_adapter
 from hf_devft.models.layout import State
 from hf_devft.models.residual import without_residual
 
 
 RUN_STATE = "devft_state.json"
-SCHEDULE = "scheduler.pt"
-
-# What reading a file raises that is not there, not whole, or something else.
-_BROKEN = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    EOFError,
-    UnpicklingError,
-    SafetensorError,
-)
+SCHEDULE = "schedule.json"  # of a schedule that goes by a metric
+_PLOTTED = ("loss", "grad_norm", "learning_rate", "epsilon")  # of the log, beside the losses of evaluations
+_SCHEDULE_0_1 = "scheduler.pt"  # pickled, and not read
 
 
 def save_federation(folder: Path, state: State) -> None:
     """Write what outlives a round, where there is anything."""
     if state:
-        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-        save_file(tensors, folder / FEDERATION)
+        write_tensors(folder / FEDERATION, state)
 
 
 def load_federation(folder: str | Path) -> State:
-    """Read what `save_federation` has written; nothing where it has not."""
+    """Read what `save_federation` has written; nothing where it has not.
+
+    Raises:
+        ValueError: it is broken.
+    """
     path = Path(folder) / FEDERATION
-    return load_file(path) if path.exists() else {}
+    return read_tensors(path, (*FLOATS, "I64", "I32"), largest=torch.finfo(torch.float32).max) if path.exists() else {}
 
 
 @dataclass
@@ -58,6 +51,7 @@ class RunState:
         stages: all stages, the finished ones with groups, metrics and totals, the running one with its groups.
         stage: the running stage, from 1; done: its rounds so far. In a finished stage's folder, the next stage and 0.
         stage_over: it was told to end (early stopping).
+        within: whether it is within a stage, whose compact adapter it has, not between two.
         setting: what a resumed run must have in common, {name: value}.
         ledger: all rounds so far.
         federation: what outlives a round, of the server and of the clients; in a file of its own, which is never
@@ -69,6 +63,7 @@ class RunState:
     stage: int
     done: int
     stage_over: bool
+    within: bool
     setting: dict[str, Any]
     ledger: Ledger
     federation: State
@@ -76,18 +71,53 @@ class RunState:
 
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint, or into a finished stage's folder."""
+        save_federation(folder, self.federation)
         content = {
             "stages": [asdict(stage) for stage in self.stages],
             "stage": self.stage,
             "done": self.done,
             "stage_over": self.stage_over,
+            "within": self.within,
             "setting": self.setting,
-            "remembers": bool(self.federation),
+            "remembers": sha256(folder / FEDERATION) if self.federation else False,
             "start_metrics": self.start_metrics,
         }
-        (folder / RUN_STATE).write_text(json.dumps(content))
-        (folder / LEDGER).write_text(json.dumps(self.ledger.to_dicts()))
-        save_federation(folder, self.federation)
+        write_json(folder / RUN_STATE, content)
+        write_json(folder / LEDGER, self.ledger.to_dicts())
+
+
+@dataclass
+class _RunFile:
+    """`RunState` as it is in its file, which has no ledger, and of what is remembered the SHA-256 only.
+
+    Version 0.1 looked up the metrics of the start in the log, and whether it was within a stage in the folder.
+    """
+
+    stages: list[StageConfig]
+    stage: Count
+    done: Index
+    stage_over: bool
+    setting: dict[str, Any]
+    remembers: bool | str = False
+    within: bool | None = None
+    start_metrics: dict[str, Any] | None | Literal["in the log"] = "in the log"
+
+
+@dataclass
+class _TrainerFile:
+    """What is read of the Trainer's own state."""
+
+    global_step: Index
+    max_steps: Index
+    log_history: list[dict[str, Any]]
+    epoch: float | None = None
+    num_input_tokens_seen: int = 0
+    total_flos: float = 0.0
+    train_batch_size: Count | None = None
+    best_metric: float | None = None
+    best_global_step: Index | None = None
+    best_model_checkpoint: str | None = None
+    stateful_callbacks: dict[str, Any] | None = None
 
 
 @dataclass
@@ -95,11 +125,13 @@ class Checkpoint:
     """A checkpoint read back.
 
     Attributes:
+        folder: that it was read from.
         run: where the run stands.
         full: the full-depth adapter.
         sub, schedule: the running stage's compact adapter and the schedule; None between two stages.
     """
 
+    folder: Path
     run: RunState
     full: dict[str, torch.Tensor]
     sub: dict[str, torch.Tensor] | None
@@ -117,39 +149,98 @@ class Checkpoint:
         """
         folder = Path(folder)
         try:
-            trainer_state = json.loads((folder / TRAINER_STATE_NAME).read_text())
-            content = _current(json.loads((folder / RUN_STATE).read_text()), trainer_state)
-            stages = [StageConfig(**stage) for stage in content.pop("stages")]
-            ledger = Ledger.from_dicts(json.loads((folder / LEDGER).read_text()))
-            remembers = content.pop("remembers", False)
-            if remembers and not (folder / FEDERATION).exists():
-                raise ValueError(
-                    f"{FEDERATION} is missing: what stays with the clients is never pushed, resume where it is"
-                )
-            run = RunState(stages=stages, ledger=ledger, federation=load_federation(folder), **content)
-            if not 1 <= run.stage <= len(stages) + 1 or not isinstance(run.setting, dict):
-                raise ValueError(f"it stands in stage {run.stage} of {len(stages)}")
-            between = run.done == 0 and not (folder / SCHEDULE).exists()
-            schedule = None if between else torch.load(folder / SCHEDULE, weights_only=True)
-        except _BROKEN as error:
+            trainer = _read_trainer_state(folder / TRAINER_STATE_NAME)
+            found = read_record(folder / RUN_STATE, _RunFile)
+            ledger = Ledger(read_record(folder / LEDGER, list[RoundRecord]))
+            run = _run_state(found, trainer, ledger, _remembered(folder, found.remembers), folder)
+            _check_agreement(run, trainer)
+            schedule = read_json(folder / SCHEDULE) if run.within and (folder / SCHEDULE).exists() else None
+            sub = without_residual(load_adapter(folder / SUBMODEL)[1], rank) if run.within else None
+            full = without_residual(load_adapter(folder)[1], rank)
+        except (OSError, ValueError) as error:
             raise ValueError(
-                f"{folder} is not a checkpoint that a run can resume from: {error}. Give a whole `checkpoint-N` "
+                f"{folder} is not a checkpoint that a run can resume from: {error} Give a whole `checkpoint-N` "
                 "folder that was saved without `save_only_model`, or a finished stage's."
             ) from error
-        sub = None if between else without_residual(load_adapter(folder / SUBMODEL)[1], rank)
-        return cls(run, without_residual(load_adapter(folder)[1], rank), sub, schedule)
+        return cls(folder, run, full, sub, schedule)
 
 
-def _current(content: dict[str, Any], trainer_state: dict[str, Any]) -> dict[str, Any]:
-    """A run state as it is written today, of one by version 0.1, which looked metrics up in the log."""
-    content["setting"] = {RENAMED.get(name, name): value for name, value in content["setting"].items()}
-    if "start_metrics" in content:
-        return content
-    log = trainer_state["log_history"]
-    content["start_metrics"] = next((row for row in log if row.get("stage") == 0), None)
-    if content["done"]:  # within a stage: what it would hand on
-        handed_on = trainer_state.get("best_global_step") or trainer_state["global_step"]
-        rows = [row for row in log if row["step"] == handed_on and row.get("stage") == content["stage"]]
-        metrics = {key: value for row in rows for key, value in row.items() if key.startswith("eval_")}
-        content["stages"][content["stage"] - 1]["metrics"] = metrics
-    return content
+def _read_trainer_state(path: Path) -> _TrainerFile:
+    """Read the Trainer's own state, which it will read again."""
+    content, known = read_json(path), {field.name for field in fields(TrainerState)}
+    if isinstance(content, dict) and (unknown := sorted(content.keys() - known)):
+        raise ValueError(f"{path} has {unknown[0][:80]!r}, which transformers does not know.")
+    found = read_record(path, _TrainerFile)
+    for row in found.log_history:
+        counts = [row.get(name, 0) for name in ("step", "stage", "bytes")]
+        numbers = [value for name, value in row.items() if name in _PLOTTED or name.endswith("_loss")]
+        if not all(type(count) is int for count in counts) or not all(type(n) in (int, float) for n in numbers):
+            raise ValueError(f"{path} has a log whose rounds, bytes or losses are no numbers.")
+    return found
+
+
+def _remembered(folder: Path, remembers: bool | str) -> State:
+    """Read what outlives a round, of a run that says whether there is any, and which."""
+    path = folder / FEDERATION
+    if not remembers:
+        return {}
+    if not path.exists():
+        raise ValueError(f"{FEDERATION} is missing: what stays with the clients is never pushed, resume where it is.")
+    state = load_federation(folder)
+    if not state or (isinstance(remembers, str) and sha256(path) != remembers):
+        raise ValueError(f"{path} is not the one that {RUN_STATE} beside it belongs to.")
+    return state
+
+
+def _run_state(found: _RunFile, trainer: _TrainerFile, ledger: Ledger, remembered: State, folder: Path) -> RunState:
+    """Make a run's state of its files."""
+    start: Any = found.start_metrics
+    stages = found.stages
+    if start == "in the log":
+        start = next((row for row in trainer.log_history if row.get("stage") == 0), None)
+        if found.done and found.stage <= len(stages):  # within a stage: what it would hand on
+            stages[found.stage - 1].metrics = _handed_on(found.stage, trainer)
+    return RunState(
+        stages=stages,
+        stage=found.stage,
+        done=found.done,
+        stage_over=found.stage_over,
+        within=(folder / _SCHEDULE_0_1).exists() if found.within is None else found.within,
+        setting={RENAMED.get(name, name): value for name, value in found.setting.items()},
+        ledger=ledger,
+        federation=remembered,
+        start_metrics=start,
+    )
+
+
+def _handed_on(stage: int, trainer: _TrainerFile) -> dict[str, Any]:
+    """The metrics of the round that a stage would hand on, from the log."""
+    step = trainer.best_global_step or trainer.global_step
+    rows = [row for row in trainer.log_history if row.get("step") == step and row.get("stage") == stage]
+    return {key: value for row in rows for key, value in row.items() if key.startswith("eval_")}
+
+
+def _check_agreement(run: RunState, trainer: _TrainerFile) -> None:
+    """Refuse a run's files that say different things of where it stands."""
+    count = len(run.stages)
+    for number, record in enumerate(run.stages, start=1):
+        record.check()
+        if (record.stage, record.num_stages) != (number, count):
+            raise ValueError(f"stage {number} of {count} calls itself {record.stage} of {record.num_stages}.")
+    finished, rounds = run.stages[: run.stage - 1], run.ledger.rounds
+    if run.stage > count + (not run.within) or (not run.within and (run.done or run.stage_over)):
+        raise ValueError(f"it stands in round {run.done} of stage {run.stage} of {count}.")
+    counted = [record.rounds_done for record in finished] + [run.done] * run.within
+    if run.within and run.done > run.stages[run.stage - 1].rounds:
+        raise ValueError(f"stage {run.stage} has {run.stages[run.stage - 1].rounds} rounds, and {run.done} are done.")
+    if any(record.groups is None for record in [*finished, *run.stages[run.stage - 1 : run.stage] * run.within]):
+        raise ValueError("a stage that was begun has no groups.")
+    expected = [stage for stage, done in enumerate(counted, start=1) for _ in range(done)]
+    if [record.stage for record in rounds] != expected or not _counts_up(record.round for record in rounds):
+        raise ValueError(f"the ledger has {len(rounds)} rounds, {len(expected)} by stages were done: {counted}.")
+    if trainer.global_step != len(rounds):
+        raise ValueError(f"{TRAINER_STATE_NAME} counts {trainer.global_step} rounds, the ledger {len(rounds)}.")
+
+
+def _counts_up(numbers: Iterable[int]) -> bool:
+    return all(number == expected for expected, number in enumerate(numbers, start=1))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from hf_devft.configuration import StageConfig
 from hf_devft.configuration.stage_folder import SUBMODEL
+from hf_devft.files import link_or_copy
 from hf_devft.models.layer_files import healed_path
-from hf_devft.run.files import link_or_copy
 
 
 class HealedLayers:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from hf_devft.configuration import StageConfig
 from hf_devft.configuration.stage_folder import SUBMODEL
 from hf_devft.embedded import resolve_model_name
+from hf_devft.files import naming
 from hf_devft.hub.download import fetch_adapter
 from hf_devft.models.adapter import attach_adapter
 from hf_devft.models.adapter_files import load_adapter
@@ -63,10 +64,11 @@ def load_submodel(
     folder = fetch_adapter(name_or_path, f"stage-{stage}/{SUBMODEL}", revision, token)
     adapter = load_adapter(folder)
     submodel = build_submodel(base, stack, config.groups, config.fusion, config.fusion_beta)
-    if config.is_taught:
-        state = read_healed(healed_path(folder, stage))
-        load_taught_state(layers_of(submodel, stack, config.groups), state, bridges_only=not config.healing_steps)
-    return attach_adapter(submodel, *adapter).requires_grad_(False).eval()
+    with naming(folder):
+        if config.is_taught:
+            state = read_healed(healed_path(folder, stage))
+            load_taught_state(layers_of(submodel, stack, config.groups), state, bridges_only=not config.healing_steps)
+        return attach_adapter(submodel, *adapter).requires_grad_(False).eval()
 
 
 def compare_bases(old: str | PreTrainedModel, new: str | PreTrainedModel) -> BaseDifference:

@@ -10,6 +10,7 @@ import numpy as np
 from peft import PeftConfig
 
 from hf_devft.configuration import DevFTConfig, StageConfig
+from hf_devft.federation.memory import SERVER
 from hf_devft.federation.partition import ClientData
 from hf_devft.models.layout import State
 
@@ -98,3 +99,24 @@ def check_same_adapter(adapter: State, own: State, where: str = "") -> None:
             f"the adapter{where} is not one of this base and LoRA config: names or shapes differ. Resume with the "
             "same."
         )
+
+
+def check_same_memory(memory: State, num_clients: int, adapter: State, folder: str | Path) -> None:
+    """Refuse what outlives a round, read from a checkpoint in `folder`, where it is of other clients or of another
+    adapter.
+
+    Args:
+        memory: see `Memory.state_dict`. adapter: at the depth that it was kept at.
+
+    Raises:
+        ValueError: says what.
+    """
+    for path, tensor in memory.items():
+        owner, _, rest = path.partition("/")
+        key = rest.partition("/")[2]
+        known = owner == SERVER or (owner.isdecimal() and int(owner) < num_clients)
+        if not known or not key or (key in adapter and tensor.shape != adapter[key].shape):
+            raise ValueError(
+                f"{folder} has kept {path!r} of shape {tuple(tensor.shape)}, which is of none of the {num_clients} "
+                "clients, or of another adapter: resume from another checkpoint."
+            )

@@ -5,6 +5,7 @@ first layer (the anchor), every layer is in exactly one, none is empty, and all 
 one kind (but where bridges stand for them). A new rule is one function and one line in `GROUPINGS`.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -232,7 +233,7 @@ def group_layers(task: GroupingTask, rule: str = "deconfliction") -> Groups:
     """Group the layers of one stage by the named rule. At full capacity every layer is its own group.
 
     Raises:
-        ValueError: a capacity that the layers cannot be cut into.
+        ValueError: a capacity that the layers cannot be cut into; a rule of one's own that returns no groups of them.
     """
     depth, kinds = len(task.kinds), len(set(task.kinds))
     if not kinds <= task.capacity <= depth:
@@ -242,4 +243,11 @@ def group_layers(task: GroupingTask, rule: str = "deconfliction") -> Groups:
         )
     if task.capacity == depth:
         return [[layer] for layer in range(depth)]
-    return GROUPINGS[rule](task)
+    groups = GROUPINGS[rule](task)
+    ordered = sorted(sorted(group) for group in groups)
+    if groups != ordered or len(groups) != task.capacity or sorted(itertools.chain(*groups)) != list(range(depth)):
+        raise ValueError(
+            f"grouping={rule!r} returned {groups}: it must be {task.capacity} groups of {depth} layers, each and all "
+            "of them in order."
+        )
+    return groups

@@ -13,10 +13,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer,
 
 from hf_devft.configuration import DevFTConfig, Setup, check_compatibility
 from hf_devft.embedded import resolve_model_name
+from hf_devft.files import naming
 from hf_devft.hub.download import fetch_adapter
 from hf_devft.models.adapter import attach_adapter, new_adapter
 from hf_devft.models.adapter_files import load_adapter
-from hf_devft.models.base_difference import base_difference
 from hf_devft.models.gguf import check_unpacked, locate
 from hf_devft.models.layout import State
 from hf_devft.models.streaming import load_base, where_from
@@ -87,7 +87,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
         if isinstance(model, str):
             base, processing_class = _load(task, model, args, clients.dataset, given, processing_class)
             model = base
-        model = _with_adapter(model, given, args, task)
+        model = _with_adapter(model, given)
         _settle_padding(processing_class, base.config)
         encoding = Encoding(processing_class, base.config, args.max_length, args.dataset_num_proc)
 
@@ -123,12 +123,14 @@ class GivenAdapter:
         state: its tensors, where it was read from a folder or the Hub.
         on_model: whether it is on the model already.
         initialisation: see `prepare_peft_config`.
+        where: it was read from.
     """
 
     config: PeftConfig | None
     state: State | None = None
     on_model: bool = False
     initialisation: str | None = None
+    where: str = ""
 
 
 def given_adapter(model: Any, args: DevFTConfig, peft_config: PeftConfig | str | None) -> GivenAdapter:
@@ -145,22 +147,22 @@ def given_adapter(model: Any, args: DevFTConfig, peft_config: PeftConfig | str |
         )
     if isinstance(peft_config, str):
         config, state = load_adapter(fetch_adapter(peft_config, token=args.hub_token))
-        return GivenAdapter(config, state)
+        return GivenAdapter(config, state, where=peft_config)
     if peft_config is not None:
         config, initialisation = prepare_peft_config(peft_config, args)
         return GivenAdapter(config, initialisation=initialisation)
     return GivenAdapter(model.peft_config[model.active_adapter], on_model=True)
 
 
-def _with_adapter(model: Any, given: GivenAdapter, args: DevFTConfig, task: Task) -> PeftModel:
+def _with_adapter(model: Any, given: GivenAdapter) -> PeftModel:
     """Put the adapter on the model, a new one or that of a folder, unless it is there."""
     if given.on_model:
         return model
     if given.state is None:
         return new_adapter(model, train_missing_modules(given.config, model))
-    if task.classes is None:  # a classifier's bases differ in their new heads
-        _compare_with_the_adapters_base(given.config, model, args, task)
-    return attach_adapter(model, given.config, given.state)
+    _compare_bases(given.config, model)
+    with naming(given.where):
+        return attach_adapter(model, given.config, given.state)
 
 
 def _settle_padding(processor: Any, config: PretrainedConfig) -> None:
@@ -212,32 +214,16 @@ def train_missing_modules(config: PeftConfig, model: PreTrainedModel) -> PeftCon
     return config
 
 
-def _compare_with_the_adapters_base(config: PeftConfig, model: PreTrainedModel, args: DevFTConfig, task: Task) -> None:
-    """Say how far `model` is from the base that an adapter was made on, where it is another one.
-
-    Raises:
-        ValueError: their shapes differ.
-    """
+def _compare_bases(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Say that an adapter was made on another base, where it was. That is not loaded: whoever has written the adapter
+    has chosen it, the user has chosen `model`."""
     old, new = config.base_model_name_or_path, model.config.name_or_path
-    if not old or (resolve_model_name(old), config.revision) == (resolve_model_name(new), _revision(model, config)):
-        return
-    try:
-        options = {"revision": config.revision} if config.revision else {}
-        other = load_base(resolve_model_name(old), task.auto_class, args.stack, local_files_only=True, **options)
-    except OSError:
+    revision = getattr(model.config, "_commit_hash", None) if config.revision else None
+    if old and (resolve_model_name(old), config.revision) != (resolve_model_name(new), revision):
         logger.warning(
-            f"the adapter was made on {old}, which is not on this machine, so it is not known how far {new} is from "
-            "it: see `hf_devft.compare_bases`."
+            f"the adapter was made on {old}, and is put on {new or 'the given model'}: see `hf_devft.compare_bases` "
+            "for how far they are from each other."
         )
-        return
-    difference = base_difference(other, model)  # on every process: parameters may be cut over them
-    if difference.overall and args.process_index == 0:
-        logger.warning(f"the adapter was made on {old}; {new} differs from it by {difference}.")
-
-
-def _revision(model: PreTrainedModel, config: PeftConfig) -> str | None:
-    """The commit that the model is of, where the adapter's config names one."""
-    return getattr(model.config, "_commit_hash", None) if config.revision else None
 
 
 # What models read; rows that have one of these are encoded.

@@ -19,7 +19,7 @@ from hf_devft.models.residual import without_residual
 from hf_devft.run.checkpoint import Checkpoint, RunState, load_federation
 from hf_devft.run.healed_layers import HealedLayers
 from hf_devft.run.report import StageResult
-from hf_devft.run.setting import check_same_adapter, check_same_setting, run_setting
+from hf_devft.run.setting import check_same_adapter, check_same_memory, check_same_setting, run_setting
 from hf_devft.stages.global_adapter import GlobalAdapter
 from hf_devft.trainer.active_stage import ActiveStage
 
@@ -160,15 +160,23 @@ class FederatedRun:
         else:
             save_adapter(folder, *self.adapter.to_peft(self.residual))
 
-    def save_state(self, folder: Path, stage: int, done: int, is_over: bool) -> None:
+    def save_state(self, folder: Path, stage: int, done: int | None, is_over: bool) -> None:
         """Write what the run needs to go on with the round after `done` of `stage`, but for adapters and schedule.
 
         Args:
-            is_over: whether the stage was told to end.
+            done: None before the stage, whose submodel is not made yet. is_over: whether the stage was told to end.
         """
-        remembered = {} if self.federation is None else self.federation.state_dict()
-        setting, metrics = self._setting(), self.start_metrics
-        RunState(self.stages, stage, done, is_over, setting, self.ledger, remembered, metrics).save(folder)
+        RunState(
+            stages=self.stages,
+            stage=stage,
+            done=done or 0,
+            stage_over=is_over,
+            within=done is not None,
+            setting=self._setting(),
+            ledger=self.ledger,
+            federation={} if self.federation is None else self.federation.state_dict(),
+            start_metrics=self.start_metrics,
+        ).save(folder)
 
     def load(self, folder: str) -> Checkpoint:
         """Read a checkpoint, or a finished stage's folder; copies what it knows of the stages into `stages`.
@@ -184,6 +192,12 @@ class FederatedRun:
                 f"{folder} is the last stage's: nothing is left to do. To train further, start a new run from its "
                 "adapter."
             )
+        names = set(self.clients.names)
+        if strangers := {each for row in checkpoint.run.ledger.rounds for each in row.clients} - names:
+            raise ValueError(
+                f"{folder} is of a run with other clients: {sorted(strangers)[0]!r} is none of this one's."
+            )
+        check_same_memory(checkpoint.run.federation, len(names), checkpoint.sub or checkpoint.full, folder)
         for stage, old in zip(self.stages, checkpoint.run.stages, strict=True):
             for name in ("groups", "metrics", "totals", "rounds_done"):
                 setattr(stage, name, getattr(old, name))

@@ -24,6 +24,7 @@ from hf_devft.hub.push import finished_stages
 from hf_devft.models.adapter import adapter_state
 from hf_devft.models.weights import is_stored
 from hf_devft.run.checkpoint import Checkpoint
+from hf_devft.run.claim import claim
 from hf_devft.run.progress import show_rounds
 from hf_devft.run.report import table_rows
 from hf_devft.run.tables import print_stages
@@ -154,7 +155,10 @@ class DevFTMixin(Base):
             resume_from_checkpoint: "last" is the newest checkpoint in `output_dir`, or the start where there is none,
                 so that one command starts a run and goes on with it.
         """
-        return super().train(resume_from_checkpoint=starting_point(self.args, resume_from_checkpoint), **kwargs)
+        folder = starting_point(self.args, resume_from_checkpoint)
+        self._checkpoint = self.run.load(folder) if folder else None
+        with claim(self.args, is_new=folder is None and self._session is None):
+            return super().train(resume_from_checkpoint=folder, **kwargs)
 
     def _inner_training_loop(
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
@@ -207,8 +211,6 @@ class DevFTMixin(Base):
         """Make the run's state that of its start, or of the checkpoint that it goes on from."""
         args, run = self.args, self.run
         check_batch_size(batch_size, self._train_batch_size)
-        if resume_from_checkpoint is not None and self._checkpoint is None:
-            self._load_from_checkpoint(resume_from_checkpoint)  # `train` leaves it out under DeepSpeed
         checkpoint, self._checkpoint = self._checkpoint, None
         run.check_start(checkpoint)
         run.healed.delete()
@@ -322,8 +324,7 @@ class DevFTMixin(Base):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Read and check a checkpoint; the stage it stopped in takes it up."""
-        self._checkpoint = self.run.load(resume_from_checkpoint)
+        """Nothing: `train` has read and checked it, and the stage it stopped in takes it up."""
 
     def _load_best_model(self) -> None:
         """Nothing at the end of training: each stage has already taken up its best round."""

@@ -8,26 +8,40 @@ from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from hf_devft.configuration import DevFTConfig
+from hf_devft.files import delete_folders
 from hf_devft.hub.download import download_stage, newest_commit
-from hf_devft.hub.push import HubPusher
-from hf_devft.run.files import delete_folders
+from hf_devft.hub.push import HubPusher, finished_stages
 
 
-def starting_point(args: DevFTConfig, resume_from_checkpoint: str | bool | None) -> str | bool | None:
-    """Find where a run goes on: as given, or the newest checkpoint ("last"), or the newest stage on the Hub.
-
-    Returns:
-        What `Trainer.train` takes.
+def starting_point(args: DevFTConfig, resume_from_checkpoint: str | bool | None) -> str | None:
+    """Find the folder from which a run goes on: as given, or the newest checkpoint (`True`, "last"), or the newest
+    stage on the Hub; None where it starts.
 
     Raises:
-        ValueError: the repository cannot be read.
+        ValueError: the repository cannot be read; `True`, and there is no checkpoint; what is given is no folder.
     """
-    if resume_from_checkpoint == "last":
+    if resume_from_checkpoint in (True, "last"):
         folder = Path(args.output_dir)
-        resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-    if not resume_from_checkpoint and args.resume_from_hub:
-        return download_last_stage(args)
-    return resume_from_checkpoint
+        found = _newest(folder) if folder.is_dir() else None
+        if found is None and resume_from_checkpoint is True:
+            raise ValueError(f"there is no checkpoint in {args.output_dir}: start without `resume_from_checkpoint`.")
+        resume_from_checkpoint = found
+    if not resume_from_checkpoint:
+        return download_last_stage(args) if args.resume_from_hub else None
+    if not Path(resume_from_checkpoint).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint={resume_from_checkpoint!r} is no folder: give a `checkpoint-N`, a finished "
+            'stage\'s, or "last".'
+        )
+    return str(resume_from_checkpoint)
+
+
+def _newest(folder: Path) -> str | None:
+    """The newest checkpoint of a run, or its newest stage where it has left no checkpoint."""
+    if (checkpoint := get_last_checkpoint(folder)) is not None:
+        return checkpoint
+    stages = finished_stages(folder)
+    return str(folder / f"stage-{stages[-1]}") if stages else None
 
 
 def download_last_stage(args: DevFTConfig) -> str:
@@ -70,8 +84,14 @@ def rotate(run_dir: Path, args: DevFTConfig, state: TrainerState) -> None:
     for the newest.
     """
     limit = args.save_total_limit or 0
-    found = sort_checkpoints(str(run_dir), use_mtime=True)
+    # By round, as clocks jump; those of rounds to come are from before the run was taken up again, and the oldest.
+    found = sort_checkpoints(str(run_dir), use_mtime=False)
+    found.sort(key=lambda path: _round_of(path) <= state.global_step)
     protected = {*found[-1:], str(state.best_model_checkpoint)}.intersection(found)
     surplus = len(found) - max(limit, len(protected)) if limit > 0 else 0
     oldest = [Path(path) for path in found if path not in protected][: max(0, surplus)]
     delete_folders(oldest, leftovers=list(run_dir.glob(".checkpoint-*.old")))
+
+
+def _round_of(path: str) -> int:
+    return int(path.rpartition("-")[2])

@@ -22,13 +22,13 @@ from hf_devft.federation.privacy import read_secret
 from hf_devft.federation.processes import add_up
 from hf_devft.federation.rounds import RoundOutcome
 from hf_devft.federation.sampling import client_seed, local_trainings
+from hf_devft.files import atomic_folder, naming, note_checksum, write_json
 from hf_devft.models.adapter import chooses_layers
 from hf_devft.models.flops import flops_per_token
 from hf_devft.models.layer_stack import encoders_of
 from hf_devft.models.layout import State
 from hf_devft.run.checkpoint import SCHEDULE, Checkpoint, save_federation
 from hf_devft.run.client_batches import make_sampler
-from hf_devft.run.files import atomic_folder
 from hf_devft.run.peak_memory import PeakMemory
 from hf_devft.run.report import RunReport, describe_setup
 from hf_devft.stages.builder import SubmodelBuilder
@@ -67,9 +67,9 @@ class TrainingSession:
         args = trainer.args
         self.trainer, self.run, self.models = trainer, run, models
         self.federation = run.federation = federation_of(trainer, checkpoint, run.accountant, self._secret())
-        self.schedule = RoundSchedule(
-            trainer, run.num_rounds, trainer.state.global_step, checkpoint.schedule if checkpoint else None
-        )
+        with naming(checkpoint.folder if checkpoint else ""):
+            state = checkpoint.schedule if checkpoint else None
+            self.schedule = RoundSchedule(trainer, run.num_rounds, trainer.state.global_step, state)
         self.peak_memory = PeakMemory(args.device)
         self._local_training = LocalTraining(trainer, trainer.placement.shares_batches)
         most = len(trainer.placement.clients(range(args.clients_per_round)))
@@ -109,13 +109,14 @@ class TrainingSession:
         factory = self.stage_factory(self.models.release())
         goes_on = checkpoint is not None and checkpoint.sub is not None
         sub = checkpoint.sub if goes_on else self._begin_anew(record, factory)
-        active = factory.enter(
-            record,
-            run.adapter,
-            sub,
-            distil=bool(trainer.args.distillation_steps) and record.stage > 1 and not goes_on,
-            patched=self.federation.method.modifies_base_weights,
-        )
+        with naming(checkpoint.folder if checkpoint else ""):
+            active = factory.enter(
+                record,
+                run.adapter,
+                sub,
+                distil=bool(trainer.args.distillation_steps) and record.stage > 1 and not goes_on,
+                patched=self.federation.method.modifies_base_weights,
+            )
         self.models.use(active.engine)
         if checkpoint is not None:
             active.done, active.is_over = checkpoint.run.done, checkpoint.run.stage_over
@@ -260,23 +261,25 @@ class TrainingSession:
             trainer.save_model(str(folder), _internal_call=True)
             if trainer.args.save_only_model:
                 save_federation(folder, self.federation.state_dict())
-            else:
-                self._save_state(folder, active.record.stage, active.done, trainer.control.should_epoch_stop)
-                torch.save(self.schedule.state_dict(), folder / SCHEDULE)
+                return
+            self._save_state(folder, active.record.stage, active.done, trainer.control.should_epoch_stop)
+            if (schedule := self.schedule.state_dict()) is not None:
+                write_json(folder / SCHEDULE, schedule)
 
     def save_finished(self, stage: int, folder: Path) -> None:
         """Write what a finished stage's folder holds beside its adapters, card and plot."""
-        self._save_state(folder, stage + 1, done=0, is_over=False)
+        self._save_state(folder, stage + 1)
         self.run.healed.copy_into(folder / SUBMODEL, stage)
 
-    def _save_state(self, folder: Path, stage: int, done: int, is_over: bool) -> None:
-        """Write what a run needs to go on, but for the adapters and the schedule."""
+    def _save_state(self, folder: Path, stage: int, done: int | None = None, is_over: bool = False) -> None:
+        """Write what a run needs to go on, but for the adapters and the schedule; see `FederatedRun.save_state`."""
         self.run.save_state(folder, stage, done, is_over)
         state = self.trainer.state
         for callback in (*self.trainer.callback_handler.callbacks, self.trainer.control):
             if (name := type(callback).__name__) in state.stateful_callbacks:
                 state.stateful_callbacks[name] = callback.state()
         state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        note_checksum(folder / TRAINER_STATE_NAME)
 
 
 def server_rows(trainer: FederatedTrainer) -> Dataset | None:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_devft.federation.clients.hooks import TrainableModel, TrainingHooks
-from hf_devft.federation.clients.local_training import count_seen
+from hf_devft.federation.clients.local_training import count_seen, next_step
 from hf_devft.federation.turns import LocalResult
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.tasks.metrics import IGNORED
@@ -222,21 +222,21 @@ def train_together(
     total, positions, seen = torch.zeros(count, device=args.device), [0] * count, [0] * count
     padding = {"labels": IGNORED, getattr(model, "main_input_name", "input_ids"): pad_token}
     for step in range(args.local_steps):
-        samples = [hooks.get_batch_samples(own, 1, args.device) for own in batches]
-        inputs = join_batches([micro_batches[0] for micro_batches, _ in samples], padding)
+        samples = [next_step(hooks, own, 1) for own in batches]
+        inputs = join_batches([micro_batches[0] for micro_batches, *_ in samples], padding)
         axis.clients, axis.rows = count, len(inputs["labels"])
-        axis.items, axis.losses = [items for _, items in samples], None
+        axis.items, axis.losses = [items for _, items, _ in samples], None
         random = _random_state(args.device) if step == 0 else None
         with engine.gradient_sync(last=True):  # `axis.loss` puts each client's own divisor in the place of the first's
             loss = hooks.training_step(model, inputs, axis.items[0])
         if random is not None:
             _check_step(axis, loss, torch.equal(random, _random_state(args.device)))
-        total += axis.losses
+        total += axis.losses + torch.stack([torch.as_tensor(unknown, device=args.device) for *_, unknown in samples])
         if args.max_grad_norm > 0:
             norms = clip_each(engine.parameters, args.max_grad_norm)
         engine.optimizer.step()
         engine.zero_grad()
-        for client, (micro_batches, _) in enumerate(samples):
+        for client, (micro_batches, *_) in enumerate(samples):
             positions[client] += micro_batches[0]["input_ids"].numel()
             seen[client] += count_seen(args.include_num_input_tokens_seen, model, micro_batches[0])
     own_norms = [None] * count if norms is None else list(norms[:count])

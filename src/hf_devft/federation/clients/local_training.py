@@ -46,11 +46,11 @@ class LocalTraining:
         positions: tuple[int, ...] = ()
         seen, grad_norm = 0, None
         for _ in range(args.local_steps):
-            micro_batches, num_items = hooks.get_batch_samples(batches, args.gradient_accumulation_steps, args.device)
+            micro_batches, num_items, unknown = next_step(hooks, batches, args.gradient_accumulation_steps)
             if tap is not None:
                 tap.begin_step()
             loss, passed = self._backward_in_pieces(engine, micro_batches, num_items, tap)
-            total += loss
+            total += loss + unknown
             positions = tuple(map(sum, zip(positions, passed, strict=True))) if positions else passed
             if args.max_grad_norm > 0:
                 grad_norm = hooks.clip_gradients(engine.adapter)
@@ -99,6 +99,21 @@ class LocalTraining:
             if not self._is_empty(inputs):
                 positions += len(next(iter(inputs.values()))) * np.array(engine.lengths)
         return torch.stack(losses).sum(), tuple(positions.tolist())
+
+
+def next_step(hooks: TrainingHooks, batches: Iterator[Any], count: int) -> tuple[list, Any, torch.Tensor | float]:
+    """Draw the micro-batches of a step.
+
+    Returns:
+        They; what the loss is divided by, which is never 0, so that a step whose rows have no labels learns nothing;
+        and what is added to the loss that is reported: NaN for such a step, whose loss nobody knows, else 0.
+    """
+    micro_batches, num_items = hooks.get_batch_samples(batches, count, hooks.args.device)
+    if num_items is None:  # the model's own mean
+        return micro_batches, None, 0.0
+    num_items = torch.as_tensor(num_items, device=hooks.args.device)
+    unknown = torch.where(num_items > 0, 0.0, float("nan"))
+    return micro_batches, num_items.clamp(min=1), unknown
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What clients have: speed, bandwidth, times at which they are there. For a simulated clock."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -8,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+
+from hf_devft.files import read_json
 
 
 _TICK = 1e-3  # seconds: times that are closer are the same, whatever rounding has made of them
@@ -112,7 +113,7 @@ def load_resources(path: str | Path, names: Sequence[str]) -> list[ClientResourc
         ValueError: no such file, clients that are missing in it, or fields that `ClientResources` does not take.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = read_json(Path(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"client_resources={path} cannot be read: {error}") from error
     if missing := [name for name in names if name not in content]:

@@ -1,10 +1,18 @@
 """Writing that is never seen half done: to a temporary name, then rename."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from hf_devft.files.checksums import CHECKSUMS, forget_checksum, note_checksum, verify
 
 
 @contextmanager
@@ -41,6 +49,42 @@ def atomic_file(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write a JSON file in one move, and note its checksum."""
+    with _listed(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file in one move, and note its checksum.
+
+    Raises:
+        OSError: it cannot be written; names it.
+    """
+    # Tensors that share memory (layers that share a broadcast adapter) get one of their own, as safetensors wants it.
+    own = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    with _listed(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as all files have it; safetensors lets none but the owner read
+        try:
+            save_file(own, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        temporary.chmod(mode)
+
+
+@contextmanager
+def _listed(path: Path) -> Iterator[Path]:
+    """`atomic_file`, of a file that is in the list of checksums."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        yield temporary
+        forget_checksum(path)
+    note_checksum(path)
+
+
 def _flush(folder: Path) -> None:
     """Force a folder onto the disk before it takes its name, so that it is whole after a power failure, too."""
     for path in [*folder.rglob("*"), folder]:
@@ -63,19 +107,28 @@ def delete_folders(paths: Iterable[Path], leftovers: Iterable[Path]) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, or a copy where the disk has no links. For files that are never written
-    to again; what was at `target` is deleted."""
+    """Make `target` a hard link to `source`, or a copy where the disk has no links, and note its checksum. For files
+    that are never written to again; what was at `target` is deleted.
+
+    Raises:
+        ValueError: `source` is damaged.
+    """
+    verify(source)
     target.parent.mkdir(parents=True, exist_ok=True)
+    forget_checksum(target)
     target.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # a hub's cache has links that lead from there
     except OSError:
         shutil.copyfile(source, target)
+    note_checksum(target)
 
 
 def replace_files(source: Path, target: Path) -> None:
-    """Move every file and folder of `source` over its namesake in `target`, one rename each."""
-    for entry in source.iterdir():
+    """Move every file and folder of `source` over its namesake in `target`, one rename each; the list of checksums
+    last, and none is there meanwhile."""
+    (target / CHECKSUMS).unlink(missing_ok=True)
+    for entry in sorted(source.iterdir(), key=lambda entry: entry.name == CHECKSUMS):
         if entry.is_dir():
             shutil.rmtree(target / entry.name, ignore_errors=True)
         entry.replace(target / entry.name)

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from hf_devft.run.files import atomic_file, atomic_folder, delete_folders, link_or_copy
+from hf_devft.files import atomic_file, atomic_folder, delete_folders, link_or_copy
 
 
 def test_a_folder_appears_whole(tmp_path):

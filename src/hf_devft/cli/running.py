@@ -1,0 +1,83 @@
+"""Running a trainer from a command line: errors of one line, and an end between two rounds when asked to stop."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hf_devft.trainer.mixin import DevFTMixin
+
+
+GO_ON = "go on with `--resume_from_checkpoint last`"
+
+
+@contextmanager
+def one_line_errors(traceback: bool) -> Iterator[None]:
+    """Within this context, what is wrong with a config, with data, files or the machine ends the process in one line.
+
+    Args:
+        traceback: whether to show where it comes from instead.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if traceback:
+            raise
+        print(str(interrupt) or f"stopped: {GO_ON}.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        if traceback:
+            raise
+        process = os.environ.get("RANK", "0")
+        who = "error" if process == "0" else f"error on process {process}"
+        where = "" if isinstance(error, (ValueError, ImportError)) else " (`--traceback` shows where)"
+        sys.exit(f"{who}: {' '.join(str(error).split()) or type(error).__name__}{where}")
+
+
+@contextmanager
+def stopping_between_rounds(trainer: DevFTMixin) -> Iterator[None]:
+    """Within this context, Ctrl-C and SIGTERM let the running round end, write its checkpoint, and end the run; at the
+    second one it ends at once. Several processes end at once, as they may be told at different rounds.
+
+    Raises:
+        KeyboardInterrupt: at that end.
+    """
+    if trainer.args.world_size > 1:
+        yield
+        return
+    stop = _StopAtCheckpoint()
+    trainer.add_callback(stop)
+    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop.default = before
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        trainer.remove_callback(stop)
+
+
+class _StopAtCheckpoint(TrainerCallback):
+    """Has the running round's checkpoint written, and stops, once it is asked to."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.default: dict[signal.Signals, Any] = {}
+
+    def ask(self, *_: Any) -> None:
+        """Handle a signal; the next one does what it did before."""
+        self.asked = True
+        for number, handler in self.default.items():
+            signal.signal(number, handler)
+        print("stopping at the end of this round; once more to stop at once", file=sys.stderr, flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= self.asked
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.asked:
+            raise KeyboardInterrupt(f"stopped after round {state.global_step}: {GO_ON}.")
