@@ -17,6 +17,7 @@ from hf_devft.federation.privacy import ClientPrivacy
 from hf_devft.federation.sampling import Placement
 from hf_devft.federation.selection import ClientSelection
 from hf_devft.federation.wire import Wire
+from hf_devft.files import is_sound
 from hf_devft.models.layout import AdapterLayout, State
 
 
@@ -262,7 +263,7 @@ class Federation:
         raise QuorumError(
             f"round {round_index + 1}: fewer than round_quorum={self.quorum} clients returned a finite adapter in "
             f"{self.retries + 1} attempts. See to the clients, or lower `learning_rate`, `max_grad_norm` or "
-            "`round_quorum`; then go on from the last checkpoint with `resume_from_checkpoint`."
+            "`round_quorum`; then go on from the last checkpoint with `resume_from_checkpoint`, or from an earlier one."
         ) from self._first_error
 
     def _ask_all(
@@ -311,14 +312,15 @@ class Federation:
         report[BYTES] = self.wire.bytes_up(self._travelling(message.client, answer.count))
         report[BYTES] += self.wire.bytes_up(answer.correction_count) + 4 * self.method.num_extra_values
         if not self._take(message, answer, is_late):
-            self._warn(message, "returned an adapter that is not finite and was left out.")
+            self._warn(message, "returned an adapter that is not finite, or has values above 1e6, and was left out.")
             return report
         report[LATE if is_late else COUNTED], report[LOSS] = 1, float(result.loss)
         report[GRAD_NORM] = float("nan") if result.grad_norm is None else float(result.grad_norm)
         return report
 
     def _take(self, message: ToClient, answer: FromClient, is_late: bool) -> bool:
-        """Take a client's message into the sums, now or later; False where it has values that are not finite."""
+        """Take a client's message into the sums, now or later; False where it has values that are not finite, or absurd:
+        the server looks for itself, whatever the client says."""
         if answer.adapter is None:
             return False
         client, method = message.client, self.method
@@ -326,7 +328,7 @@ class Federation:
         known = method.payload(client, start)
         values = answer.adapter.arrive(known)
         correction = None if answer.correction is None else answer.correction.decoded
-        if not all(bool(torch.isfinite(each).all()) for each in (values, correction) if each is not None):
+        if not all(is_sound(each) for each in (values, correction) if each is not None):
             return False
         if is_late:
             self.late.keep(client, method.sends(client), values - known)
