@@ -3,7 +3,8 @@
     python benchmarks/robustness.py --workers 2
 
 The quickstart's task, 4 layers for 6 rounds and 16 for 2; ten clients that hold different tasks, all of them in each
-round, as bad clients do not wait to be sampled. The trimmed mean and Krum are set for three bad clients, the most that Krum allows. Writes
+round, as bad clients do not wait to be sampled. The trimmed mean and Krum are set for three bad clients, the
+most that Krum allows. Writes
 `results/robustness.jsonl` and `.md`; a run that is already there is not repeated.
 """
 

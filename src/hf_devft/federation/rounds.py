@@ -263,7 +263,7 @@ class Federation:
         raise QuorumError(
             f"round {round_index + 1}: fewer than round_quorum={self.quorum} clients returned a finite adapter in "
             f"{self.retries + 1} attempts. See to the clients, or lower `learning_rate`, `max_grad_norm` or "
-            "`round_quorum`; then go on from the last checkpoint with `resume_from_checkpoint`, or from an earlier one."
+            "`round_quorum`; then go on with `resume_from_checkpoint`, from the last checkpoint or an earlier one."
         ) from self._first_error
 
     def _ask_all(
@@ -319,8 +319,8 @@ class Federation:
         return report
 
     def _take(self, message: ToClient, answer: FromClient, is_late: bool) -> bool:
-        """Take a client's message into the sums, now or later; False where it has values that are not finite, or absurd:
-        the server looks for itself, whatever the client says."""
+        """Take a client's message into the sums, now or later; False where it has values that are not finite, or
+        absurd: the server looks for itself, whatever the client says."""
         if answer.adapter is None:
             return False
         client, method = message.client, self.method
