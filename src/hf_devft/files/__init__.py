@@ -2,7 +2,16 @@
 there."""
 
 from hf_devft.files.checksums import CHECKSUMS, forget_checksum, note_checksum
-from hf_devft.files.reading import FLOATS, as_record, is_sound, naming, read_json, read_record, read_tensors
+from hf_devft.files.reading import (
+    FLOATS,
+    as_record,
+    check_whole,
+    is_sound,
+    naming,
+    read_json,
+    read_record,
+    read_tensors,
+)
 from hf_devft.files.writing import (
     atomic_file,
     atomic_folder,
@@ -20,6 +29,7 @@ __all__ = [
     "as_record",
     "atomic_file",
     "atomic_folder",
+    "check_whole",
     "delete_folders",
     "forget_checksum",
     "is_sound",

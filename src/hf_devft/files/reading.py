@@ -88,6 +88,21 @@ def _adapter(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
 
 
+def check_whole(path: Path) -> None:
+    """Refuse a safetensors file that has not just the bytes that it says; reads no more of it than that.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: says what is wrong.
+    """
+    check_regular(path)
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be used: {error}. Fetch it again, whole.") from error
+
+
 def read_tensors(path: Path, dtypes: Collection[str] = FLOATS, largest: float = LARGEST) -> dict[str, torch.Tensor]:
     """Read a safetensors file.
 
@@ -100,7 +115,7 @@ def read_tensors(path: Path, dtypes: Collection[str] = FLOATS, largest: float = 
         ValueError: it is broken or not as it was written; tensors of other types, or with values that are not finite
             or too large.
     """
-    check_regular(path)
+    check_whole(path)  # first, as to read through one that is longer may never end
     verify(path)
     try:
         with safe_open(path, framework="pt") as file:

@@ -39,7 +39,7 @@ def attach_adapter(base: PreTrainedModel, config: PeftConfig, state: State, grow
     """
     config = without_weight_based_init(config)
     config.inference_mode = False
-    config.base_model_name_or_path = getattr(base.config, "name_or_path", None)  # PEFT warns of any other
+    config.base_model_name_or_path = base.__dict__.get("name_or_path") or None  # PEFT warns of any other
     with torch.random.fork_rng(), warnings.catch_warnings():
         # Of a head that is tied to the embeddings; where it is the user's, the trainer's own adapter has said so.
         warnings.filterwarnings("ignore", message="Model (with|has) `tie_word_embeddings=True`")

@@ -24,6 +24,7 @@ from hf_devft.models.residual import without_residual
 RUN_STATE = "devft_state.json"
 SCHEDULE = "schedule.json"  # of a schedule that goes by a metric
 _PLOTTED = ("loss", "grad_norm", "learning_rate", "epsilon")  # of the log, beside the losses of evaluations
+_SHOWN = {"bytes", "flops", "seconds", "peak_memory"}  # in the table of stages
 _SCHEDULE_0_1 = "scheduler.pt"  # pickled, and not read
 
 
@@ -235,6 +236,8 @@ def _check_agreement(run: RunState, trainer: _TrainerFile) -> None:
         raise ValueError(f"stage {run.stage} has {run.stages[run.stage - 1].rounds} rounds, and {run.done} are done.")
     if any(record.groups is None for record in [*finished, *run.stages[run.stage - 1 : run.stage] * run.within]):
         raise ValueError("a stage that was begun has no groups.")
+    if any(not record.totals.keys() >= _SHOWN for record in finished):
+        raise ValueError(f"a finished stage lacks one of the totals {', '.join(sorted(_SHOWN))}.")
     expected = [stage for stage, done in enumerate(counted, start=1) for _ in range(done)]
     if [record.stage for record in rounds] != expected or not _counts_up(record.round for record in rounds):
         raise ValueError(f"the ledger has {len(rounds)} rounds, {len(expected)} by stages were done: {counted}.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_devft.configuration import StageConfig
 from hf_devft.configuration.stage_folder import SUBMODEL
-from hf_devft.files import link_or_copy
+from hf_devft.files import check_whole, link_or_copy
 from hf_devft.models.layer_files import healed_path
 
 
@@ -55,6 +55,7 @@ class HealedLayers:
                     f"{folder} lacks the healed layers or bridges of stage {needed}, {healed_path(SUBMODEL, needed)}: "
                     "give the whole folder, as the run has left it."
                 )
+            check_whole(paths[0])
             if self._is_main:
                 link_or_copy(paths[0], self.path(needed))
 
