@@ -39,7 +39,7 @@ RULES = {
     "multi-Krum": ["multi_krum", '{"byzantine": 3}'],
     "norm clipping": ["norm_clipping"],
 }
-BAD = (2, 4, 1)  # in the order in which they are run
+BAD = (2, 4, 1)  # the most telling first
 
 # Attack, rule, bad clients, seed.
 Case = tuple[str, str, int, int]
