@@ -173,7 +173,7 @@ def _read_trainer_state(path: Path) -> _TrainerFile:
         raise ValueError(f"{path} has {unknown[0][:80]!r}, which transformers does not know.")
     found = read_record(path, _TrainerFile)
     for row in found.log_history:
-        counts = [row.get(name, 0) for name in ("step", "stage", "bytes")]
+        counts = [row.get("step"), row.get("stage", 0), row.get("bytes", 0)]
         numbers = [value for name, value in row.items() if name in _PLOTTED or name.endswith("_loss")]
         if not all(type(count) is int for count in counts) or not all(type(n) in (int, float) for n in numbers):
             raise ValueError(f"{path} has a log whose rounds, bytes or losses are no numbers.")
