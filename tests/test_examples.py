@@ -11,6 +11,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from hf_devft.embedded import BASE_PATH
+from hf_devft.federation.methods import METHODS
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -21,7 +22,10 @@ def run(tmp_path, monkeypatch, capsys):
     def run_in_its_folder(*command):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [*map(str, command)])
+        registered = dict(METHODS)
         runpy.run_path(str(command[0]), run_name="__main__")
+        for name in METHODS.keys() - registered.keys():  # which no other test should meet
+            del METHODS[name]
         return capsys.readouterr().out
 
     return run_in_its_folder

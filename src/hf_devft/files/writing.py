@@ -2,14 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hf_devft.files.checksums import CHECKSUMS, forget_checksum, note_checksum, verify
@@ -20,13 +20,17 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     """Give a new, empty folder that takes the name `target` when the block ends without an error.
 
     What stood there before stays until then. A folder left behind by an interrupted write is cleared.
+
+    Raises:
+        OSError: what cannot be written, with its name.
     """
     target = Path(target)
     temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with _naming(target):
+            temporary.mkdir(parents=True)
+            yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -40,13 +44,35 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Give a path to write to that takes the name `target` when the block ends without an error."""
+    """Give a path to write to that takes the name `target` when the block ends without an error.
+
+    Raises:
+        OSError: it cannot be written; names it.
+    """
     temporary = target.with_name(f".{target.name}.tmp")
     try:
-        yield temporary
-        temporary.replace(target)
+        with _naming(target):
+            yield temporary
+            temporary.replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that is read-only by now, which the error says
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Within this context, an error of the system that names no file (as where a disk is full) names this one."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError):
+            number = None if error.filename is not None else error.errno
+        else:  # libraries in Rust have errors of their own
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            number = found and int(found[1])
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
@@ -68,10 +94,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     with _listed(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # as all files have it; safetensors lets none but the owner read
-        try:
-            save_file(own, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
+        save_file(own, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)
 
 

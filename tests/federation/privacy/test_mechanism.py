@@ -68,6 +68,14 @@ def test_the_noise_is_the_same_for_the_same_round_and_secret_alone():
         assert (other - first).norm() > 0.1
 
 
+@given(order=st.permutations(range(7)))
+def test_the_noise_does_not_depend_on_the_order_of_the_sum(order):
+    """As which process adds which clients up does."""
+    updates = [random_adapter(LAYOUT, index) for index in range(7)]
+    first = private_round(mechanism(noise=1.0), updates)
+    assert torch.equal(private_round(mechanism(noise=1.0), [updates[index] for index in order]), first)
+
+
 def test_an_adaptive_norm_finds_the_median_of_the_updates_norms():
     memory, scales = Memory(), torch.linspace(0.5, 8.0, 40)
     updates = [scale * each / each.norm() for scale in scales for each in [random_adapter(LAYOUT, int(scale * 100))]]

@@ -62,7 +62,8 @@ def make_methods(name: str, options: dict[str, Any] | None = None) -> Methods:
         options: arguments of what is named.
 
     Raises:
-        ValueError: unknown or doubled names, options that nothing takes or that are refused.
+        ValueError: unknown or doubled names, one that stands for two things, options that nothing takes or that are
+            refused.
     """
     registries: dict[str, dict[str, Any]] = {
         "method": METHODS,
@@ -72,10 +73,16 @@ def make_methods(name: str, options: dict[str, Any] | None = None) -> Methods:
     }
     chosen: dict[str, Callable[..., Any] | None] = dict.fromkeys(registries)
     for part in name.split("+"):
-        kind = next((kind for kind, registry in registries.items() if part in registry), None)
-        if kind is None:
+        kinds = [kind for kind, registry in registries.items() if part in registry]
+        if len(kinds) > 1:
+            raise ValueError(
+                f"federated_method={name!r}: {part!r} is registered as {' and as '.join(kinds)}. Register yours by "
+                "another name."
+            )
+        if not kinds:
             known = "; ".join(f"{kind}s: {', '.join(registry)}" for kind, registry in registries.items())
             raise ValueError(f"federated_method={name!r}: {part!r} is unknown ({known}). Join them by '+'.")
+        kind = kinds[0]
         if chosen[kind] is not None:
             raise ValueError(f"federated_method={name!r} names two {kind}s: leave one.")
         chosen[kind] = registries[kind][part]

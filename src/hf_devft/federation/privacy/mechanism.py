@@ -15,6 +15,8 @@ ADAPTIVE = "adaptive"
 # follows; the norm in the first round is ours (LoRA's updates on our bases have norms of 0.3 to 3).
 _QUANTILE, _RATE, _FIRST_NORM = 0.5, 0.2, 1.0
 _CLIPPING = "clipping"
+# Of C's power of two: updates are cut to multiples of it, so that their sum does not depend on its order.
+_GRID = 2.0**-30
 
 
 class ClientPrivacy:
@@ -63,15 +65,21 @@ class ClientPrivacy:
         state = self._memory.get(SERVER, _CLIPPING)
         return self._first_norm if state is None else state["norm"].item()
 
+    @property
+    def grid(self) -> float:
+        """What clipped updates are whole multiples of, in the running round; a power of two."""
+        return 2.0 ** math.ceil(math.log2(self.clipping_norm)) * _GRID
+
     def begin_round(self) -> None:
         """Begin a round, or another attempt at it: nobody has been within C so far."""
         self._within = torch.zeros(1, dtype=torch.float64)  # Σ (b_k − ½)
 
     def clip(self, update: torch.Tensor) -> torch.Tensor:
-        """Scale a client's update down to C."""
+        """Scale a client's update down to C, and cut it to the grid, towards 0."""
         norm, bound = update.norm().item(), self.clipping_norm
         self._within += (norm <= bound) - 0.5
-        return update * min(1.0, bound / norm) if norm > 0 else update
+        scaled = update * min(1.0, bound / norm) if norm > 0 else update
+        return (scaled / self.grid).trunc() * self.grid
 
     def merge(self, add_up: Callable[[torch.Tensor], None], device: torch.device) -> None:
         """Put the processes' counts together."""
@@ -82,6 +90,7 @@ class ClientPrivacy:
     def end_round(self, method: FederatedMethod, round_index: int) -> None:
         """Add the noise to a method's sums, after its `merge`, and adapt C; the same on all processes."""
         bound = self.clipping_norm
+        method.sums.copy_((method.sums / self.grid).round() * self.grid)  # the same on any number of processes
         generator = self._generator(round_index, method.sums)
         count = method.num_sent_values
         noise = torch.randn(count, generator=generator, dtype=torch.float64) * self._update_noise * bound
