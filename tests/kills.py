@@ -53,13 +53,13 @@ NETWORK = OPTIONS | {
 def kill_processes(folder: Path, kills: int, rng: random.Random) -> int:
     """Kill a random one of two processes or their launcher, and what is left of the run; returns how many runs."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{LAUNCHED.parent}{os.pathsep}{HERE}"}
-    launcher = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    launcher += " --dynamo_backend no --main_process_port 0"
+    config = HERE.parent / "recipes" / "accelerate" / "cpu-2.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
 
     def start(output: Path) -> subprocess.Popen:
         options = json.dumps(OPTIONS | {"output_dir": str(output)})
         return subprocess.Popen(
-            [sys.executable, *launcher.split(), LAUNCHED, options],
+            [sys.executable, *launcher, LAUNCHED, options],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 

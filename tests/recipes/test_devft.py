@@ -2,8 +2,10 @@
 
 import json
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,14 +86,41 @@ def test_an_experiment_is_its_config(tmp_path):
     (["--stage_layers", "4", "64"], "end at the model's 16 layers"),
     (["--train_file", "nowhere.json"], "nowhere.json is not a file"),
     (["--plan", "true", "--federated_method", "flora", "--transfer", "anchor"], "cannot go with transfer='anchor'"),
+    (["--config", "broken.yaml"], "the config broken.yaml cannot be read: "),
+    (["--config", "."], "the config . cannot be read: [Errno 21] Is a directory"),
+    (["--train_file", "broken.jsonl"], "broken.jsonl"),
+    (["--resume_from_checkpoint", "nonsense"], "nonsense"),
+    (["--report_to", "wandb"], "requires wandb to be installed. Run `pip install wandb`"),
+    (["--model_name_or_path", "nobody/nothing"], "the model nobody/nothing cannot be loaded: "),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(argv, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *argv, "--output_dir", str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    for name in ("broken.yaml", "broken.jsonl"):
+        Path(name).write_text('{"prompt": "a", "completion": "b"}\n{"prompt": [')
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), *argv, "--output_dir", "out"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(RECIPE), run_name="__main__")
     assert str(end.value.code).startswith("error: ")
     assert message in end.value.code
     assert "\n" not in end.value.code
+
+
+def test_two_processes_that_are_told_to_stop_end_the_same_round(tmp_path):
+    two = ["--config_file", RECIPE.parent / "accelerate" / "cpu-2.yaml", "--main_process_port", "0", RECIPE]
+    flags = [*SHORT, "--stage_layers", "4", "16", "--stage_rounds", "200", "--save_strategy", "steps", "--save_steps", "1"]
+    launched = subprocess.Popen(
+        [*LAUNCH[:3], *two, *flags, "--eval_strategy", "no", "--eval_on_start", "no", "--output_dir", tmp_path],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "checkpoint-1").exists():
+        assert launched.poll() is None
+        time.sleep(0.1)
+    launched.send_signal(signal.SIGTERM)
+    said = launched.communicate(timeout=100)[1]
+    last = max(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+    assert last < 200
+    assert said.count("stopped after round") == 1
+    assert f"stopped after round {last}: go on with `--resume_from_checkpoint last`." in said
 
 
 def in_process(folder, *flags):

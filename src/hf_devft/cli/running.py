@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
+from hf_devft.federation.processes import add_up
 from hf_devft.trainer.mixin import DevFTMixin
 
 
@@ -27,13 +29,13 @@ def one_line_errors(traceback: bool) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         if traceback:
             raise
-        print(str(interrupt) or f"stopped: {GO_ON}.", file=sys.stderr)
+        if _process() == "0":
+            print(str(interrupt) or f"stopped: {GO_ON}.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if traceback:
             raise
-        process = os.environ.get("RANK", "0")
-        who = "error" if process == "0" else f"error on process {process}"
+        who = "error" if _process() == "0" else f"error on process {_process()}"
         where = "" if isinstance(error, (ValueError, ImportError)) else " (`--traceback` shows where)"
         sys.exit(f"{who}: {' '.join(str(error).split()) or type(error).__name__}{where}")
 
@@ -41,14 +43,11 @@ def one_line_errors(traceback: bool) -> Iterator[None]:
 @contextmanager
 def stopping_between_rounds(trainer: DevFTMixin) -> Iterator[None]:
     """Within this context, Ctrl-C and SIGTERM let the running round end, write its checkpoint, and end the run; at the
-    second one it ends at once. Several processes end at once, as they may be told at different rounds.
+    second one it ends at once. Several processes end after the same round, whichever of them is told.
 
     Raises:
         KeyboardInterrupt: at that end.
     """
-    if trainer.args.world_size > 1:
-        yield
-        return
     stop = _StopAtCheckpoint()
     trainer.add_callback(stop)
     before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -73,11 +72,20 @@ class _StopAtCheckpoint(TrainerCallback):
         self.asked = True
         for number, handler in self.default.items():
             signal.signal(number, handler)
-        print("stopping at the end of this round; once more to stop at once", file=sys.stderr, flush=True)
+        if _process() == "0":
+            print("stopping at the end of this round; once more to stop at once", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
+        asked = torch.tensor(float(self.asked), device=args.device)
+        add_up(asked)
+        self.asked = bool(asked)
         control.should_save |= self.asked
 
     def on_save(self, args, state, control, **kwargs):
         if self.asked:
             raise KeyboardInterrupt(f"stopped after round {state.global_step}: {GO_ON}.")
+
+
+def _process() -> str:
+    """This process's number in the run, as its launcher says it."""
+    return os.environ.get("RANK", "0")

@@ -94,7 +94,10 @@ def empty_base(name_or_path: str, auto_class: type = AutoModelForCausalLM, **opt
 
 def _config(name_or_path: str, options: dict[str, Any]) -> PretrainedConfig:
     head = {name: options[name] for name in ("num_labels", "id2label", "label2id") if name in options}
-    return options.get("config") or AutoConfig.from_pretrained(name_or_path, **where_from(options), **head)
+    try:
+        return options.get("config") or AutoConfig.from_pretrained(name_or_path, **where_from(options), **head)
+    except OSError as error:  # no network, no such name, no permission
+        raise OSError(f"the model {name_or_path} cannot be loaded: {error}") from error
 
 
 def where_from(options: dict[str, Any]) -> dict[str, Any]:
