@@ -107,7 +107,18 @@ def test_a_mistake_is_one_line(argv, message, tmp_path, monkeypatch):
 
 def test_two_processes_that_are_told_to_stop_end_the_same_round(tmp_path):
     two = ["--config_file", RECIPE.parent / "accelerate" / "cpu-2.yaml", "--main_process_port", "0", RECIPE]
-    flags = [*SHORT, "--stage_layers", "4", "16", "--stage_rounds", "200", "--save_strategy", "steps", "--save_steps", "1"]
+    flags = [
+        *SHORT,
+        "--stage_layers",
+        "4",
+        "16",
+        "--stage_rounds",
+        "200",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+    ]
     launched = subprocess.Popen(
         [*LAUNCH[:3], *two, *flags, "--eval_strategy", "no", "--eval_on_start", "no", "--output_dir", tmp_path],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,

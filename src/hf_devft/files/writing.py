@@ -69,7 +69,7 @@ def _naming(path: Path) -> Iterator[None]:
             number = None if error.filename is not None else error.errno
         else:  # libraries in Rust have errors of their own
             found = re.search(r"\(os error (\d+)\)", str(error))
-            number = found and int(found[1])
+            number = int(found[1]) if found else None
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error

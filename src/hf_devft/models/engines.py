@@ -3,7 +3,7 @@ once a client."""
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainingArguments
 
 from hf_devft.models.layer_stack import watch_lengths
@@ -27,6 +28,7 @@ class Engine:
         make_optimizer: makes the optimiser, of what is trainable of `model`; None where it is only evaluated.
         learning_rate: that the optimiser is made with.
         skip_ddp: each process trains the model for itself.
+        hooks: on the base, to remove in the end.
 
     Attributes:
         model: what the forward pass goes through; peft_model: `model` as it was given.
@@ -44,6 +46,7 @@ class Engine:
         make_optimizer: Callable[[], torch.optim.Optimizer] | None,
         learning_rate: float,
         skip_ddp: bool,
+        hooks: Iterable[RemovableHandle] = (),
     ):
         self.accelerator = accelerator
         self.peft_model = model
@@ -52,7 +55,8 @@ class Engine:
         self.adapter = nn.ParameterList(self.parameters)
         self.flops_per_token: dict[tuple, tuple[float, ...]] = {}
         self.layout = AdapterLayout.of(model)
-        self.lengths, self._watches = watch_lengths(model.get_base_model())
+        self.lengths, watches = watch_lengths(model.get_base_model())
+        self._hooks = [*hooks, *watches]
         self.optimizer = None
         self.prepare(model, make_optimizer, skip_ddp)
         self._base_rates: list[float] = (
@@ -126,8 +130,8 @@ class Engine:
 
     def close(self) -> None:
         """Give up the model and everything that was built for it, with the memory that it took."""
-        for watch in self._watches:
-            watch.remove()
+        for hook in self._hooks:
+            hook.remove()
         self.model = self.peft_model = self.optimizer = self._flat = None
         self.parameters = self.adapter = self.layout = None
         self.accelerator.free_memory()
@@ -244,7 +248,10 @@ def make_engine(
     make_optimizer: Callable[[], torch.optim.Optimizer] | None = None,
     learning_rate: float = 0.0,
     skip_ddp: bool = True,
+    hooks: Iterable[RemovableHandle] = (),
 ) -> Engine:
     """Make the engine that the launch asks for; see `Engine`. By default, of a model that is only evaluated."""
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    return (DeepSpeedEngine if deepspeed else Engine)(accelerator, model, make_optimizer, learning_rate, skip_ddp)
+    return (DeepSpeedEngine if deepspeed else Engine)(
+        accelerator, model, make_optimizer, learning_rate, skip_ddp, hooks
+    )  # fmt: skip

@@ -67,9 +67,14 @@ class Perplexity(evaluate.Metric):
 def reduce_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For `preprocess_logits_for_metrics`: two numbers per token instead of the whole vocabulary.
 
+    Args:
+        logits: or these two numbers, of a model that has computed no more (see `models/counted_logits.py`).
+
     Returns:
         The token predicted and its label's negative log-likelihood, each batch x (length - 1).
     """
+    if isinstance(logits, tuple) and logits[0].dim() == 2:
+        return logits
     logits, labels = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1], labels[:, 1:]
     nll = torch.nn.functional.cross_entropy(
         logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none"

@@ -21,8 +21,13 @@ HOOKS = (
 
 def overridden_hooks(trainer: Trainer) -> list[str]:
     """Those of `HOOKS` that a trainer has of its own."""
-    hooks = {name: getattr(trainer, name) for name in HOOKS}
-    return [name for name, hook in hooks.items() if getattr(hook, "__func__", hook) is not getattr(Trainer, name)]
+    return [name for name in HOOKS if is_overridden(trainer, name)]
+
+
+def is_overridden(trainer: Trainer, name: str) -> bool:
+    """Whether a trainer has a method of its own in the place of `Trainer`'s."""
+    hook = getattr(trainer, name)
+    return getattr(hook, "__func__", hook) is not getattr(Trainer, name)
 
 
 def obstacle_of_trainer(trainer: Trainer) -> str | None:

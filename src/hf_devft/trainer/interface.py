@@ -44,8 +44,8 @@ class FederatedTrainer(TrainingHooks, Protocol):
 
     Attributes:
         args, model, model_wrapped, optimizer, lr_scheduler, deepspeed, state, control, callback_handler, accelerator,
-        train_dataset, eval_dataset, processing_class, compute_metrics, compute_loss_func, model_accepts_loss_kwargs,
-        is_deepspeed_enabled: those of `Trainer`.
+        train_dataset, eval_dataset, processing_class, compute_metrics, preprocess_logits_for_metrics,
+        compute_loss_func, label_smoother, model_accepts_loss_kwargs, is_deepspeed_enabled: those of `Trainer`.
         kind: "devft", "sft" or "dpo".
         clients: who has which rows of `train_dataset`.
         calibration_dataset: the server's own rows, or None.
@@ -67,7 +67,9 @@ class FederatedTrainer(TrainingHooks, Protocol):
     eval_dataset: Dataset | dict[str, Dataset] | None
     processing_class: Any
     compute_metrics: Callable | None
+    preprocess_logits_for_metrics: Callable | None
     compute_loss_func: Callable | None
+    label_smoother: Any
     model_accepts_loss_kwargs: bool
     is_deepspeed_enabled: bool
     kind: str

@@ -5,13 +5,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from peft import PeftModel
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_devft.models.adapter import adapter_state, detach_adapter
+from hf_devft.models.counted_logits import count_logits
 from hf_devft.models.engines import Engine, make_engine, shard
 from hf_devft.models.residual import PatchedBaseWeights
 from hf_devft.models.weights import is_stored
 from hf_devft.stages.submodel import build_whole
+from hf_devft.tasks.metrics import reduce_logits
+from hf_devft.trainer.client_batching import is_overridden
 from hf_devft.trainer.federated_run import FederatedRun
 from hf_devft.trainer.interface import FederatedTrainer
 
@@ -41,6 +46,7 @@ class ModelInUse:
         trainer = self._trainer
         before = trainer.model, trainer.optimizer
         trainer.prepare_model_in_use(model)
+        hooks = self._count_logits(model)
         trainer.model, trainer.optimizer = model, None  # which the optimiser is made for
         try:
             return make_engine(
@@ -49,9 +55,26 @@ class ModelInUse:
                 trainer.create_optimizer if train else None,
                 trainer.args.learning_rate,
                 skip_ddp=trainer.args.client_placement == "client_parallel",
+                hooks=hooks,
             )
         finally:
             trainer.model, trainer.optimizer = before
+
+    def _count_logits(self, model: PeftModel) -> list[RemovableHandle]:
+        """Leave logits out that nobody reads: where loss and metrics are the usual ones."""
+        trainer = self._trainer
+        if (
+            is_overridden(trainer, "compute_loss")
+            or is_overridden(trainer, "training_step")
+            or trainer.compute_loss_func
+            or trainer.label_smoother
+            or trainer.args.torch_compile
+            or is_deepspeed_zero3_enabled()  # the output embeddings are there for one call of the whole model
+        ):
+            return []
+        reads_logits = trainer.compute_metrics and trainer.preprocess_logits_for_metrics is not reduce_logits
+        in_evaluation = not (reads_logits or is_overridden(trainer, "prediction_step"))
+        return count_logits(model.get_base_model(), in_evaluation)
 
     def use(self, engine: Engine) -> None:
         """Make an engine's model the one that is trained and evaluated."""

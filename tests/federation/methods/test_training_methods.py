@@ -160,5 +160,5 @@ def test_names_and_options_that_make_no_sense(name, options, message):
 
 def test_a_name_of_ones_own_must_not_stand_for_two_things(monkeypatch):
     monkeypatch.setitem(METHODS, "median", METHODS["fedit"])
-    with pytest.raises(ValueError, match="'median' is registered as method and as aggregation rule.*another name"):
+    with pytest.raises(ValueError, match=r"'median' is registered as method and as aggregation rule.*another name"):
         make_methods("fedit+median")

@@ -1,0 +1,125 @@
+"""Logits where labels count: the same loss and gradients as with all of them, for every decoder."""
+
+import copy
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, tiny_model
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+from hf_devft.models import counted_logits
+from hf_devft.models.counted_logits import count_logits
+from hf_devft.tasks.metrics import IGNORED, reduce_logits
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request, monkeypatch):
+    monkeypatch.setattr(counted_logits, "_PIECE", 64 * 4)  # four tokens at a time
+    return tiny_model(request.param)
+
+
+def batch(rows: int = 4, length: int = 11) -> dict[str, torch.Tensor]:
+    """Rows of prompts and completions of different lengths, and one without a label."""
+    ids = torch.randint(5, 64, (rows, length), generator=torch.Generator().manual_seed(0))
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    for row in range(rows):
+        labels[row, : 3 + row] = IGNORED
+        labels[row, length - row :], mask[row, length - row :] = IGNORED, 0
+    labels[-1] = IGNORED
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def with_adapter(model, **options):
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    return get_peft_model(copy.deepcopy(model), config)
+
+
+def loss_and_gradients(model, **inputs):
+    loss = model.train()(**inputs).loss
+    (2 * loss).backward()  # as loss scaling would
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["head"]}], ids=["adapter", "trained-head"])
+@pytest.mark.parametrize("items", [None, torch.tensor(7)], ids=["mean", "num_items"])
+def test_loss_and_gradients_are_those_of_all_logits(model, items, options):
+    if options:
+        head = model.get_output_embeddings()
+        options = {"modules_to_save": [next(name for name, each in model.named_modules() if each is head)]}
+        if model.config.tie_word_embeddings:
+            pytest.skip("the table of tokens would be trained, too")
+    every, counted = with_adapter(model, **options), with_adapter(model, **options)
+    hooks = count_logits(counted.get_base_model())
+    assert hooks
+    inputs = batch() | ({} if items is None else {"num_items_in_batch": items})
+    expected, gradients = loss_and_gradients(every, **inputs)
+    loss, own = loss_and_gradients(counted, **inputs)
+    torch.testing.assert_close(loss, expected)
+    assert own.keys() == gradients.keys()
+    for name in gradients:
+        torch.testing.assert_close(
+            own[name], gradients[name], rtol=1e-4, atol=1e-4 * gradients[name].abs().max().item()
+        )
+    assert counted(**inputs).logits is None
+    for hook in hooks:
+        hook.remove()
+    assert counted(**inputs).logits.shape == (4, 11, 64)
+
+
+def test_an_evaluation_has_what_the_metrics_read(model):
+    inputs = batch()
+    expected = model(**inputs)
+    tokens, nll = reduce_logits(expected.logits, inputs["labels"])
+    count_logits(model)
+    with torch.no_grad():
+        scored = model(**inputs)
+    counts = inputs["labels"][:, 1:] != IGNORED
+    torch.testing.assert_close(scored.loss, expected.loss)
+    assert torch.equal(scored.predicted[counts], tokens[counts])
+    torch.testing.assert_close(scored.nll, nll)
+    assert reduce_logits((scored.predicted, scored.nll), inputs["labels"]) == (scored.predicted, scored.nll)
+
+
+def test_no_more_than_a_piece_is_held(model):
+    """Neither in training nor in evaluation do the output embeddings see more tokens at a time."""
+    most = []
+    model.requires_grad_(False)  # as a base is
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: most.append(args[0].shape[:-1].numel()))
+    count_logits(model)
+    inputs = batch()
+    with_loss = model.train()(**inputs)
+    with torch.no_grad():
+        model.eval()(**inputs)
+    assert max(most) == 4
+    assert sum(most) == 2 * ((inputs["labels"][:, 1:] != IGNORED).sum() + 4), "and the last of each row"
+    assert torch.isfinite(with_loss.loss)
+
+
+def test_without_labels_and_with_another_loss_there_are_all_logits(model):
+    count_logits(model)
+    inputs = batch()
+    labels = inputs.pop("labels")
+    assert model(**inputs).logits.shape == (4, 11, 64)
+    generated = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert generated.shape == (4, 13)
+    model.loss_function = lambda logits, labels, *args, **kwargs: logits.sum()
+    assert model(**inputs, labels=labels).logits.shape == (4, 11, 64)
+
+
+def test_a_batch_without_labels_to_count_teaches_nothing(model):
+    inputs = batch() | {"num_items_in_batch": torch.tensor(1)}
+    inputs["labels"][:] = IGNORED
+    adapted = with_adapter(model)
+    count_logits(adapted.get_base_model())
+    loss, gradients = loss_and_gradients(adapted, **inputs)
+    assert loss == 0
+    assert all(gradient.count_nonzero() == 0 for gradient in gradients.values())
+
+
+def test_what_is_no_usual_decoder_is_left_alone():
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    assert count_logits(T5ForConditionalGeneration(T5Config(**sizes))) == []
+    assert count_logits(nn.Identity()) == []
