@@ -24,6 +24,20 @@ def test_a_pass_shows_every_row_once(size, batch, drop_last):
         assert sorted(seen) == rows.tolist()
 
 
+@given(size=st.integers(1, 40), batch=st.integers(1, 9), grouped=st.integers(1, 6), drop_last=st.booleans())
+def test_rows_of_like_length_share_a_batch(size, batch, grouped, drop_last):
+    """Over a round's batches the same rows are seen, and no batch has rows that are between another's in length."""
+    lengths, rows = np.random.default_rng(size).integers(1, 50, 100 + size), np.arange(100, 100 + size)
+    shuffled, by_length = (
+        list(itertools.islice(client_batches(rows, batch, drop_last, 1, given, grouped), grouped))
+        for given in (None, lengths)
+    )
+    if grouped * min(batch, size) <= size:
+        assert sorted(itertools.chain(*by_length)) == sorted(itertools.chain(*shuffled))
+        spans = sorted((lengths[each].min(), lengths[each].max()) for each in by_length)
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+
+
 ROWS = [np.arange(index * 10, index * 10 + 7) for index in range(5)]
 
 

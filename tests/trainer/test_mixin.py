@@ -120,6 +120,33 @@ def test_one_stage_of_full_depth_is_plain_fedit_bit_for_bit(make_trainer, tasks,
         assert (tensor - expected[key]).norm() <= 1e-3 * expected[key].norm()
 
 
+def test_nothing_is_measured_twice(make_trainer, eval_tasks):
+    """At the start, and in the last stage, the submodel is the full model."""
+    measured = []
+
+    class Watched(DevFTTrainer):
+        def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+            measured.append(metric_key_prefix)
+            return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    options = {"eval_dataset": eval_tasks, "eval_strategy": "epoch", "eval_on_start": True}
+    trainer = make_trainer(cls=Watched, **options)
+    trainer.train()
+    assert measured == ["eval", "eval", "eval_full", "eval"]
+    last = trainer.stages[-1].metrics
+    assert last["eval_full_loss"] == last["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+    assert trainer.run.start_metrics["eval_full_loss"] == trainer.state.log_history[0]["eval_loss"]
+
+
+def test_rows_of_like_length_share_batches(make_trainer):
+    random, grouped = (make_trainer(train_sampling_strategy=how, logging_steps=1) for how in ("random", "group_by_length"))
+    random.train(), grouped.train()
+    losses = [[r.loss for r in trainer.ledger.rounds] for trainer in (random, grouped)]
+    assert losses[0] != losses[1]
+    with pytest.raises(ValueError, match="train_sampling_strategy='sequential' is unknown.*random, group_by_length"):
+        make_trainer(train_sampling_strategy="sequential")
+
+
 def test_same_seed_same_run(make_trainer, tmp_path):
     runs = [make_trainer(output_dir=tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
     adapters = []

@@ -40,7 +40,6 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "num_train_epochs": (3.0, "an epoch is a stage here: set `stage_layers` and `stage_rounds`"),
     "fsdp": (None, "shard with DeepSpeed ZeRO-3 instead (recipes/accelerate/zero3.yaml)"),
     "parallelism_config": (None, "tensor, context and sequence parallelism are not implemented"),
-    "train_sampling_strategy": ("random", "clients shuffle their own rows"),
     "neftune_noise_alpha": (None, "noise on the embeddings is not implemented"),
     "use_liger_kernel": (False, "Liger kernels are not implemented"),
     "debug": ([], "use `torch.autograd.set_detect_anomaly`"),
@@ -68,6 +67,8 @@ CHOICES: dict[str, Collection[str]] = {
     "wire_dtype": WIRE_DTYPES,
     "dp_sampling": SAMPLINGS,
     "adapter_layers_from": ENDS,
+    # Of `Trainer`'s: a client shuffles its own rows, those of a round by length where it is asked to.
+    "train_sampling_strategy": ("random", "group_by_length"),
 }
 # Option -> the least value that it may have.
 _MINIMA = {

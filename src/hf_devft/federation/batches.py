@@ -14,17 +14,39 @@ from hf_devft.federation.sampling import Placement, client_seed
 from hf_devft.tasks.metrics import IGNORED
 
 
-def client_batches(rows: np.ndarray, batch_size: int, drop_last: bool, seed: int) -> Iterator[list[int]]:
+def client_batches(
+    rows: np.ndarray,
+    batch_size: int,
+    drop_last: bool,
+    seed: int,
+    lengths: np.ndarray | None = None,
+    grouped: int = 1,
+) -> Iterator[list[int]]:
     """Endless batches of a client's rows, each pass over them newly shuffled.
 
     A pass ends with a smaller batch, or without it where `drop_last` (unless it would be the pass's only one).
+
+    Args:
+        lengths: of all rows there are. Where they are given, the rows of `grouped` batches are dealt out anew, so that
+            rows of like length share one and little is padded; these batches come in a random order. Over all of
+            them, the same rows are seen as without lengths.
     """
     rng = np.random.default_rng(seed)
     size = min(batch_size, len(rows))
     while True:
-        order = rng.permutation(rows).tolist()
-        end = len(order) - len(order) % size if drop_last else len(order)
-        yield from (order[start : min(start + size, end)] for start in range(0, end, size))
+        order = rng.permutation(rows)
+        order = order[: len(order) - len(order) % size] if drop_last else order
+        if lengths is None:
+            yield from _cut(order, size)
+            continue
+        for some in _cut(order, grouped * size):
+            some = np.array(some)
+            batches = _cut(some[np.argsort(-lengths[some], kind="stable")], size)
+            yield from (batches[index] for index in rng.permutation(len(batches)))
+
+
+def _cut(rows: np.ndarray, size: int) -> list[list[int]]:
+    return [rows[start : start + size].tolist() for start in range(0, len(rows), size)]
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,7 @@ class FederatedBatchSampler:
         batches_per_client, batch_size, drop_last: see `DevFTConfig`.
         data_seed: orders the rows.
         placement: this process's share of each batch, which may be an empty one.
+        lengths: of all rows, where rows of like length share a client's batches of a round; or None.
     """
 
     rows: Sequence[np.ndarray] | Mapping[int, np.ndarray]
@@ -46,12 +69,14 @@ class FederatedBatchSampler:
     drop_last: bool
     data_seed: int
     placement: Placement = field(default_factory=Placement)
+    lengths: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
         for round_index, client in self.turns:
             seed = client_seed(self.data_seed, round_index, client)
-            batches = client_batches(self.rows[client], self.batch_size, self.drop_last, seed)
-            yield from (self.placement.rows(next(batches)) for _ in range(self.batches_per_client))
+            count = self.batches_per_client
+            batches = client_batches(self.rows[client], self.batch_size, self.drop_last, seed, self.lengths, count)
+            yield from (self.placement.rows(next(batches)) for _ in range(count))
 
 
 @dataclass(frozen=True)

@@ -196,9 +196,10 @@ class Participant:
 
     def _batches(self, turn: Turn) -> Iterable:
         """Make the batches of a turn: those that a simulation would have of these rows."""
-        trainer, rows = self._trainer, {turn.client: np.arange(len(self.rows))}
-        sampler = make_sampler(trainer.args, rows, [(turn.round_index, turn.client)], trainer.placement)
-        return client_loader(*trainer.client_rows(), sampler, trainer.args).next_client()
+        trainer, own = self._trainer, {turn.client: np.arange(len(self.rows))}
+        rows, collator = trainer.client_rows()
+        sampler = make_sampler(trainer.args, rows, own, [(turn.round_index, turn.client)], trainer.placement)
+        return client_loader(rows, collator, sampler, trainer.args).next_client()
 
     def _session_with(self, settings: str) -> TrainingSession:
         """Build the trainer of a run's settings, and load the base, unless that is done."""

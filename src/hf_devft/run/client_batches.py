@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
 
 from hf_devft.configuration import DevFTConfig
 from hf_devft.federation.batches import FederatedBatchSampler
@@ -11,6 +13,7 @@ from hf_devft.federation.sampling import Placement
 
 def make_sampler(
     args: DevFTConfig,
+    dataset: Dataset,
     rows: Sequence[np.ndarray] | Mapping[int, np.ndarray],
     order: Iterable[tuple[int, int]],
     placement: Placement,
@@ -18,9 +21,14 @@ def make_sampler(
     """Make what draws the batches of local trainings, (round, client), in this order, as rows.
 
     Args:
+        dataset: all clients' rows.
         rows: each client's, by its number.
         placement: this process's share of each batch.
+
+    Raises:
+        ValueError: lengths are asked for, and not known.
     """
+    by_length = args.train_sampling_strategy == "group_by_length"
     return FederatedBatchSampler(
         rows=rows,
         turns=order,
@@ -29,4 +37,23 @@ def make_sampler(
         drop_last=args.dataloader_drop_last,
         data_seed=args.seed if args.data_seed is None else args.data_seed,
         placement=placement,
+        lengths=lengths_of(dataset, args.length_column_name) if by_length else None,
     )
+
+
+def lengths_of(dataset: Dataset, column: str = "length") -> np.ndarray:
+    """Return the lengths of a dataset's rows: those in a column of this name, or of their `input_ids`.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    names = getattr(dataset, "column_names", None) or []
+    if column in names:
+        return np.asarray(dataset[column][:])
+    if "input_ids" not in names:
+        raise ValueError(
+            f'train_sampling_strategy="group_by_length" needs a column {column!r} or "input_ids"; there are {names}. '
+            'Add one, or set "random".'
+        )
+    ids = dataset.select_columns("input_ids").with_format("arrow")[:].column(0)
+    return pc.list_value_length(ids).to_numpy()

@@ -29,7 +29,7 @@ from hf_devft.models.layer_stack import encoders_of, find_layer_stack, watch_len
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.models.supported import check_adapter
 from hf_devft.run.accounts import make_accountant
-from hf_devft.run.client_batches import make_sampler
+from hf_devft.run.client_batches import lengths_of, make_sampler
 from hf_devft.stages.bridges import add_bridges
 from hf_devft.stages.grouping import GroupingTask, group_layers
 from hf_devft.stages.teaching.bridging import bridge_errors_flops, fit_flops
@@ -149,14 +149,15 @@ def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range
     steps = args.local_steps * args.gradient_accumulation_steps
     if clients is None:
         return [(args.train_batch_size, args.max_length)] * (len(rounds) * args.clients_per_round * steps)
-    lengths = np.fromiter(map(len, clients.dataset["input_ids"]), dtype=int)
+    lengths = lengths_of(clients.dataset)
     everyone = range(len(clients.rows))
     order = [
         (index, client)
         for index in rounds
         for client in sample_clients(everyone, args.clients_per_round, args.seed, index)
     ]
-    sampler = make_sampler(args, list(clients.rows.values()), order, Placement())  # which has all of the work
+    # One process, which has all of the work.
+    sampler = make_sampler(args, clients.dataset, list(clients.rows.values()), order, Placement())
     return [(len(batch), 8 * -(-int(lengths[batch].max()) // 8)) for batch in sampler]
 
 

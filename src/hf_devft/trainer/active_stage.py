@@ -74,6 +74,11 @@ class ActiveStage:
         return self.engine.peft_model
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the submodel is the full model."""
+        return self.head is None and all(len(group) == 1 for group in self.groups)
+
+    @property
     def state(self) -> State:
         """The submodel's global adapter."""
         return self.engine.layout.state(self.adapter)

@@ -49,8 +49,11 @@ def evaluation_share(args: DevFTConfig) -> tuple[int, int]:
     return (0, 1) if sharded else (args.process_index, args.world_size)
 
 
-def evaluate_full_depth(trainer: FederatedTrainer, stage: int) -> dict[str, float]:
+def evaluate_full_depth(trainer: FederatedTrainer, stage: int, known: Mapping[str, float]) -> dict[str, float]:
     """Measure the model in use, which is the full one, on every evaluation set, and log it as of a stage.
+
+    Args:
+        known: {"eval_...": value}, what was measured of the same model already, and is not measured again.
 
     Returns:
         {"eval_full_...": value}.
@@ -58,14 +61,16 @@ def evaluate_full_depth(trainer: FederatedTrainer, stage: int) -> dict[str, floa
     args = trainer.args
     metrics: dict[str, float] = {}
     for name, dataset in named_sets(trainer.eval_dataset).items():
-        prefix = f"eval_full_{name}" if name else "eval_full"
-        output = trainer.evaluation_loop(
-            trainer.get_eval_dataloader(dataset),
-            description="Evaluation at full depth",
-            prediction_loss_only=True if trainer.compute_metrics is None else None,
-            metric_key_prefix=prefix,
-        )
-        metrics |= {key: value for key, value in output.metrics.items() if not key.endswith("preparation_time")}
+        short, prefix = (f"eval_{name}", f"eval_full_{name}") if name else ("eval", "eval_full")
+        found = {key.replace(short, prefix, 1): value for key, value in known.items() if key.startswith(f"{short}_")}
+        if f"{prefix}_loss" not in found:
+            found = trainer.evaluation_loop(
+                trainer.get_eval_dataloader(dataset),
+                description="Evaluation at full depth",
+                prediction_loss_only=True if trainer.compute_metrics is None else None,
+                metric_key_prefix=prefix,
+            ).metrics
+        metrics |= {key: value for key, value in found.items() if not key.endswith("preparation_time")}
         if args.predict_with_generate:
             metrics[f"{prefix}_exact_match"] = exact_match(
                 trainer.model,
@@ -75,7 +80,7 @@ def evaluate_full_depth(trainer: FederatedTrainer, stage: int) -> dict[str, floa
                 args.eval_batch_size,
                 evaluation_share(args),
             )
-        trainer.control = trainer.callback_handler.on_predict(args, trainer.state, trainer.control, output.metrics)
+        trainer.control = trainer.callback_handler.on_predict(args, trainer.state, trainer.control, found)
     if isinstance(trainer.eval_dataset, dict):
         metrics |= over_the_sets(metrics, "eval_full", trainer.eval_dataset)
     trainer.log(metrics | {"stage": stage})

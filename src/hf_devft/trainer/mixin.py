@@ -170,8 +170,8 @@ class DevFTMixin(Base):
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         if args.eval_on_start and checkpoint is None:
             self.models.use_whole(self.run)
-            self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
-            self.run.start_metrics = evaluate_full_depth(self, stage=0)
+            known = self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+            self.run.start_metrics = evaluate_full_depth(self, 0, known)
         for record in self.stages[checkpoint.run.stage - 1 if checkpoint else 0 :]:
             active = self.run.active = session.enter(record, checkpoint)
             checkpoint = None
@@ -239,7 +239,7 @@ class DevFTMixin(Base):
         self.models.release()
         if self.eval_dataset is not None:
             self.models.use_whole(self.run)
-            record.metrics |= evaluate_full_depth(self, record.stage)
+            record.metrics |= evaluate_full_depth(self, record.stage, record.metrics if active.is_whole else {})
         if self.is_world_process_zero():
             rows = table_rows(self.stages[: record.stage], run.start_metrics)
             save_state = functools.partial(session.save_finished, record.stage)

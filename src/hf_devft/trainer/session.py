@@ -219,8 +219,9 @@ class TrainingSession:
         """Make the batches of this process's clients in these rounds."""
         order = local_trainings(self.federation.selection, self.trainer.placement, rounds, attempt)
         trainer = self.trainer
-        sampler = make_sampler(trainer.args, list(trainer.clients.rows.values()), order, trainer.placement)
-        return client_loader(*trainer.client_rows(), sampler, trainer.args)
+        rows, collator = trainer.client_rows()
+        sampler = make_sampler(trainer.args, rows, list(trainer.clients.rows.values()), order, trainer.placement)
+        return client_loader(rows, collator, sampler, trainer.args)
 
     def run_round(self, active: ActiveStage, learning_rate: float) -> RoundOutcome:
         """Run one round: train the sampled clients, aggregate, record. Changes the stage's adapter."""
