@@ -84,7 +84,7 @@ def test_even_groups_are_contiguous():
 
 def test_calibrated_drops_the_layers_that_matter_least():
     importance = [9, 1, 8, 2, 7, 3]
-    task = GroupingTask([0] * 6, 3, loss_of=lambda kept: -sum(importance[layer] for layer in kept))
+    task = GroupingTask([0] * 6, 3, losses_without=lambda kept, candidates: [importance[each] for each in candidates])
     assert group_layers(task, "calibrated") == [[0, 1], [2, 3], [4, 5]]
 
 

@@ -139,7 +139,9 @@ def test_nothing_is_measured_twice(make_trainer, eval_tasks):
 
 
 def test_rows_of_like_length_share_batches(make_trainer):
-    random, grouped = (make_trainer(train_sampling_strategy=how, logging_steps=1) for how in ("random", "group_by_length"))
+    random, grouped = (
+        make_trainer(train_sampling_strategy=how, logging_steps=1) for how in ("random", "group_by_length")
+    )
     random.train(), grouped.train()
     losses = [[r.loss for r in trainer.ledger.rounds] for trainer in (random, grouped)]
     assert losses[0] != losses[1]
@@ -472,20 +474,6 @@ def test_running_out_of_memory_in_an_evaluation_does_not_start_the_run_anew(make
     with pytest.raises(RuntimeError, match="per_device_eval_batch_size"):
         trainer.train()
     assert [record.round for record in trainer.ledger.rounds] == [1, 2]
-
-
-def test_a_calibrated_run_measures_each_submodel_once(make_trainer, eval_tasks):
-    class Counting(DevFTTrainer):
-        measured = []
-
-        def _loss_of_layers(self, base, kept):
-            self.measured.append(tuple(kept))
-            return super()._loss_of_layers(base, kept)
-
-    make_trainer(
-        cls=Counting, eval_dataset=eval_tasks, grouping="calibrated", stage_layers=[2, 3, 4], stage_rounds=[1]
-    ).train()
-    assert len(set(Counting.measured)) == len(Counting.measured)
 
 
 def test_a_base_by_name_can_be_evaluated_before_it_is_trained(tmp_path, tasks, eval_tasks, tokenizer):

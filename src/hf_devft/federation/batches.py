@@ -39,8 +39,7 @@ def client_batches(
         if lengths is None:
             yield from _cut(order, size)
             continue
-        for some in _cut(order, grouped * size):
-            some = np.array(some)
+        for some in map(np.array, _cut(order, grouped * size)):
             batches = _cut(some[np.argsort(-lengths[some], kind="stable")], size)
             yield from (batches[index] for index in rng.permutation(len(batches)))
 

@@ -43,7 +43,7 @@ class SubmodelBuilder:
         capacity: int,
         seed: int,
         adapter: State,
-        loss_of: Callable[[list[int]], float] | None = None,
+        losses_without: Callable[[list[int], list[int]], list[float]] | None = None,
         bridge_errors: Callable[[], torch.Tensor] | None = None,
     ) -> Groups:
         """Group the layers into `capacity` groups by a rule of `GROUPINGS`; see `GroupingTask`.
@@ -52,7 +52,7 @@ class SubmodelBuilder:
             adapter: the full-depth adapter, as it is when the stage begins.
         """
         similarity = cache(lambda: self.similarity(adapter))  # asked once for each kind of layers
-        task = GroupingTask(self.stack.kinds, capacity, seed, similarity, loss_of, bridge_errors)
+        task = GroupingTask(self.stack.kinds, capacity, seed, similarity, losses_without, bridge_errors)
         return group_layers(task, rule)
 
     def build(self, groups: Groups, fusion: str, beta: float) -> PreTrainedModel:

@@ -32,7 +32,8 @@ class GroupingTask:
         capacity: number of groups, from the number of distinct kinds to L.
         seed: for k-means and random groups.
         similarity: () -> L x L cosine similarity of the layers' weights, their adapters' among them.
-        loss_of: kept layer indices -> loss of the model with only those, on calibration texts; or None.
+        losses_without: (kept layers, candidates) -> losses of the model with only the kept ones, but without each of
+            the candidates, on calibration texts; or None.
         bridge_errors: () -> L x L, how badly a bridge would stand for each block of layers; see `bridge_errors`.
     """
 
@@ -40,7 +41,7 @@ class GroupingTask:
     capacity: int
     seed: int = 0
     similarity: Callable[[], torch.Tensor] | None = None
-    loss_of: Callable[[list[int]], float] | None = None
+    losses_without: Callable[[list[int], list[int]], list[float]] | None = None
     bridge_errors: Callable[[], torch.Tensor] | None = None
 
 
@@ -189,7 +190,7 @@ def calibrated(task: GroupingTask) -> Groups:
     Raises:
         ValueError: no calibration texts.
     """
-    if task.loss_of is None:
+    if task.losses_without is None:
         raise ValueError(
             'grouping="calibrated" needs calibration texts: pass `calibration_dataset` or `eval_dataset`.'
         )
@@ -197,8 +198,7 @@ def calibrated(task: GroupingTask) -> Groups:
     first = {members[0] for members in _by_kind(task.kinds).values()}
     while len(kept) > task.capacity:
         candidates = [layer for layer in kept if layer not in first]
-        losses = [task.loss_of([layer for layer in kept if layer != candidate]) for candidate in candidates]
-        kept.remove(candidates[int(np.argmin(losses))])
+        kept.remove(candidates[int(np.argmin(task.losses_without(kept, candidates)))])
     groups = {layer: [layer] for layer in kept}
     for layer, kind in enumerate(task.kinds):
         if layer not in groups:

@@ -1,16 +1,17 @@
 """The loss of a base with only some of its layers, on calibration texts: what `grouping="calibrated"` asks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from transformers import PreTrainedModel
 
-from hf_devft.models.layer_stack import with_layers
+from hf_devft.models.layer_stack import LayerStack, with_layers
 from hf_devft.stages.builder import SubmodelBuilder
 
 
@@ -18,9 +19,12 @@ class CalibrationLoss:
     """Measures, and remembers, the mean loss of the base with only some layers, without adapter. The processes share
     the batches, and the result does not depend on their number.
 
+    Layers below the one that is left out compute what they compute with it, once for all candidates.
+
     Args:
         batches: () -> what the model reads of all calibration rows, the same on every process.
         loss: (model, inputs) -> the loss of a batch.
+        prepare: called with every model before it is measured.
         autocast: () -> the context of a forward pass.
         device, process_index, world_size: of this process.
     """
@@ -29,33 +33,82 @@ class CalibrationLoss:
         self,
         batches: Callable[[], Iterable[dict[str, Any]]],
         loss: Callable[[nn.Module, dict[str, Any]], torch.Tensor],
+        prepare: Callable[[PreTrainedModel], Any],
         autocast: Callable[[], AbstractContextManager],
         device: torch.device,
         process_index: int,
         world_size: int,
     ):
-        self._batches, self._loss, self._autocast = batches, loss, autocast
+        self._batches, self._loss, self._prepare, self._autocast = batches, loss, prepare, autocast
         self._device, self._index, self._count = device, process_index, world_size
         self._known: dict[tuple[int, ...], float] = {}
 
-    def of(self, builder: SubmodelBuilder) -> Callable[[list[int]], float]:
-        """(kept layers) -> the loss. The whole base is read for the first that is not known, and held as long as this
-        function is."""
+    def of(self, builder: SubmodelBuilder) -> Callable[[Sequence[int], Sequence[int]], list[float]]:
+        """(kept layers, candidates) -> the losses without each of the candidates. The whole base is read for the first
+        that is not known, and held as long as this function is."""
         whole = cache(lambda: builder.whole().to(self._device))
 
-        def loss_of(kept: list[int]) -> float:
-            if (key := tuple(kept)) not in self._known:
-                self._known[key] = self._measure(with_layers(whole(), builder.stack, kept).eval())
-            return self._known[key]
+        def losses_without(kept: Sequence[int], candidates: Sequence[int]) -> list[float]:
+            keys = [tuple(layer for layer in kept if layer != candidate) for candidate in candidates]
+            new = [candidate for candidate, key in zip(candidates, keys, strict=True) if key not in self._known]
+            if new:
+                measured = iter(self._measure(whole(), builder.stack, kept, new))
+                self._known |= {key: next(measured) for key in keys if key not in self._known}
+            return [self._known[key] for key in keys]
 
-        return loss_of
+        return losses_without
 
     @torch.no_grad()
-    def _measure(self, model: nn.Module) -> float:
+    def _measure(
+        self, whole: PreTrainedModel, stack: LayerStack, kept: Sequence[int], candidates: Sequence[int]
+    ) -> list[float]:
+        inputs = _LayerInputs(model := self._model(whole, stack, kept), stack, kept)
+        ends = [_without(kept, candidate, in_one_stack=len(stack.names.lists) == 1) for candidate in candidates]
+        models = [self._model(whole, stack, layers) for _, layers in ends]
+        for (start, layers), end in zip(ends, models, strict=True):
+            if start is not None:
+                inputs.feed(end, stack, layers, start)
         losses = {}
-        for index, inputs in enumerate(self._batches()):
+        for index, batch in enumerate(self._batches()):
             if index % self._count == self._index:
                 with self._autocast():
-                    losses[index] = self._loss(model, inputs).item()
+                    self._loss(model, batch)  # fills `inputs`
+                    losses[index] = [self._loss(end, batch).item() for end in models]
         parts = gather_object([losses]) if self._count > 1 else [losses]
-        return float(np.mean([loss for _, loss in sorted(item for part in parts for item in part.items())]))
+        return np.mean([loss for _, loss in sorted(item for part in parts for item in part.items())], axis=0).tolist()
+
+    def _model(self, whole: PreTrainedModel, stack: LayerStack, kept: Sequence[int]) -> PreTrainedModel:
+        model = with_layers(whole, stack, kept).eval()
+        self._prepare(model)
+        return model
+
+
+def _without(kept: Sequence[int], candidate: int, in_one_stack: bool) -> tuple[int | None, Sequence[int]]:
+    """What is left to compute where one of the kept layers is left out: from the input of which of them (a place in
+    `kept`; None: from the tokens), and with which layers."""
+    place = kept.index(candidate)
+    if not in_one_stack:
+        return None, [layer for layer in kept if layer != candidate]
+    # A model has at least one layer: where the last is left out, the one before is computed again.
+    return (place, kept[place + 1 :]) if place + 1 < len(kept) else (place - 1, [kept[place - 1]])
+
+
+class _LayerInputs:
+    """The inputs of a model's layers in its last forward pass, for models that go on from there."""
+
+    def __init__(self, model: PreTrainedModel, stack: LayerStack, kept: Sequence[int]):
+        self._inputs: dict[int, torch.Tensor] = {}
+        for place, layer in enumerate(stack.names.keeping(kept).layers(model)):
+            layer.register_forward_pre_hook(partial(self._keep, place), with_kwargs=True)
+
+    def feed(self, model: PreTrainedModel, stack: LayerStack, layers: Sequence[int], start: int) -> None:
+        """Have a model of these layers begin with the input of layer `start`, whatever its embeddings say."""
+        first = stack.names.keeping(layers).layers(model)[0]
+        first.register_forward_pre_hook(partial(self._replace, start), with_kwargs=True)
+
+    def _keep(self, place: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._inputs[place] = args[0] if args else kwargs["hidden_states"]
+
+    def _replace(self, place: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        known = self._inputs[place]
+        return ((known, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": known})

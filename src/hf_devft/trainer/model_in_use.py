@@ -46,7 +46,7 @@ class ModelInUse:
         trainer = self._trainer
         before = trainer.model, trainer.optimizer
         trainer.prepare_model_in_use(model)
-        hooks = self._count_logits(model)
+        hooks = self.count_logits(model.get_base_model())
         trainer.model, trainer.optimizer = model, None  # which the optimiser is made for
         try:
             return make_engine(
@@ -60,8 +60,9 @@ class ModelInUse:
         finally:
             trainer.model, trainer.optimizer = before
 
-    def _count_logits(self, model: PeftModel) -> list[RemovableHandle]:
-        """Leave logits out that nobody reads: where loss and metrics are the usual ones."""
+    def count_logits(self, base: PreTrainedModel) -> list[RemovableHandle]:
+        """Have a model leave out the logits that nobody reads, where loss and metrics are the usual ones; returns the
+        hooks."""
         trainer = self._trainer
         if (
             is_overridden(trainer, "compute_loss")
@@ -74,7 +75,7 @@ class ModelInUse:
             return []
         reads_logits = trainer.compute_metrics and trainer.preprocess_logits_for_metrics is not reduce_logits
         in_evaluation = not (reads_logits or is_overridden(trainer, "prediction_step"))
-        return count_logits(model.get_base_model(), in_evaluation)
+        return count_logits(base, in_evaluation)
 
     def use(self, engine: Engine) -> None:
         """Make an engine's model the one that is trained and evaluated."""

@@ -184,6 +184,7 @@ class TrainingSession:
                 calibration=CalibrationLoss(
                     lambda: trainer.server_batches(rows, args.eval_batch_size),
                     trainer.compute_loss,
+                    self.models.count_logits,
                     self.autocast,
                     args.device,
                     args.process_index,

@@ -57,7 +57,7 @@ class StageFactory:
         Args:
             adapter: the full-depth adapter that the stage starts from.
         """
-        loss_of = self.calibration.of(self.builder)
+        losses_without = self.calibration.of(self.builder)
 
         def bridge_errors() -> torch.Tensor:
             errors, flops = self.teacher.bridge_errors(self.builder)
@@ -65,7 +65,7 @@ class StageFactory:
             return errors
 
         groups = self.builder.group(
-            record.grouping, record.num_layers, self.args.seed, adapter, loss_of, bridge_errors
+            record.grouping, record.num_layers, self.args.seed, adapter, losses_without, bridge_errors
         )
         return broadcast_object_list([groups])[0]
 
