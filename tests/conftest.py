@@ -22,7 +22,6 @@ from hf_devft.federation.privacy.secret import SECRET
 # The same examples everywhere, and no deadline: the machines are slow and noisy.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
-gc.freeze()  # what has been imported stays: garbage collections, of which every stage has some, need not look at it
 datasets.disable_progress_bars()
 logging.disable_progress_bar()
 
@@ -30,6 +29,13 @@ logging.disable_progress_bar()
 def pytest_collection_modifyitems(items):
     """Whole runs first: on several processes, no long file is left for the end."""
     items.sort(key=lambda item: item.path.parent.name not in ("trainer", "hub", "recipes", "tests"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_garbage_collections():
+    """What has been imported stays: garbage collections, of which every stage has some, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
