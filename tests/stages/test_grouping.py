@@ -28,7 +28,7 @@ def grouping_tasks(draw):
     importance = torch.rand(depth, generator=generator).tolist()
     errors = torch.rand(depth, depth, generator=generator)
     return GroupingTask(
-        kinds, capacity, seed, lambda: similarity, lambda kept: -sum(importance[layer] for layer in kept),
+        kinds, capacity, seed, lambda: similarity, lambda kept, candidates: [importance[each] for each in candidates],
         lambda: errors,
     )  # fmt: skip
 

@@ -145,7 +145,7 @@ def test_rows_of_like_length_share_batches(make_trainer):
     random.train(), grouped.train()
     losses = [[r.loss for r in trainer.ledger.rounds] for trainer in (random, grouped)]
     assert losses[0] != losses[1]
-    with pytest.raises(ValueError, match="train_sampling_strategy='sequential' is unknown.*random, group_by_length"):
+    with pytest.raises(ValueError, match=r"train_sampling_strategy='sequential' is unknown.*random, group_by_length"):
         make_trainer(train_sampling_strategy="sequential")
 
 

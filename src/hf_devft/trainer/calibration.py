@@ -63,7 +63,9 @@ class CalibrationLoss:
         self, whole: PreTrainedModel, stack: LayerStack, kept: Sequence[int], candidates: Sequence[int]
     ) -> list[float]:
         inputs = _LayerInputs(model := self._model(whole, stack, kept), stack, kept)
-        ends = [_without(kept, candidate, in_one_stack=len(stack.names.lists) == 1) for candidate in candidates]
+        # T5's first layer makes what all others need beside its output.
+        goes_on = len(stack.names.lists) == 1 and not whole.config.is_encoder_decoder
+        ends = [_without(kept, candidate, goes_on) for candidate in candidates]
         models = [self._model(whole, stack, layers) for _, layers in ends]
         for (start, layers), end in zip(ends, models, strict=True):
             if start is not None:
@@ -83,11 +85,11 @@ class CalibrationLoss:
         return model
 
 
-def _without(kept: Sequence[int], candidate: int, in_one_stack: bool) -> tuple[int | None, Sequence[int]]:
+def _without(kept: Sequence[int], candidate: int, goes_on: bool) -> tuple[int | None, Sequence[int]]:
     """What is left to compute where one of the kept layers is left out: from the input of which of them (a place in
-    `kept`; None: from the tokens), and with which layers."""
+    `kept`; None, and where a model cannot go on from there: from the tokens), and with which layers."""
     place = kept.index(candidate)
-    if not in_one_stack:
+    if not goes_on:
         return None, [layer for layer in kept if layer != candidate]
     # A model has at least one layer: where the last is left out, the one before is computed again.
     return (place, kept[place + 1 :]) if place + 1 < len(kept) else (place - 1, [kept[place - 1]])
