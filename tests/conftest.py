@@ -31,11 +31,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.parent.name not in ("trainer", "hub", "recipes", "tests"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cheap_garbage_collections():
-    """What has been imported stays: garbage collections, of which every stage has some, need not look at it."""
+def freeze_what_is_imported():
+    """It stays: garbage collections, of which every stage has some, need not look at it."""
     gc.collect()
     gc.freeze()
+
+
+freeze_what_is_imported()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_garbage_collections():
+    freeze_what_is_imported()  # what the file before has imported, too
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from conftest import config, lora, tiny_llama, write_secret
+from conftest import config, freeze_what_is_imported, lora, tiny_llama, write_secret
 from transformers import AutoTokenizer
 
 from hf_devft import DevFTTrainer
@@ -29,6 +29,8 @@ def main(output_dir: str, runs: dict[str, dict], **options) -> None:
             processing_class=AutoTokenizer.from_pretrained(BASE_PATH),
         )
         trainer.train()
+        del trainer
+        freeze_what_is_imported()
 
 
 if __name__ == "__main__":

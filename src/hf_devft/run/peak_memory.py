@@ -1,7 +1,6 @@
 """The highest memory that a piece of work has taken."""
 
 import ctypes
-import gc
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +25,6 @@ class PeakMemory:
 
     def release(self) -> None:
         """Give freed memory back, so that what an evaluation took does not count as a round's."""
-        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         elif sys.platform == "linux":

@@ -1,5 +1,6 @@
 """One call of `train`: what lives from its start to its end, and how stages and rounds are run with it."""
 
+import gc
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -127,6 +128,7 @@ class TrainingSession:
             "base_bytes": active.base_bytes,
         }
         self._begin_rounds(active)
+        gc.collect()  # the models that it took to come here
         self.peak_memory.release()
         return active
 
