@@ -56,7 +56,7 @@ def count_logits(base: PreTrainedModel, in_evaluation: bool = True) -> list[Remo
         The hooks, to remove in the end; none where the model is no decoder of transformers' usual form, and computes
         all logits as before.
     """
-    if not _is_usual(base):
+    if not counts_logits(base):
         return []
     counted = _CountedLogits(base, in_evaluation)
     return [
@@ -66,7 +66,20 @@ def count_logits(base: PreTrainedModel, in_evaluation: bool = True) -> list[Remo
     ]
 
 
-def _is_usual(base: PreTrainedModel) -> bool:
+def memory_of_loss(base: PreTrainedModel, tokens: int) -> tuple[int, int]:
+    """Return the bytes that a training step's loss keeps, and those that it takes for a moment, in float32, where all
+    of a batch's tokens count: hidden states and their gradient; a piece's logits, probabilities and gradient."""
+    config = base.config.get_text_config()
+    piece = min(tokens, _tokens_a_piece(base))
+    return 4 * 2 * tokens * config.hidden_size, 4 * 3 * piece * config.vocab_size
+
+
+def _tokens_a_piece(base: PreTrainedModel) -> int:
+    return max(1, _PIECE // base.config.get_text_config().vocab_size)
+
+
+def counts_logits(base: PreTrainedModel) -> bool:
+    """Whether a model is a decoder of transformers' usual form, which can leave logits out."""
     parameters = inspect.signature(type(base).forward).parameters
     return (
         isinstance(base, PreTrainedModel)
@@ -121,20 +134,16 @@ class _CountedLogits:
             return ScoredTokens(loss=nll.sum() / divisor, predicted=predicted, nll=nll)
         return CausalLMOutputWithPast(loss=self._loss(tail, chosen, targets[counts]) / divisor)
 
-    @property
-    def _tokens_a_piece(self) -> int:
-        return max(1, _PIECE // self.base.config.get_text_config().vocab_size)
-
     def _loss(self, tail: Tail, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum of the tokens' losses; in pieces, where gradients go to the hidden states alone."""
         if any(parameter.requires_grad for parameter in self.base.get_output_embeddings().parameters()):
             return _cross_entropy(tail(hidden), targets, "sum")
-        return _LossInPieces.apply(hidden, targets, tail, self._tokens_a_piece)
+        return _LossInPieces.apply(hidden, targets, tail, _tokens_a_piece(self.base))
 
     def _scores(self, tail: Tail, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest tokens, and the targets' negative log-likelihoods."""
         scores = []
-        for piece, target in zip(*(each.split(self._tokens_a_piece) for each in (hidden, targets)), strict=True):
+        for piece, target in zip(*(each.split(_tokens_a_piece(self.base)) for each in (hidden, targets)), strict=True):
             logits = tail(piece)
             scores.append((logits.argmax(-1), _cross_entropy(logits, target, "none")))
         predicted, nll = zip(*scores, strict=True)

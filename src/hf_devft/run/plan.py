@@ -23,6 +23,7 @@ from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
 from hf_devft.federation.sampling import Placement, sample_clients
 from hf_devft.federation.wire import Wire
 from hf_devft.models.adapter import new_adapter, remap_layers_to_transform, with_head
+from hf_devft.models.counted_logits import counts_logits, memory_of_loss
 from hf_devft.models.flops import flops_per_token, forward_flops
 from hf_devft.models.initialisation import without_weight_based_init
 from hf_devft.models.layer_stack import encoders_of, find_layer_stack, watch_lengths, with_layers
@@ -124,7 +125,7 @@ def plan_run(
     stages = args.resolve_stages(len(find_layer_stack(base, args.stack)))
     ends = np.cumsum([0, *(stage.rounds for stage in stages)]).tolist()
     batches = functools.partial(planned_batches, args, clients)
-    submodels = _Submodels(args, base, peft_config)
+    submodels = _Submodels(args, base, peft_config, trainer)
     layout = AdapterLayout.of(submodels.model(stages[-1])[0])
     setup = Setup(args, trainer, adapter=peft_config, layout=layout, base=base, num_stages=len(stages))
     check_compatibility(setup)
@@ -164,8 +165,9 @@ def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range
 class _Submodels:
     """The submodels of a run's stages by their number of layers, without memory; each is looked at once."""
 
-    def __init__(self, args: DevFTConfig, base: PreTrainedModel, peft_config: PeftConfig):
+    def __init__(self, args: DevFTConfig, base: PreTrainedModel, peft_config: PeftConfig, trainer: str):
         self._args, self._base, self._peft_config = args, base, peft_config
+        self._all_logits = trainer != "devft" or args.torch_compile  # TRL has losses of its own
         self._stack = find_layer_stack(base, args.stack)
         self._known = functools.cache(self._model), functools.cache(self._activations)
 
@@ -193,11 +195,12 @@ class _Submodels:
             return new_adapter(submodel, config), stored
 
     def _activations(self, layers: int, adapted: tuple[int, ...], rows: int, length: int) -> tuple[int, list[int]]:
-        everything, lengths = activations(self._model(layers, adapted)[0], rows, length)
+        all_logits = self._all_logits
+        everything, lengths = activations(self._model(layers, adapted)[0], rows, length, all_logits=all_logits)
         if not self._args.activation_checkpointing:
             return everything, lengths
         # Each layer's input, and what one layer at a time keeps when it is computed again.
-        inputs, _ = activations(self._model(layers, adapted)[0], rows, length, checkpointing=True)
+        inputs, _ = activations(self._model(layers, adapted)[0], rows, length, True, all_logits)
         return min(everything, inputs + everything // (len(adapted) or layers)), lengths
 
 
@@ -351,7 +354,9 @@ def _total(plans: Sequence[StagePlan]) -> StagePlan:
     )
 
 
-def activations(model: PeftModel, rows: int, length: int, checkpointing: bool = False) -> tuple[int, list[int]]:
+def activations(
+    model: PeftModel, rows: int, length: int, checkpointing: bool = False, all_logits: bool = True
+) -> tuple[int, list[int]]:
     """What a forward pass of `rows` rows keeps for the backward pass, in bytes, with the gradient of the largest of
     it; and the lengths of the sequences that went through each stack of layers. Found by running it on tensors without
     memory.
@@ -360,7 +365,15 @@ def activations(model: PeftModel, rows: int, length: int, checkpointing: bool = 
         model: with its adapter; of no use afterwards.
         length: tokens of a row (samples, of a model that reads sound waves).
         checkpointing: whether layers are computed again in the backward pass.
+        all_logits: whether the loss is computed as the model does it, or in pieces where that can be; see
+            `count_logits`.
     """
+    base = model.get_base_model()
+    example: dict[str, Any] = _example(base, rows, length)
+    after = moment = 0
+    if not all_logits and counts_logits(base):
+        after, moment = memory_of_loss(base, rows * length)
+        example = {"input_ids": example["input_ids"], "logits_to_keep": 1}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -374,11 +387,11 @@ def activations(model: PeftModel, rows: int, length: int, checkpointing: bool = 
         ours = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         model.config.use_cache = False  # as `Trainer` has it
         if checkpointing:
-            model.get_base_model().activation_checkpointing_enable()
-        lengths, _ = watch_lengths(model.get_base_model())
-        model(**_example(model.get_base_model(), rows, length))
+            base.activation_checkpointing_enable()
+        lengths, _ = watch_lengths(base)
+        model(**example)
     sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
-    return sum(sizes) + max(sizes, default=0), lengths
+    return sum(sizes) + after + max(moment, *sizes, 0), lengths
 
 
 def _example(model: PreTrainedModel, rows: int, length: int) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_devft.models.adapter import adapter_state, detach_adapter
+from hf_devft.models.adapter import adapter_state, detach_adapter, freeze_inputs
 from hf_devft.models.counted_logits import count_logits
 from hf_devft.models.engines import Engine, make_engine, shard
 from hf_devft.models.residual import PatchedBaseWeights
@@ -47,6 +47,9 @@ class ModelInUse:
         before = trainer.model, trainer.optimizer
         trainer.prepare_model_in_use(model)
         hooks = self.count_logits(model.get_base_model())
+        checkpointing = trainer.args.activation_checkpointing_kwargs or {}
+        if trainer.args.activation_checkpointing and not checkpointing.get("use_reentrant"):
+            freeze_inputs(model.get_base_model())
         trainer.model, trainer.optimizer = model, None  # which the optimiser is made for
         try:
             return make_engine(
