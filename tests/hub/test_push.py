@@ -104,7 +104,7 @@ def test_what_never_gets_there_is_told_with_the_command_that_pushes_it(hub, outp
     pushing.private, pushing.revision = True, "try"
     message = left_over(pushing, output)
     assert "Not on the Hub: Stage 1, Stage 2" in message
-    assert f"python -m hf_devft.hub.push {output} me/run --private --revision try" in message
+    assert f"devft push {output} me/run --private --revision try" in message
 
 
 def test_by_hand(hub, make_trainer, monkeypatch):

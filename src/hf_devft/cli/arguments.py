@@ -1,12 +1,14 @@
 """A run from a YAML file and `--flag value` overrides: one dataclass for the data and the adapter, one for the run."""
 
 import difflib
+import importlib.resources
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from peft import LoraConfig
@@ -18,6 +20,8 @@ from hf_devft.configuration.devft_config import RENAMED
 from hf_devft.tasks import TASKS
 
 
+_CONFIGS = importlib.resources.files("hf_devft.configs")
+OWN_DATA = "own_data.yaml"
 # Trainer -> what the names of its class and its config begin with.
 TRAINERS = {"devft": "DevFT", "sft": "DevFTSFT", "dpo": "DevFTDPO"}
 
@@ -42,6 +46,10 @@ class RecipeArguments:
                           "made-up tasks."},
     )  # fmt: skip
     eval_file: list[str] | None = field(default=None, metadata={"help": "Such files to evaluate on."})
+    eval_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Part of one's own rows that is held out for that, without such a file."},
+    )
     calibration_file: list[str] | None = field(
         default=None,
         metadata={"help": "Such files of the server's own, for `calibration_samples`. Default: rows held out of "
@@ -129,23 +137,33 @@ def _config_class(trainer: str) -> type[DevFTConfig]:
     return getattr(hf_devft, f"{TRAINERS[trainer]}Config")
 
 
-def parse_arguments(argv: Sequence[str], default_config: Path) -> tuple[RecipeArguments, DevFTConfig]:
+class _Parser(HfArgumentParser):
+    """Whose errors are one line, not all of its options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> tuple[RecipeArguments, DevFTConfig]:
     """Arguments of a recipe; the second is the config of `--trainer`.
 
     Args:
-        argv: `--config FILE` (a YAML mapping; default: `default_config`) and `--key value` for any key, which wins
-            over the file.
+        argv: `--config` (a YAML mapping, or the name of a packaged one) and `--key value` for any key, which wins over
+            the file.
+        default_config: where there is no `--config`; by default `own_data.yaml` with data of one's own, else
+            `quickstart.yaml`.
 
     Raises:
         ValueError: an unreadable file or an unknown key, with the nearest known one; bad values as `DevFTConfig` says.
     """
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    config = default_config
+    has_data = any(word.split("=")[0] in ("--train_file", "--dataset_name") for word in argv)
+    config = default_config or Path(str(_CONFIGS / (OWN_DATA if has_data else "quickstart.yaml")))
     if "--config" in argv:
         position = argv.index("--config")
         if position + 1 == len(argv):
-            raise ValueError("--config needs the path of a YAML file.")
-        config = Path(argv[position + 1])
+            raise ValueError("--config needs the path of a YAML file, or a name: " + ", ".join(packaged_configs()))
+        config = find_config(argv[position + 1])
         del argv[position : position + 2]
     values = _read_yaml(config)
     for old, new in RENAMED.items():  # the command line wins, by either name
@@ -155,13 +173,18 @@ def parse_arguments(argv: Sequence[str], default_config: Path) -> tuple[RecipeAr
     options = {item.name: str(item.type) for kind in kinds for item in fields(kind) if item.init}
     lists = {key for key, kind in options.items() if "list[" in kind} - {"report_to", "debug"}
     values = {key: _as_written(lists, key, value) for key, value in values.items()}
-    parser = HfArgumentParser(kinds, allow_abbrev=False)
+    parser = _Parser(kinds, allow_abbrev=False)
     known = set(options)
+    if "--help-all" in argv:
+        parser.print_help()
+        sys.exit()
     _refuse_unknown(values, known, str(config))
     parser.set_defaults(**values)
     namespace, rest = parser.parse_known_args(argv)
     _refuse_unknown([word.removeprefix("--") for word in rest], known, "the command line")
     given = vars(namespace)
+    if config.name == OWN_DATA and _value_of("partition", argv) is None and len(given["train_file"] or []) > 1:
+        given |= {"partition": "natural", "partition_column": "source"}  # a file, a client
     return tuple(
         kind(**{item.name: given[item.name] for item in fields(kind) if item.init and item.name in given})
         for kind in kinds
@@ -172,6 +195,17 @@ def _value_of(key: str, argv: Sequence[str]) -> str | None:
     """The value that the command line gives a key."""
     words = [part for word in argv for part in word.split("=", 1)]
     return next((after for word, after in pairwise(words) if word == f"--{key}"), None)
+
+
+def packaged_configs() -> list[str]:
+    """Names of the configs that come with the package, which are those of recipes/configs."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _CONFIGS.iterdir() if entry.name.endswith(".yaml"))
+
+
+def find_config(name: str) -> Path:
+    """Find a config by its path, or its name among the packaged ones."""
+    packaged = Path(str(_CONFIGS / f"{name}.yaml"))
+    return packaged if not Path(name).exists() and packaged.is_file() else Path(name)
 
 
 def _read_yaml(path: Path) -> dict:

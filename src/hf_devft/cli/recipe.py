@@ -40,6 +40,8 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
             names = (recipe.dataset_name, recipe.dataset_config)
             train = load_datasets(*names, recipe.dataset_train_split, to_columns)
             evaluation = recipe.dataset_eval_split and load_datasets(*names, recipe.dataset_eval_split, to_columns)
+        if evaluation is None and recipe.eval_fraction:
+            train, evaluation = _held_out(train, recipe.eval_fraction, args.seed)
         if calibration is not None or not asked:
             return train, evaluation, calibration
         parts = train.train_test_split(test_size=args.calibration_samples, seed=args.seed)
@@ -50,6 +52,22 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
         _made_up_calibration(recipe, args) if calibration is None else calibration,
     )
     return tuple(map(preference_pairs, made_up)) if recipe.trainer == "dpo" else made_up
+
+
+def _held_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split rows in those to train and those to evaluate on.
+
+    Raises:
+        ValueError: one of both would be empty.
+    """
+    count = round(fraction * len(rows))
+    if not 0 < count < len(rows):
+        raise ValueError(
+            f"eval_fraction={fraction} of {len(rows)} rows leaves none to {'train' if count else 'evaluate'} on: give "
+            "more rows, another part, or an `eval_file`; 0 evaluates nothing, with `eval_strategy: no`."
+        )
+    parts = rows.train_test_split(test_size=count, seed=seed)
+    return parts["train"], parts["test"]
 
 
 def load_server_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset | None, Dataset | None]:

@@ -414,11 +414,10 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
         derived = derive_layers(num_layers, self.initial_layers, self.growth_factor)
         option = "adapter_layers" if self.adapter_layers else "stage_layers"
         layers = list(getattr(self, option) or derived)
-        if any(a >= b for a, b in pairwise([0, *layers])) or layers[-1:] != [num_layers]:
-            raise ValueError(
-                f"{option}={layers} must increase from 1 or more and end at the model's {num_layers} layers, such as "
-                f"{derived}."
-            )
+        if not layers or any(a >= b for a, b in pairwise([0, *layers])):
+            raise ValueError(f"{option}={layers} must increase, from 1 or more, as in 4 8 16.")
+        if layers[-1] != num_layers:
+            raise ValueError(f"{option}={layers} must end at the model's {num_layers} layers, such as {derived}.")
         adapted: list[list[int] | None] = [None] * len(layers)
         if self.adapter_layers:
             adapted = adapted_layers(layers, self.adapter_layers_from)

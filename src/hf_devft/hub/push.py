@@ -1,14 +1,12 @@
 """Commits and tags: what a run has written goes to the Hub beside the training, which never dies of it.
 
-python -m hf_devft.hub.push outputs/run me/run     # what a run could not push, or a run made without pushing
+devft push outputs/run me/run     # what a run could not push, or a run made without pushing
 """
 
-import argparse
 import hashlib
 import logging
 import re
 import shlex
-import sys
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -204,7 +202,7 @@ def left_over(pusher: HubPusher, output_dir: str | Path) -> str:
     command += ["--revision", pusher.revision] if pusher.revision else []
     return (
         f"Not on the Hub: {titles} ({_first_line(pusher.error)}). Nothing is lost, all of it is in {output_dir}/. "
-        f"Push it with: python -m hf_devft.hub.push {shlex.join(command)}"
+        f"Push it with: devft push {shlex.join(command)}"
     )
 
 
@@ -214,21 +212,13 @@ def push_stages(pusher: HubPusher, output_dir: str | Path) -> list[CommitInfo]:
     return [pusher.push(push) for push in pushes if not pusher.holds(push)]
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m hf_devft.hub.push", description="Push the stages of a run.")
-    parser.add_argument("output_dir", help="holds stage-N folders")
-    parser.add_argument("repo_id")
-    parser.add_argument("--revision", help="branch to commit to")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    args = parser.parse_args(argv)
-    if not finished_stages(args.output_dir):
-        raise ValueError(f"{args.output_dir} holds no finished stage of a run.")
-    commits = push_stages(HubPusher(args.repo_id, HfApi(), args.private, args.revision), args.output_dir)
+def push_run(output_dir: str, repo_id: str, revision: str | None, private: bool | None) -> None:
+    """Push the stages of a run that the Hub does not hold yet, and print their commits.
+
+    Raises:
+        ValueError: there is no finished stage.
+    """
+    if not finished_stages(output_dir):
+        raise ValueError(f"{output_dir} holds no finished stage of a run.")
+    commits = push_stages(HubPusher(repo_id, HfApi(), private, revision), output_dir)
     print(*([commit.commit_url for commit in commits] or ["Everything is on the Hub already."]), sep="\n")
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

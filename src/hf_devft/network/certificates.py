@@ -148,9 +148,13 @@ def _write(path: Path, content: bytes, secret: bool = False) -> None:
         file.write(content)
 
 
-def main() -> None:
-    """Make what the flags say."""
-    (arguments,) = HfArgumentParser(CertificateArguments).parse_args_into_dataclasses()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make what the flags say.
+
+    Args:
+        argv: the flags; default: the process's.
+    """
+    (arguments,) = HfArgumentParser(CertificateArguments).parse_args_into_dataclasses(argv)
     folder = Path(arguments.folder)
     if not (arguments.hosts or arguments.nodes):
         sys.exit("error: give --hosts, for the SuperLink's certificate, or --nodes, for keys of nodes.")

@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,14 +219,18 @@ def serve(connection: Connection, participant: Participant, goes_on: Callable[[]
         idle_since = time.perf_counter()
 
 
-def main() -> None:
-    """Run a node until it is told to end."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a node until it is told to end.
+
+    Args:
+        argv: its flags; default: the process's.
+    """
     ours, shown = logging.getLogger("hf_devft"), logging.StreamHandler()
     shown.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     ours.addHandler(shown)
     ours.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the SuperLink is told that it ends
-    data, connection = HfArgumentParser([DataArguments, ConnectionArguments]).parse_args_into_dataclasses()
+    data, connection = HfArgumentParser([DataArguments, ConnectionArguments]).parse_args_into_dataclasses(argv)
     place = None
     try:
         participant = data.participant()

@@ -1,0 +1,35 @@
+"""Compares runs: `devft compare`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from hf_devft.run.comparison import common_loss, plot_curves, reached, read_curve
+from hf_devft.run.tables import make_table
+
+
+def main(runs: Sequence[str], plot: str) -> None:
+    """Print what each run took until the lowest loss that all have reached, and save their curves.
+
+    Args:
+        runs: output folders; the first is what the others are compared with. plot: where the curves are saved.
+
+    Raises:
+        ValueError: fewer than two, or one whose loss is not known.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"compare needs two runs or more, not {len(runs)}: give their output folders.")
+    curves = {run: read_curve(run) for run in runs}
+    loss = common_loss(list(curves.values()))
+    first, rows = reached(curves[runs[0]], loss), []
+    for run, curve in curves.items():
+        point = reached(curve, loss)
+        fewer = f"{first.megabytes / point.megabytes:.2f}" if point.megabytes else ""
+        lowest = min(each.loss for each in curve)
+        numbers = (f"{point.megabytes:.2f}", f"{point.teraflops:.2f}", f"{point.seconds:.0f}", fewer)
+        rows.append([run, f"{lowest:.3f}", str(point.rounds), *numbers])
+    titles = ["run", "lowest\nloss", "rounds", "MB", "client\nTFLOPs", "seconds", "times\nfewer MB"]
+    Console().print(make_table(f"until an evaluation loss of {loss:.3f} at full depth", titles, rows))
+    plot_curves(curves, loss).savefig(Path(plot), dpi=120)
+    print(f"The curves are in {plot}")

@@ -1,0 +1,85 @@
+"""Runs side by side: what each took until a loss that all of them reached."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_devft.configuration import StageConfig
+from hf_devft.configuration.stage_folder import LEDGER
+from hf_devft.federation.ledger import Ledger, RoundRecord
+from hf_devft.files.reading import read_record
+
+
+@dataclass(frozen=True)
+class Point:
+    """The full model's evaluation after a round.
+
+    Attributes:
+        loss: of the evaluation rows. rounds, megabytes, seconds: until then; teraflops: the clients'.
+    """
+
+    loss: float
+    rounds: int
+    megabytes: float
+    teraflops: float
+    seconds: float
+
+
+def read_curve(folder: str | Path) -> list[Point]:
+    """Read how a run's loss at full depth fell, from its output folder.
+
+    Raises:
+        ValueError: there is no finished stage, or nothing was evaluated.
+    """
+    folder = Path(folder)
+    last = StageConfig.from_pretrained(folder)
+    ledger = Ledger(read_record(folder / LEDGER, list[RoundRecord]))
+    history = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
+    losses: dict[int, float] = {}
+    for row in history:
+        # A submodel's own loss is another model's; the last stage's has all layers.
+        is_whole = row["step"] == 0 or row.get("stage") == last.num_stages
+        if "eval_full_loss" in row or ("eval_loss" in row and is_whole):
+            losses[row["step"]] = row.get("eval_full_loss", row.get("eval_loss"))
+    if not losses:
+        raise ValueError(f"{folder} has no evaluation at full depth: train with `eval_strategy` and evaluation rows.")
+    points = []
+    for step, loss in sorted(losses.items()):
+        rounds = ledger.rounds[:step]
+        points.append(
+            Point(
+                loss=loss,
+                rounds=step,
+                megabytes=ledger.bytes_until(step) / 1e6,
+                teraflops=sum(record.flops for record in rounds) / 1e12,
+                seconds=sum(record.seconds for record in rounds),
+            )
+        )
+    return points
+
+
+def common_loss(curves: Sequence[Sequence[Point]]) -> float:
+    """Return the lowest loss that every run has reached."""
+    return max(min(point.loss for point in curve) for curve in curves)
+
+
+def reached(curve: Sequence[Point], loss: float) -> Point:
+    """Return the first point of a curve at or below a loss that it reaches."""
+    return next(point for point in curve if point.loss <= loss)
+
+
+def plot_curves(curves: Mapping[str, Sequence[Point]], loss: float) -> Figure:
+    """Plot loss against megabytes sent, a line for each run, and the loss that they are compared at."""
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        axes.plot([point.megabytes for point in curve], [point.loss for point in curve], marker=".", lw=2, label=name)
+    axes.axhline(loss, color="0.5", lw=1, ls="--", label=f"loss {loss:.3f}")
+    axes.set(xlabel="MB sent (adapters, both ways)", ylabel="evaluation loss at full depth")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
