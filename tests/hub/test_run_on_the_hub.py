@@ -154,9 +154,9 @@ def test_a_run_survives_a_hub_that_is_down_and_is_pushed_by_the_command_it_names
         assert result.returncode == 0, result.stderr
         assert (output / "stage-3" / "adapter_model.safetensors").exists()
         assert "Not on the Hub: Stage 1, Stage 2, Stage 3" in result.stderr
-        command = result.stderr.partition("Push it with: python ")[2].split()[:4]
-        assert command == ["-m", "hf_devft.hub.push", str(output), "me/run"]
+        command = result.stderr.partition("Push it with: devft ")[2].split()[:3]
+        assert command == ["push", str(output), "me/run"]
         hub.faults.clear()
-        result = run(tmp_path / "home", hub.url, *command)
+        result = run(tmp_path / "home", hub.url, "-m", "hf_devft", *command)
         assert result.returncode == 0, result.stderr
         assert set(hub.repos["me/run"].tags) == {"stage-1", "stage-2", "stage-3"}

@@ -1,7 +1,6 @@
 """Every config, without its weights: a typo cannot wait for a GPU to be found."""
 
 import functools
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from transformers import AutoConfig
 
 from hf_devft import DevFTConfig
 from hf_devft.cli.arguments import parse_arguments
+from hf_devft.cli.recipe import make_plan
 from hf_devft.run.plan import RunPlan
 
 
@@ -19,24 +19,20 @@ SAME_MODEL = {"efficient": "gemma3-270m"}
 
 NO_GPU = ["--output_dir", "unused", "--use_cpu", "true"]
 
-spec = importlib.util.spec_from_file_location("devft_recipe", RECIPES / "devft.py")
-recipe_script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(recipe_script)
-
 
 @functools.cache
 def planned(name: str) -> tuple[DevFTConfig, RunPlan]:
     saved = MODELS / SAME_MODEL.get(name, name)
     argv = [*NO_GPU, "--model_name_or_path", str(saved)] if saved.exists() else NO_GPU
     recipe, args = parse_arguments(argv, RECIPES / "configs" / f"{name}.yaml")
-    return args, recipe_script.make_plan(recipe, args)
+    return args, make_plan(recipe, args)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS])
 def test_a_config_can_be_planned_on_the_meta_device(name):
     args, plan = planned(name)
     layers = [stage.num_layers for stage in plan.stages]
-    assert layers == args.stage_layers == sorted(layers)
+    assert layers == (args.stage_layers or layers) == sorted(layers)
     assert all(stage.flops > 0 and stage.client_memory > stage.base_bytes for stage in plan.stages)
     assert plan.total.bytes < plan.without_stages.bytes or len(layers) == 1
 
@@ -71,7 +67,7 @@ def test_the_plan_counts_the_labels_of_a_file(tmp_path):
         argv = [*NO_GPU, "--model_name_or_path", str(MODELS / "roberta-classification"), "--train_file",
                 str(tmp_path / "rows.csv"), "--num_clients", "4"]  # fmt: skip
         config = RECIPES / "configs" / "roberta-classification.yaml"
-        values.append(recipe_script.make_plan(*parse_arguments(argv, config)).total.trainable)
+        values.append(make_plan(*parse_arguments(argv, config)).total.trainable)
     assert values[1] - values[0] == 3 * (768 + 1)
 
 

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_configs import recipe_script
 
 from hf_devft.cli.arguments import parse_arguments
+from hf_devft.cli.recipe import make_trainer
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "devft.py"
@@ -136,9 +136,8 @@ def test_two_processes_that_are_told_to_stop_end_the_same_round(tmp_path):
 
 def in_process(folder, *flags):
     """The trainer that the recipe makes."""
-    return recipe_script.make_trainer(
-        *parse_arguments([*SHORT, *flags, "--output_dir", str(folder)], recipe_script.QUICKSTART)
-    )
+    quickstart = RECIPE.parent / "configs" / "quickstart.yaml"
+    return make_trainer(*parse_arguments([*SHORT, *flags, "--output_dir", str(folder)], quickstart))
 
 
 def test_stages_that_end_themselves(tmp_path):

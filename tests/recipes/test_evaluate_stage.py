@@ -1,22 +1,17 @@
 """Public benchmarks of a stage by the recipe, on a local task."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from test_benchmarks import local_tasks, run  # noqa: F401 (fixtures)
 
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate_stage.py"
-spec = importlib.util.spec_from_file_location("evaluate_recipe", RECIPE)
-recipe = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(recipe)
+from hf_devft.cli.evaluate import EvaluationArguments
+from hf_devft.cli.evaluate import evaluate as measure
 
 
 def evaluate(**options) -> None:
-    recipe.main(recipe.EvaluationArguments(**options))
+    measure(EvaluationArguments(**options))
 
 
 def test_scores_and_answers_of_a_stage(run, local_tasks, tmp_path, capsys):  # noqa: F811

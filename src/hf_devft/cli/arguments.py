@@ -212,7 +212,8 @@ def _read_yaml(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"the config {path} cannot be read: {error}") from error
+        known = "" if path.exists() else f" It is no packaged one, either: {', '.join(packaged_configs())}."
+        raise ValueError(f"the config {path} cannot be read: {error}.{known}") from error
     if not isinstance(values, dict):
         raise ValueError(f"the config {path} must be a mapping of keys to values, not a {type(values).__name__}.")
     return values

@@ -8,7 +8,7 @@ from hf_devft.cli.arguments import packaged_configs
 _GROUPS = {
     "data and model": {
         "model_name_or_path": 'Hub name, folder, .gguf file, or "embedded"',
-        "train_file": "JSON(L), CSV, Parquet, text; of several, each a client",
+        "train_file": "JSON(L), CSV, text, ...; of several, each a client",
         "dataset_name": "datasets of the Hub, or folders",
         "eval_file": "files to evaluate on; default: 10 % of the rows",
     },

@@ -49,17 +49,6 @@ def attach_adapter(base: PreTrainedModel, config: PeftConfig, state: State, grow
     return model
 
 
-def freeze_inputs(base: PreTrainedModel) -> None:
-    """Undo, in place, that the embeddings' output requires a gradient, as transformers and PEFT set it for activation
-    checkpointing. Only its reentrant kind needs that; otherwise all layers below the adapter would be kept, computed
-    again and gone back through, for nothing."""
-    base.disable_input_require_grads()
-    hooks = base.get_input_embeddings()._forward_hooks  # those of the model that this one is made from
-    for number, hook in list(hooks.items()):
-        if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
-            del hooks[number]
-
-
 def chooses_layers(config: PeftConfig | None) -> bool:
     """Whether an adapter is for some layers only."""
     return getattr(config, "layers_to_transform", None) is not None

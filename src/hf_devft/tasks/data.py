@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_devft.tasks.metrics import IGNORED
@@ -135,7 +135,20 @@ def _joined(datasets: dict[str, Dataset], to_columns: Callable[[Dataset], Datase
             f"the datasets have no column in common ({'; '.join(', '.join(d.column_names) for d in converted)}): "
             "convert them to one format."
         )
-    return concatenate_datasets([dataset.select_columns(shared) for dataset in converted])
+    return concatenate_datasets(_aligned([dataset.select_columns(shared) for dataset in converted]))
+
+
+def _aligned(datasets: list[Dataset]) -> list[Dataset]:
+    """Datasets of the same columns, with text where their types differ: files are read with types of their own."""
+    text = [
+        name
+        for name, kind in datasets[0].features.items()
+        if isinstance(kind, Value) and any(dataset.features[name] != kind for dataset in datasets)
+    ]
+    return [
+        dataset.cast(Features({**dataset.features, **dict.fromkeys(text, Value("string"))})) if text else dataset
+        for dataset in datasets
+    ]
 
 
 def tokenize(

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_devft.models.adapter import adapter_state, detach_adapter, freeze_inputs
+from hf_devft.models.adapter import adapter_state, detach_adapter
 from hf_devft.models.counted_logits import count_logits
 from hf_devft.models.engines import Engine, make_engine, shard
 from hf_devft.models.residual import PatchedBaseWeights
@@ -47,9 +47,7 @@ class ModelInUse:
         before = trainer.model, trainer.optimizer
         trainer.prepare_model_in_use(model)
         hooks = self.count_logits(model.get_base_model())
-        checkpointing = trainer.args.activation_checkpointing_kwargs or {}
-        if trainer.args.activation_checkpointing and not checkpointing.get("use_reentrant"):
-            freeze_inputs(model.get_base_model())
+        self._freeze_inputs(model.get_base_model())
         trainer.model, trainer.optimizer = model, None  # which the optimiser is made for
         try:
             return make_engine(
@@ -62,6 +60,13 @@ class ModelInUse:
             )
         finally:
             trainer.model, trainer.optimizer = before
+
+    def _freeze_inputs(self, base: PreTrainedModel) -> None:
+        """Undo that the embeddings' output requires a gradient, as transformers and PEFT set it for activation
+        checkpointing. Only its reentrant kind needs that; otherwise all layers below the adapter would be kept,
+        computed again and gone back through, for nothing."""
+        if not (self._trainer.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            base.disable_input_require_grads()
 
     def count_logits(self, base: PreTrainedModel) -> list[RemovableHandle]:
         """Have a model leave out the logits that nobody reads, where loss and metrics are the usual ones; returns the
@@ -109,6 +114,7 @@ class ModelInUse:
         self.is_whole = False
         if self.base is None:
             self.base = detach_adapter(trainer.model)
+            self._freeze_inputs(self.base)  # submodels would have it, too
             if self._patched is not None:
                 self._patched.close()
             shard(trainer.accelerator, trainer.args, self.base)

@@ -1,0 +1,72 @@
+"""The command `devft`, in this process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_devft.__main__ import app
+from hf_devft.cli.arguments import find_config, packaged_configs, parse_arguments
+from hf_devft.run.comparison import Point, common_loss, reached
+
+
+CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
+ROWS = "question,answer\n" + "".join(f"{n}+1?,{n + 1}\n" for n in range(20))
+SHORT = "--stage_layers 4 16 --stage_rounds 1 --local_steps 1 --per_device_train_batch_size 4".split()
+
+
+def run(*command, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [*map(str, command)])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def test_the_help_is_one_screen_and_does_not_wait_for_torch():
+    code = "import sys; from hf_devft.__main__ import app; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for command in ([], ["train"], ["plan"], ["federation"]):
+        lines = run(*command, "--help").splitlines()
+        assert len(lines) < 50
+        assert all(len(line) <= 80 for line in lines), [line for line in lines if len(line) > 80]
+    assert "--warmup_steps" in run("train", "--help-all")
+
+
+def test_every_recipe_is_a_packaged_config():
+    assert packaged_configs() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    assert find_config("fedit").read_text() == (CONFIGS / "fedit.yaml").read_text()
+    with pytest.raises(ValueError, match=r"the config nothing cannot be read.*quickstart"):
+        parse_arguments(["--config", "nothing"])
+
+
+def test_a_value_that_is_none_is_one_line():
+    assert run("train", "--learning_rate", "abc", code=1).count("\n") <= 1
+
+
+def test_files_of_ones_own_are_clients_and_are_compared(tmp_path, monkeypatch):
+    """JSONL beside CSV, a tenth held out; then another run of the same, and both side by side."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text(ROWS)
+    Path("b.jsonl").write_text("".join(json.dumps({"question": f"{n}?", "answer": str(n)}) + "\n" for n in range(20)))
+    recipe, args = parse_arguments(["--train_file", "a.csv", "b.jsonl"])
+    assert (args.partition, args.partition_column, recipe.eval_fraction) == ("natural", "source", 0.1)
+    for name, more in (("one", []), ("two", ["--wire_dtype", "int4"])):
+        run("train", "--train_file", "a.csv", "b.jsonl", "--output_dir", name, *SHORT, *more)
+    ledger = json.loads(Path("one/ledger.json").read_text())
+    assert {client for record in ledger for client in record["clients"]} == {"a", "b"}
+    card = Path("one/README.md").read_text()
+    assert "4 held-out rows" in card
+    said = run("compare", "one", "two", "--plot", "curves.png")
+    assert "one" in said
+    assert Path("curves.png").stat().st_size > 10_000
+    assert "error: compare needs two runs or more" in run("compare", "one", code=1)
+
+
+def test_runs_are_compared_at_a_loss_that_all_have_reached():
+    curves = [
+        [Point(loss, index, 10.0 * index, 0, 0) for index, loss in enumerate(run)] for run in ([3, 2, 1], [3, 2])
+    ]
+    assert common_loss(curves) == 2
+    assert reached(curves[0], 2).megabytes == 10
