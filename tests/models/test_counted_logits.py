@@ -119,6 +119,15 @@ def test_a_batch_without_labels_to_count_teaches_nothing(model):
     assert all(gradient.count_nonzero() == 0 for gradient in gradients.values())
 
 
+def test_a_pass_that_fails_leaves_nothing_behind(model):
+    count_logits(model)
+    inputs = batch()
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        model(input_ids=inputs["input_ids"] + 1000, labels=inputs["labels"])
+    del inputs["labels"]
+    assert model(**inputs).logits.shape == (4, 11, 64)
+
+
 def test_what_is_no_usual_decoder_is_left_alone():
     sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
     assert count_logits(T5ForConditionalGeneration(T5Config(**sizes))) == []

@@ -22,8 +22,8 @@ from transformers.utils import ModelOutput
 from hf_devft.tasks.metrics import IGNORED
 
 
-# Tokens x vocabulary that are held at a time, in float32 128 MiB and twice that with gradients (our choice: from here
-# on, larger pieces are no faster on a CPU).
+# Tokens x vocabulary that are held at a time: 128 MiB in float32, three times that with probabilities and gradient
+# (our choice).
 _PIECE = 2**25
 
 Tail = Callable[[torch.Tensor], torch.Tensor]  # hidden states, tokens x hidden size -> logits
@@ -69,13 +69,12 @@ def count_logits(base: PreTrainedModel, in_evaluation: bool = True) -> list[Remo
 def memory_of_loss(base: PreTrainedModel, tokens: int) -> tuple[int, int]:
     """Return the bytes that a training step's loss keeps, and those that it takes for a moment, in float32, where all
     of a batch's tokens count: hidden states and their gradient; a piece's logits, probabilities and gradient."""
-    config = base.config.get_text_config()
     piece = min(tokens, _tokens_a_piece(base))
-    return 4 * 2 * tokens * config.hidden_size, 4 * 3 * piece * config.vocab_size
+    return 4 * 2 * tokens * base.config.hidden_size, 4 * 3 * piece * base.config.vocab_size
 
 
 def _tokens_a_piece(base: PreTrainedModel) -> int:
-    return max(1, _PIECE // base.config.get_text_config().vocab_size)
+    return max(1, _PIECE // base.config.vocab_size)
 
 
 def counts_logits(base: PreTrainedModel) -> bool:
@@ -85,7 +84,8 @@ def counts_logits(base: PreTrainedModel) -> bool:
         isinstance(base, PreTrainedModel)
         and {"logits_to_keep", "labels"} <= parameters.keys()
         and not base.config.is_encoder_decoder
-        and not getattr(base.config.get_text_config(), "output_router_logits", False)  # whose loss has another part
+        and base.config.get_text_config() is base.config  # no images between the tokens
+        and not getattr(base.config, "output_router_logits", False)  # whose loss has another part
         and base.get_output_embeddings() is not None
         and base.get_decoder() is not base
     )
@@ -101,6 +101,7 @@ class _CountedLogits:
 
     def before(self, base: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Ask for the logits of the last token alone."""
+        self.labels = None  # of a pass that has failed
         if (
             kwargs.get("labels") is None
             or kwargs.get("shift_labels") is not None
