@@ -138,6 +138,16 @@ def test_nothing_is_measured_twice(make_trainer, eval_tasks):
     assert trainer.run.start_metrics["eval_full_loss"] == trainer.state.log_history[0]["eval_loss"]
 
 
+def test_whoever_has_the_trainers_model_gets_all_logits(make_trainer, eval_tasks):
+    trainer = make_trainer(eval_dataset=eval_tasks)
+    trainer.train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert trainer.model(input_ids=ids, labels=ids).logits.shape == (1, 4, trainer.model.config.vocab_size)
+    predicted = trainer.predict(trainer.eval_dataset).predictions
+    assert predicted.shape[0] == len(trainer.eval_dataset)
+    assert predicted.shape[-1] == trainer.model.config.vocab_size
+
+
 def test_rows_of_like_length_share_batches(make_trainer):
     random, grouped = (
         make_trainer(train_sampling_strategy=how, logging_steps=1) for how in ("random", "group_by_length")

@@ -44,13 +44,13 @@ class ScoredTokens(ModelOutput):
     nll: torch.Tensor | None = None
 
 
-def count_logits(base: PreTrainedModel, in_evaluation: bool = True) -> list[RemovableHandle]:
+def count_logits(base: PreTrainedModel, is_active: Callable[[], bool] = lambda: True) -> list[RemovableHandle]:
     """Make a decoder compute its logits only where labels count, when it is given labels: its output has the loss,
     and no logits; in evaluation mode, it is `ScoredTokens`.
 
     Args:
         base: the model, without its adapter's wrapper.
-        in_evaluation: whether in evaluation mode, too.
+        is_active: asked in every forward pass; where it says no, there are all logits.
 
     Returns:
         The hooks, to remove in the end; none where the model is no decoder of transformers' usual form, and computes
@@ -58,7 +58,7 @@ def count_logits(base: PreTrainedModel, in_evaluation: bool = True) -> list[Remo
     """
     if not counts_logits(base):
         return []
-    counted = _CountedLogits(base, in_evaluation)
+    counted = _CountedLogits(base, is_active)
     return [
         base.get_decoder().register_forward_hook(counted.after_decoder),
         base.register_forward_pre_hook(counted.before, with_kwargs=True),
@@ -94,8 +94,8 @@ def counts_logits(base: PreTrainedModel) -> bool:
 class _CountedLogits:
     """The hooks of one model, and what they pass on within one forward pass."""
 
-    def __init__(self, base: PreTrainedModel, in_evaluation: bool):
-        self.base, self.in_evaluation = base, in_evaluation
+    def __init__(self, base: PreTrainedModel, is_active: Callable[[], bool]):
+        self.base, self.is_active = base, is_active
         self.labels: torch.Tensor | None = None
         self.decoded: ModelOutput | None = None
 
@@ -106,7 +106,7 @@ class _CountedLogits:
             kwargs.get("labels") is None
             or kwargs.get("shift_labels") is not None
             or base.loss_function is not ForCausalLMLoss
-            or not (base.training or self.in_evaluation)
+            or not self.is_active()
         ):
             return None
         self.labels = kwargs["labels"]

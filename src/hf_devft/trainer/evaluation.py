@@ -1,6 +1,7 @@
 """The full model's evaluation at a stage's end, and metrics over several evaluation sets, such as the clients'."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,16 @@ def evaluation_share(args: DevFTConfig) -> tuple[int, int]:
     """(index, count) of processes that share what is evaluated: one, where all hold only a part of the model."""
     sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     return (0, 1) if sharded else (args.process_index, args.world_size)
+
+
+@contextmanager
+def each_batch_alone(args: DevFTConfig) -> Iterator[None]:
+    """Within this context, a batch's loss does not depend on the tokens that other processes evaluate at the time."""
+    averaging, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = averaging
 
 
 def evaluate_full_depth(trainer: FederatedTrainer, stage: int, known: Mapping[str, float]) -> dict[str, float]:

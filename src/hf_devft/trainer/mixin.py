@@ -1,5 +1,6 @@
 """`DevFTMixin`: stages -> rounds -> artifacts on top of any `Trainer` subclass, and nothing below that."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from hf_devft.run.progress import show_rounds
 from hf_devft.run.report import table_rows
 from hf_devft.run.tables import print_stages
 from hf_devft.trainer.active_stage import ActiveStage
-from hf_devft.trainer.evaluation import evaluate_full_depth, over_the_sets, submodel_metrics
+from hf_devft.trainer.evaluation import each_batch_alone, evaluate_full_depth, over_the_sets, submodel_metrics
 from hf_devft.trainer.interface import ClientLink
 from hf_devft.trainer.model_in_use import ModelInUse
 from hf_devft.trainer.preparation import (
@@ -278,11 +279,8 @@ class DevFTMixin(Base):
         """As `Trainer`'s, but a batch's loss never depends on what other processes evaluate at the time."""
         if self.run.active is None:
             self.models.use_whole(self.run)
-        averaging, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
-        try:
+        with each_batch_alone(self.args), self.models.evaluating(kwargs.get("prediction_loss_only")):
             return super().evaluation_loop(*args, **kwargs)
-        finally:
-            self.args.average_tokens_across_devices = averaging
 
     # --- logs and files -------------------------------------------------------------------------------------
 
@@ -385,6 +383,10 @@ class DevFTMixin(Base):
         """Make batches of the server's own rows, on the device."""
         rows = self._remove_unused_columns(rows, description="The server's texts")
         return map(self._prepare_inputs, DataLoader(rows, size, sampler=sampler, collate_fn=self.data_collator))
+
+    def leaving_logits_out(self) -> contextlib.AbstractContextManager:
+        """Return a context in which models leave out logits that the loss does not need."""
+        return self.models.leaving_logits_out()
 
     def clip_gradients(self, module: nn.Module) -> torch.Tensor | float | None:
         """Clip a module's gradients to `max_grad_norm`; returns their norm before."""

@@ -1,7 +1,7 @@
 """The model that a trainer trains or evaluates: a stage's submodel or the full model, and the base that they share."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 from peft import PeftModel
@@ -36,6 +36,7 @@ class ModelInUse:
 
     def __init__(self, trainer: FederatedTrainer, patched: PatchedBaseWeights | None):
         self._trainer, self._patched = trainer, patched
+        self._leaves_logits_out = False
         self.base: PreTrainedModel | None = None
         self.engine: Engine | None = None
         self.is_whole = not any(map(is_stored, trainer.model.parameters()))
@@ -46,7 +47,7 @@ class ModelInUse:
         trainer = self._trainer
         before = trainer.model, trainer.optimizer
         trainer.prepare_model_in_use(model)
-        hooks = self.count_logits(model.get_base_model())
+        hooks = self.count_logits(model.get_base_model(), lambda: self._leaves_logits_out)
         self._freeze_inputs(model.get_base_model())
         trainer.model, trainer.optimizer = model, None  # which the optimiser is made for
         try:
@@ -68,9 +69,9 @@ class ModelInUse:
         if not (self._trainer.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             base.disable_input_require_grads()
 
-    def count_logits(self, base: PreTrainedModel) -> list[RemovableHandle]:
-        """Have a model leave out the logits that nobody reads, where loss and metrics are the usual ones; returns the
-        hooks."""
+    def count_logits(self, base: PreTrainedModel, is_active: Callable[[], bool]) -> list[RemovableHandle]:
+        """Have a model leave out the logits that the loss does not need, while `is_active`, where the loss is the
+        usual one; returns the hooks."""
         trainer = self._trainer
         if (
             is_overridden(trainer, "compute_loss")
@@ -81,9 +82,26 @@ class ModelInUse:
             or is_deepspeed_zero3_enabled()  # the output embeddings are there for one call of the whole model
         ):
             return []
-        reads_logits = trainer.compute_metrics and trainer.preprocess_logits_for_metrics is not reduce_logits
-        in_evaluation = not (reads_logits or is_overridden(trainer, "prediction_step"))
-        return count_logits(base, in_evaluation)
+        return count_logits(base, is_active)
+
+    def evaluating(self, prediction_loss_only: bool | None) -> AbstractContextManager:
+        """Return the context of an evaluation: all logits are computed for what `predict` returns, and for metrics of
+        one's own."""
+        trainer = self._trainer
+        loss_only = prediction_loss_only or trainer.args.prediction_loss_only
+        reduced = trainer.preprocess_logits_for_metrics is reduce_logits
+        if (loss_only or reduced) and not is_overridden(trainer, "prediction_step"):
+            return self.leaving_logits_out()
+        return nullcontext()
+
+    @contextmanager
+    def leaving_logits_out(self) -> Iterator[None]:
+        """Within this context, models leave out the logits that the loss does not need."""
+        before, self._leaves_logits_out = self._leaves_logits_out, True
+        try:
+            yield
+        finally:
+            self._leaves_logits_out = before
 
     def use(self, engine: Engine) -> None:
         """Make an engine's model the one that is trained and evaluated."""

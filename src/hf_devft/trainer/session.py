@@ -186,7 +186,7 @@ class TrainingSession:
                 calibration=CalibrationLoss(
                     lambda: trainer.server_batches(rows, args.eval_batch_size),
                     trainer.compute_loss,
-                    self.models.count_logits,
+                    lambda base: self.models.count_logits(base, lambda: True),
                     self.autocast,
                     args.device,
                     args.process_index,

@@ -34,6 +34,10 @@ class TrainingHooks(Protocol):
         """Clip the gradients of a module's parameters to `max_grad_norm`; returns their norm before."""
         ...
 
+    def leaving_logits_out(self) -> AbstractContextManager:
+        """Return a context in which models leave out the logits that the loss does not need."""
+        ...
+
 
 class TrainableModel(Protocol):
     """A model whose adapter is trained; see `hf_devft.models.engines.Engine`.

@@ -37,7 +37,7 @@ class LocalTraining:
     def __call__(self, engine: TrainableModel, batches: Iterator[Any], tap: GradientTap | None = None) -> LocalResult:
         """Train `engine`'s adapter with its optimiser, which must be fresh; `tap` is entered, where gradients are
         tapped."""
-        with _in_training(engine.model):
+        with _in_training(engine.model), self.hooks.leaving_logits_out():
             return self._take_steps(engine, batches, tap)
 
     def _take_steps(self, engine: TrainableModel, batches: Iterator[Any], tap: GradientTap | None) -> LocalResult:
