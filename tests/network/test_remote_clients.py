@@ -2,12 +2,15 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ANCHORS, CopyAtSaves, lora, tiny_llama
 from flwr.app import ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
 from loopback import Loopback
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -15,7 +18,7 @@ from transformers import TrainerCallback
 from hf_devft.federation.rounds import QuorumError
 from hf_devft.network.messages import TRAINED, refusal
 from hf_devft.network.participant import Participant
-from hf_devft.network.remote_clients import RemoteClients
+from hf_devft.network.remote_clients import RemoteClients, in_order
 
 
 METHODS = {
@@ -425,3 +428,21 @@ def test_runs_do_not_mix_what_clients_keep(remote_run, participants, simulated, 
     assert_same(adapters(tmp_path / "run"), simulated(**STATEFUL))
     runs = {path.name.split("-client-")[0] for path in (tmp_path / "nodes").glob("*/state/*")}
     assert len(runs) == 2
+
+
+@given(arrival=st.permutations(range(5)))
+def test_answers_are_added_up_in_the_order_of_the_messages(arrival):
+    """However they arrive, and each as soon as those before it are there: a sum of three is rounded by its order."""
+    messages = [SimpleNamespace(client=client) for client in range(5)]
+    arrived = []
+
+    def answers():
+        for client in arrival:
+            arrived.append(client)
+            yield messages[client], f"of {client}"
+
+    for message, answer in (ordered := in_order(messages, answers())):
+        assert answer == f"of {message.client}"
+        assert set(range(message.client + 1)) <= set(arrived)
+    assert list(ordered) == []
+    assert [message.client for message, _ in in_order(messages, answers())] == list(range(5))

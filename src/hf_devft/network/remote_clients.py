@@ -3,7 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -203,7 +204,7 @@ class RemoteClients:
         if self._run.args.secure_aggregation:
             yield from sum_securely(self, asked, learning_rate)
         else:
-            yield from self._ask_openly(asked, learning_rate)
+            yield from in_order(list(asked.values()), self._ask_openly(asked, learning_rate))
 
     def _ask_openly(self, asked: dict[int, ToClient], learning_rate: float) -> Iterator[tuple[ToClient, Answer]]:
         started = time.monotonic()
@@ -318,3 +319,16 @@ class RemoteClients:
 def _size(content: RecordDict) -> int:
     """Bytes of a message's content, as Flower sends it."""
     return sum(len(record.deflate()) for record in content.values())
+
+
+def in_order(
+    messages: Sequence[ToClient], answers: Iterable[tuple[ToClient, Answer]]
+) -> Iterator[tuple[ToClient, Answer]]:
+    """Give answers in the order of the messages, however they arrive: a sum has the same rounding in every run. One
+    that is early waits for those before it."""
+    early: dict[int, tuple[ToClient, Answer]] = {}
+    left = deque(message.client for message in messages)
+    for message, answer in answers:
+        early[message.client] = message, answer
+        while left and left[0] in early:
+            yield early.pop(left.popleft())
