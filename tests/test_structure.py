@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from configparser import ConfigParser
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -193,6 +194,14 @@ def test_nothing_is_too_long(path):
             lines = node.end_lineno - node.lineno + 1
             limit = LONGEST_CLASS if isinstance(node, ast.ClassDef) else LONGEST_FUNCTION
             assert lines <= limit, f"{node.name} has {lines} lines"
+
+
+def test_every_package_is_in_the_wheel():
+    """`packages` lists them, as the configs stand in another folder, where no search finds them."""
+    config = ConfigParser()
+    config.read(ROOT.parents[1] / "setup.cfg")
+    listed = config["options"]["packages"].split()
+    assert sorted(listed) == sorted([*map(name_of, ROOT.rglob("__init__.py")), "hf_devft.configs"])
 
 
 def test_the_listing_is_short():

@@ -42,7 +42,10 @@ def test_every_recipe_is_a_packaged_config():
 
 
 def test_a_value_that_is_none_is_one_line():
-    assert run("train", "--learning_rate", "abc", code=1).count("\n") <= 1
+    said = run("train", "--learning_rate", "abc", code=1)
+    assert said.count("\n") <= 1
+    assert said.startswith("error: argument --learning_rate")
+    assert "'abc'" in said
 
 
 def test_files_of_ones_own_are_clients_and_are_compared(tmp_path, monkeypatch):

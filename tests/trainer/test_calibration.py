@@ -1,7 +1,6 @@
 """Losses without a layer: those of the models that one would build for it, each measured once."""
 
 import contextlib
-from itertools import chain
 
 import pytest
 import torch
@@ -35,9 +34,11 @@ def calibration(measured: list, prepare=count_logits) -> CalibrationLoss:
     return CalibrationLoss(batches, loss, prepare, contextlib.nullcontext, torch.device("cpu"), 0, 1)
 
 
-@pytest.mark.parametrize("make", [pytest.param("llama", id="one-stack"), pytest.param("t5", id="two-stacks")])
-def test_losses_are_those_of_the_models_without_a_layer(make):
-    base, stack = (tiny_t5(), "decoder") if make == "t5" else (tiny_model("gemma2"), None)
+@pytest.mark.parametrize(
+    ("make", "stack"), [(lambda: tiny_model("gemma2"), None), (tiny_t5, "decoder")], ids=["one-stack", "two-stacks"]
+)
+def test_losses_are_those_of_the_models_without_a_layer(make, stack):
+    base = make()
     builder = SubmodelBuilder(base, stack, None)
     layers, measured = list(range(len(builder.stack))), []
     losses_without = calibration(measured).of(builder)
@@ -62,4 +63,4 @@ def test_layers_below_are_computed_once():
             layer.register_forward_hook(lambda *_: computed.append(1))
 
     calibration([], watch).of(builder)(list(range(6)), list(range(1, 6)))
-    assert sum(chain(computed)) == 2 * (6 + 4 + 3 + 2 + 1 + 1)
+    assert len(computed) == 2 * (6 + 4 + 3 + 2 + 1 + 1)

@@ -149,11 +149,11 @@ def test_whoever_has_the_trainers_model_gets_all_logits(make_trainer, eval_tasks
 
 
 def test_rows_of_like_length_share_batches(make_trainer):
-    random, grouped = (
-        make_trainer(train_sampling_strategy=how, logging_steps=1) for how in ("random", "group_by_length")
-    )
-    random.train(), grouped.train()
-    losses = [[r.loss for r in trainer.ledger.rounds] for trainer in (random, grouped)]
+    losses = []
+    for strategy in ("random", "group_by_length"):
+        trainer = make_trainer(train_sampling_strategy=strategy)
+        trainer.train()
+        losses.append([record.loss for record in trainer.ledger.rounds])
     assert losses[0] != losses[1]
     with pytest.raises(ValueError, match=r"train_sampling_strategy='sequential' is unknown.*random, group_by_length"):
         make_trainer(train_sampling_strategy="sequential")

@@ -35,17 +35,17 @@ def contents(output: Path) -> dict:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
-def test_kills_leave_no_trace(tmp_path):
+def test_twenty_kills_leave_no_trace(tmp_path):
     """`tests/kills.py` has more, also on several processes and over a network."""
     script = Path(__file__).with_name("killed.py")
     result = subprocess.run(
-        [sys.executable, script, tmp_path, "8", "0"],
+        [sys.executable, script, tmp_path, "20", "0"],
         capture_output=True, text=True, timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout.splitlines()[-1])
-    assert seen["kills"] == 8
+    assert seen["kills"] == 20
     whole = contents(tmp_path / "whole")
     assert len(whole["adapters"]) == 1 + 3 * 2
     for number in range(seen["runs"]):

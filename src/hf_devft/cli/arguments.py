@@ -21,7 +21,6 @@ from hf_devft.tasks import TASKS
 
 
 _CONFIGS = importlib.resources.files("hf_devft.configs")
-OWN_DATA = "own_data.yaml"
 # Trainer -> what the names of its class and its config begin with.
 TRAINERS = {"devft": "DevFT", "sft": "DevFTSFT", "dpo": "DevFTDPO"}
 
@@ -157,8 +156,8 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
         ValueError: an unreadable file or an unknown key, with the nearest known one; bad values as `DevFTConfig` says.
     """
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    has_data = any(word.split("=")[0] in ("--train_file", "--dataset_name") for word in argv)
-    config = default_config or Path(str(_CONFIGS / (OWN_DATA if has_data else "quickstart.yaml")))
+    has_data = _value_of("train_file", argv) or _value_of("dataset_name", argv)
+    config = default_config or _packaged("own_data" if has_data else "quickstart")
     if "--config" in argv:
         position = argv.index("--config")
         if position + 1 == len(argv):
@@ -183,7 +182,8 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
     namespace, rest = parser.parse_known_args(argv)
     _refuse_unknown([word.removeprefix("--") for word in rest], known, "the command line")
     given = vars(namespace)
-    if config.name == OWN_DATA and _value_of("partition", argv) is None and len(given["train_file"] or []) > 1:
+    chosen = "partition" in values or _value_of("partition", argv) is not None
+    if config.stem == "own_data" and not chosen and len(given["train_file"] or []) > 1:
         given |= {"partition": "natural", "partition_column": "source"}  # a file, a client
     return tuple(
         kind(**{item.name: given[item.name] for item in fields(kind) if item.init and item.name in given})
@@ -204,8 +204,12 @@ def packaged_configs() -> list[str]:
 
 def find_config(name: str) -> Path:
     """Find a config by its path, or its name among the packaged ones."""
-    packaged = Path(str(_CONFIGS / f"{name}.yaml"))
+    packaged = _packaged(name)
     return packaged if not Path(name).exists() and packaged.is_file() else Path(name)
+
+
+def _packaged(name: str) -> Path:
+    return Path(str(_CONFIGS / f"{name}.yaml"))
 
 
 def _read_yaml(path: Path) -> dict:

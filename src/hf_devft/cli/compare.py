@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hf_devft.run.comparison import common_loss, plot_curves, reached, read_curve
+from hf_devft.run.comparison import common_loss, reached, read_curve
+from hf_devft.run.plots import plot_curves
 from hf_devft.run.tables import make_table
 
 

@@ -44,8 +44,8 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
             train, evaluation = _held_out(train, recipe.eval_fraction, args.seed)
         if calibration is not None or not asked:
             return train, evaluation, calibration
-        parts = train.train_test_split(test_size=args.calibration_samples, seed=args.seed)
-        return parts["train"], evaluation, parts["test"]
+        train, calibration = _split(train, args.calibration_samples, args.seed)
+        return train, evaluation, calibration
     made_up = (
         task_dataset(recipe.task_rows, recipe.task_families, seed=args.seed),
         _made_up_evaluation(recipe),
@@ -66,6 +66,11 @@ def _held_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
             f"eval_fraction={fraction} of {len(rows)} rows leaves none to {'train' if count else 'evaluate'} on: give "
             "more rows, another part, or an `eval_file`; 0 evaluates nothing, with `eval_strategy: no`."
         )
+    return _split(rows, count, seed)
+
+
+def _split(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
+    """(the others, `count` rows)."""
     parts = rows.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"]
 

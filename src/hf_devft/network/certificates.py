@@ -1,7 +1,7 @@
 """Makes a certificate authority, the SuperLink's certificate, and keys of nodes.
 
-    python -m hf_devft.network.certificates --hosts 10.0.0.1 superlink.example.org    # where the SuperLink runs
-    python -m hf_devft.network.certificates --nodes hospital-a                        # where the node runs
+    devft federation certificates --hosts 10.0.0.1 superlink.example.org    # where the SuperLink runs
+    devft federation certificates --nodes hospital-a                        # where the node runs
 
 The first writes `ca.crt`, which every node gets, and `server.crt` and `server.key`, which stay with the SuperLink; the
 authority's own key, `ca.key`, signs further certificates. The second writes `hospital-a.key`, which stays there, and

@@ -1,6 +1,6 @@
 """A participant's node: a process that stays, with the base and the stage's submodel in its memory.
 
-    python -m hf_devft.network.node --name hospital-a --train_file data.jsonl --superlink 10.0.0.1:8000 \\
+    devft federation node --name hospital-a --train_file data.jsonl --superlink 10.0.0.1:8000 \\
         --root_certificates certificates/ca.crt --private_key certificates/hospital-a.key
 
 It speaks to Flower's SuperLink as a SuperNode does, by the same code. Flower's own SuperNode asks for messages every
@@ -131,7 +131,7 @@ class ConnectionArguments:
         if not self.insecure and (self.root_certificates is None or self.private_key is None):
             raise ValueError(
                 "a node needs root_certificates, by which it knows the SuperLink, and its private_key "
-                "(`python -m hf_devft.network.certificates` makes them); --insecure goes without, for trials."
+                "(`devft federation certificates` makes them); --insecure goes without, for trials."
             )
 
     @property

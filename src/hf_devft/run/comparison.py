@@ -1,10 +1,9 @@
 """Runs side by side: what each took until a loss that all of them reached."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -70,16 +69,3 @@ def common_loss(curves: Sequence[Sequence[Point]]) -> float:
 def reached(curve: Sequence[Point], loss: float) -> Point:
     """Return the first point of a curve at or below a loss that it reaches."""
     return next(point for point in curve if point.loss <= loss)
-
-
-def plot_curves(curves: Mapping[str, Sequence[Point]], loss: float) -> Figure:
-    """Plot loss against megabytes sent, a line for each run, and the loss that they are compared at."""
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.add_subplot()
-    for name, curve in curves.items():
-        axes.plot([point.megabytes for point in curve], [point.loss for point in curve], marker=".", lw=2, label=name)
-    axes.axhline(loss, color="0.5", lw=1, ls="--", label=f"loss {loss:.3f}")
-    axes.set(xlabel="MB sent (adapters, both ways)", ylabel="evaluation loss at full depth")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    return figure

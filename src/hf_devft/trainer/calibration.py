@@ -49,12 +49,11 @@ class CalibrationLoss:
         whole = cache(lambda: builder.whole().to(self._device))
 
         def losses_without(kept: Sequence[int], candidates: Sequence[int]) -> list[float]:
-            keys = [tuple(layer for layer in kept if layer != candidate) for candidate in candidates]
-            new = [candidate for candidate, key in zip(candidates, keys, strict=True) if key not in self._known]
-            if new:
-                measured = iter(self._measure(whole(), builder.stack, kept, new))
-                self._known |= {key: next(measured) for key in keys if key not in self._known}
-            return [self._known[key] for key in keys]
+            keys = {each: tuple(layer for layer in kept if layer != each) for each in candidates}
+            if new := [each for each, key in keys.items() if key not in self._known]:
+                losses = self._measure(whole(), builder.stack, kept, new)
+                self._known |= {keys[each]: loss for each, loss in zip(new, losses, strict=True)}
+            return [self._known[key] for key in keys.values()]
 
         return losses_without
 
@@ -74,7 +73,8 @@ class CalibrationLoss:
         for index, batch in enumerate(self._batches()):
             if index % self._count == self._index:
                 with self._autocast():
-                    self._loss(model, batch)  # fills `inputs`
+                    if goes_on:
+                        self._loss(model, batch)  # fills `inputs`
                     losses[index] = [self._loss(end, batch).item() for end in models]
         parts = gather_object([losses]) if self._count > 1 else [losses]
         return np.mean([loss for _, loss in sorted(item for part in parts for item in part.items())], axis=0).tolist()

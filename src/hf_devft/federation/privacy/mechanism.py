@@ -78,8 +78,8 @@ class ClientPrivacy:
         """Scale a client's update down to C, and cut it to the grid, towards 0."""
         norm, bound = update.norm().item(), self.clipping_norm
         self._within += (norm <= bound) - 0.5
-        scaled = update * min(1.0, bound / norm) if norm > 0 else update
-        return (scaled / self.grid).trunc() * self.grid
+        scaled, grid = update * min(1.0, bound / norm) if norm > 0 else update, self.grid
+        return (scaled / grid).trunc() * grid
 
     def merge(self, add_up: Callable[[torch.Tensor], None], device: torch.device) -> None:
         """Put the processes' counts together."""
@@ -89,8 +89,8 @@ class ClientPrivacy:
 
     def end_round(self, method: FederatedMethod, round_index: int) -> None:
         """Add the noise to a method's sums, after its `merge`, and adapt C; the same on all processes."""
-        bound = self.clipping_norm
-        method.sums.copy_((method.sums / self.grid).round() * self.grid)  # the same on any number of processes
+        bound, grid = self.clipping_norm, self.grid
+        method.sums.copy_((method.sums / grid).round() * grid)  # the same on any number of processes
         generator = self._generator(round_index, method.sums)
         count = method.num_sent_values
         noise = torch.randn(count, generator=generator, dtype=torch.float64) * self._update_noise * bound
