@@ -24,6 +24,8 @@ import psutil  # noqa: E402
 from conftest import tiny_llama  # noqa: E402
 from killed import OPTIONS  # noqa: E402
 from killed import main as kill_forks  # noqa: E402
+from launching import environment  # noqa: E402
+from server_apps import kill_server_apps  # noqa: E402
 from test_recovery import contents  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
@@ -35,11 +37,13 @@ from hf_devft.network.local import LocalFederation, local_federation  # noqa: E4
 LAUNCHED = HERE / "trainer" / "launched.py"
 RECIPE = HERE.parent / "recipes" / "federation"
 NODES = ("org-a", "org-b", "org-c")
-# Every client is needed, so that a node that is gone stops the run, which is gone on with when it is back.
+# Every client is needed and no round is tried again, so that a node that is gone stops the run, which is gone on with
+# when it is back: a second attempt is another round than the one of the run that is left alone, and in the ledger.
 NETWORK = OPTIONS | {
     "stage_layers": [2, 4],
     "clients_per_round": 3,
     "round_quorum": 3,
+    "round_retries": 0,
     "local_steps": 2,
     "per_device_train_batch_size": 4,
     "federated_method": "scaffold",
@@ -53,7 +57,6 @@ NETWORK = OPTIONS | {
 
 def kill_processes(folder: Path, kills: int, rng: random.Random) -> int:
     """Kill a random one of two processes or their launcher, and what is left of the run; returns how many runs."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{LAUNCHED.parent}{os.pathsep}{HERE}"}
     config = HERE.parent / "recipes" / "accelerate" / "cpu-2.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
 
@@ -61,7 +64,8 @@ def kill_processes(folder: Path, kills: int, rng: random.Random) -> int:
         options = json.dumps(OPTIONS | {"output_dir": str(output)})
         return subprocess.Popen(
             [sys.executable, *launcher, LAUNCHED, options],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            env=environment(LAUNCHED.parent, HERE), start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
     def kill(run: subprocess.Popen) -> None:
@@ -93,7 +97,7 @@ def kill_a_federation(folder: Path, kills: int, rng: random.Random) -> int:
         def kill(run: subprocess.Popen) -> None:
             victim = rng.choice(["server", *NODES])
             if victim == "server":
-                _kill_servers(federation)
+                kill_server_apps(federation)
                 run.kill()
             else:
                 federation.stop(victim, signal.SIGKILL)
@@ -157,13 +161,6 @@ def _start_node(federation: LocalFederation, name: str) -> None:
     folder = federation.folder
     files = ["--train_file", f"{folder}/{name}.jsonl", "--output_dir", f"{folder}/node-{name}"]
     federation.start_node(name, [*files, "--model_name_or_path", f"{folder}/base", "--use_cpu", "true"])
-
-
-def _kill_servers(federation: LocalFederation) -> None:
-    """Kill the app of the run under way; the SuperLink and the nodes stay."""
-    for each in psutil.Process(federation.processes["superlink"].pid).children(recursive=True):
-        if "flwr-serverapp" in " ".join(each.cmdline()):
-            each.kill()
 
 
 def main() -> None:

@@ -6,11 +6,11 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from conftest import tiny_llama
 from safetensors.torch import load_file
+from server_apps import kill_server_apps
 
 from hf_devft import DevFTTrainer
 from hf_devft.cli.arguments import parse_arguments
@@ -121,11 +121,7 @@ def test_nothing_of_the_rows_is_at_the_superlink(whole, place, tasks):
 
 
 def kill_server(run, place):
-    """Kill a run's server app; the SuperLink and the nodes stay."""
-    superlink = psutil.Process(place.processes["superlink"].pid)
-    for each in superlink.children(recursive=True):
-        if "flwr-serverapp" in " ".join(each.cmdline()):
-            each.kill()
+    kill_server_apps(place)
     run.kill()
 
 

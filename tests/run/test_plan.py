@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +6,7 @@ from pathlib import Path
 import pytest
 from accelerate import init_empty_weights
 from conftest import config, lora
+from launching import environment
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_devft.federation.partition import ClientData
@@ -87,9 +87,8 @@ def test_what_healing_takes_of_the_server_is_planned(make_trainer):
 def test_memory_is_what_a_run_takes(who, options):
     command = [sys.executable, Path(__file__).parent / "planned_memory.py", json.dumps(options)]
     # So that glibc gives freed memory back: its heap may otherwise hold twice what the tensors need.
-    tests = str(Path(__file__).parents[1])
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1", "PYTHONPATH": tests}
-    output = subprocess.check_output(command, env=environment, text=True, timeout=300)
+    variables = environment(Path(__file__).parents[1], MALLOC_MMAP_THRESHOLD_="1000000")
+    output = subprocess.check_output(command, env=variables, text=True, timeout=300)
     for planned, measured in json.loads(output.splitlines()[-1])[who]:
         assert planned == pytest.approx(measured, rel=0.2)
 

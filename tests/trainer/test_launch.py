@@ -6,7 +6,6 @@ agree to the rounding of single precision, which Adam's division makes larger wh
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from launching import environment
 from safetensors.torch import load_file
 
 from hf_devft import StageConfig
@@ -41,8 +41,7 @@ def run(command: list, options: dict, script: Path = SCRIPT) -> subprocess.Compl
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (SCRIPT.parent, SCRIPT.parents[1])))},
+        env=environment(SCRIPT.parent, SCRIPT.parents[1]),
     )
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import environment
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -41,7 +42,7 @@ def test_twenty_kills_leave_no_trace(tmp_path):
     result = subprocess.run(
         [sys.executable, script, tmp_path, "20", "0"],
         capture_output=True, text=True, timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])},
+        env=environment(script.parents[1]),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout.splitlines()[-1])
