@@ -15,6 +15,7 @@ import datasets
 from hf_devft.embedded import task_dataset
 from hf_devft.federation.partition import partition_dataset
 from hf_devft.network.local import LocalFederation, local_federation
+from hf_devft.network.server_app import TRAFFIC_NAME
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -56,7 +57,8 @@ def main() -> None:
         for line in run.stdout:
             if (text := re.sub(r"\x1b\[\d+m", "", line).rstrip()) and not text.startswith("INFO :"):
                 print(text)
-        if run.wait():
+        run.wait()  # Flower's command ends well, however its run ends
+        if not (federation.folder / "run" / TRAFFIC_NAME).exists():
             raise SystemExit(f"the run failed; all that was said is in {federation.folder}/*.log")
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from transformers import AutoTokenizer  # noqa: E402
 from hf_devft.configuration.stage_folder import FEDERATION  # noqa: E402
 from hf_devft.embedded import BASE_PATH, task_dataset  # noqa: E402
 from hf_devft.network.local import LocalFederation, local_federation  # noqa: E402
+from hf_devft.network.server_app import TRAFFIC_NAME  # noqa: E402
 
 
 LAUNCHED = HERE / "trainer" / "launched.py"
@@ -90,6 +92,14 @@ def kill_a_federation(folder: Path, kills: int, rng: random.Random) -> int:
             rows.select_columns(["prompt", "completion"]).to_json(federation.folder / f"{name}.jsonl")
             _start_node(federation, name)
 
+        def stay() -> None:
+            """Start again what the SuperLink did not admit, as it had not noticed that the node before was dead."""
+            while not ended.wait(2.0):
+                for name in NODES:
+                    process = federation.processes.get(name)
+                    if process is not None and process.poll() is not None:
+                        _start_node(federation, name)
+
         def start(output: Path) -> subprocess.Popen:
             options = {"config": str(config), "clients": " ".join(NODES), "timeout": 20.0}
             return federation.run(RECIPE, options | {"overrides": f"--output_dir {output}"})
@@ -104,7 +114,15 @@ def kill_a_federation(folder: Path, kills: int, rng: random.Random) -> int:
                 _start_node(federation, victim)
             run.communicate()  # a run that misses a node ends by itself
 
-        return _kill_and_go_on(folder, kills, rng, start, kill)
+        ended = threading.Event()
+        supervisor = threading.Thread(target=stay)
+        supervisor.start()
+        try:
+            # Flower's command ends well, however its run ends.
+            return _kill_and_go_on(folder, kills, rng, start, kill, lambda output: (output / TRAFFIC_NAME).exists())
+        finally:
+            ended.set()
+            supervisor.join()
 
 
 def _kill_and_go_on(
@@ -113,13 +131,19 @@ def _kill_and_go_on(
     rng: random.Random,
     start: Callable[[Path], subprocess.Popen],
     kill: Callable[[subprocess.Popen], None],
+    has_ended: Callable[[Path], bool] = Path.exists,
 ) -> int:
-    """Kill runs until `kills` have met one that was under way; all must end as the one that was left alone."""
+    """Kill runs until `kills` have met one that was under way; all must end as the one that was left alone.
+
+    Args:
+        has_ended: (output folder) -> whether a run has, whose process has said that all is well.
+    """
     begun = time.monotonic()
     whole = start(folder / "whole")
     whole.communicate()
     assert whole.returncode == 0, "the run that is left alone failed"
-    duration, runs, killed = time.monotonic() - begun, 0, 0
+    assert has_ended(folder / "whole"), "the run that is left alone failed"
+    duration, runs, killed, failures = time.monotonic() - begun, 0, 0, 0
     while killed < kills:
         output, runs = folder / f"run-{runs}", runs + 1
         while True:
@@ -129,12 +153,13 @@ def _kill_and_go_on(
             except subprocess.TimeoutExpired:
                 kill(run)
                 killed += 1
-                print(f"{killed} kills, {runs} runs", end="\r", file=sys.stderr)
+                print(f"{killed} kills, {runs} runs", end="\r", file=sys.stderr, flush=True)
                 continue
             run.communicate()
-            if run.returncode == 0:
+            if run.returncode == 0 and has_ended(output):
                 break
-            assert killed < kills, f"{output} fails, though nothing is killed any more"
+            failures += killed >= kills  # a node may not be back yet
+            assert failures < 10, f"{output} fails, though nothing is killed any more"
         assert_same(output, folder / "whole")
     return runs
 

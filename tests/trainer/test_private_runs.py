@@ -10,7 +10,7 @@ from conftest import lora, write_secret
 
 from hf_devft.federation.client_side import Exchange
 from hf_devft.federation.encoding import Encoded
-from hf_devft.federation.privacy import Accountant
+from hf_devft.federation.privacy import ClientAccountant, RecordAccountant
 from hf_devft.models.adapter_files import load_adapter
 from hf_devft.trainer.local_clients import LocalClients
 
@@ -22,7 +22,7 @@ def test_what_a_private_run_writes_says_what_it_cost_and_nothing_of_a_client(mak
     write_secret(tmp_path / "run")
     trainer = make_trainer(output_dir=tmp_path / "run", **PRIVATE)
     trainer.train()
-    spent = [Accountant(0.5, 4).epsilon([12] * count) for count in range(1, len(trainer.ledger.rounds) + 1)]
+    spent = [ClientAccountant(0.5, 4).epsilon([12] * count) for count in range(1, len(trainer.ledger.rounds) + 1)]
     assert [record.epsilon for record in trainer.ledger.rounds] == spent
     assert [stage.totals["epsilon"] for stage in trainer.stages] == [spent[1], spent[-1]]
     logged = [row for row in trainer.state.log_history if "learning_rate" in row]
@@ -61,7 +61,7 @@ def test_the_noise_is_found_for_a_budget_before_the_run(make_trainer):
 
 
 def test_a_run_ends_before_its_budget_does(make_trainer, caplog):
-    budget = Accountant(0.5, 4).epsilon([12] * 3)
+    budget = ClientAccountant(0.5, 4).epsilon([12] * 3)
     trainer = make_trainer(**PRIVATE, dp_target_epsilon=budget)
     assert "lasts for 3 of 4 rounds" in caplog.text
     trainer.train()
@@ -90,6 +90,68 @@ def test_a_run_ends_before_its_budget_does(make_trainer, caplog):
 def test_what_cannot_be_private_is_refused(make_trainer, options, says):
     with pytest.raises(ValueError, match=says):
         make_trainer(**PRIVATE | options)
+
+
+RECORDS = {
+    "dp_level": "record", "dp_noise_multiplier": 0.8, "dp_delta": 1e-3, "num_clients": 4, "clients_per_round": 2,
+    "local_steps": 3, "per_device_train_batch_size": 5,
+}  # fmt: skip
+
+
+def test_records_are_private_within_each_client(make_trainer, tmp_path):
+    write_secret(tmp_path / "run")
+    trainer = make_trainer(output_dir=tmp_path / "run", **RECORDS)
+    trainer.train()
+    asked = [trainer.run.federation.selection.sampled(index) for index in range(len(trainer.ledger.rounds))]
+    accountant = RecordAccountant(0.8, tuple(trainer.clients.examples), 5, 3, 1e-3)
+    spent = [accountant.epsilon(asked[: count + 1]) for count in range(len(asked))]
+    assert [record.epsilon for record in trainer.ledger.rounds] == spent
+    assert 0 < spent[0] < spent[-1]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "of each row, by DP-SGD within the clients: gradients clipped to a norm of 1.0, noise of 0.8 of" in card
+    assert all(record.loss is None for record in trainer.ledger.rounds)
+
+
+@pytest.mark.parametrize("method", ["ffa_lora+fedadam", "fedsa_lora", "flora", "median"])
+def test_what_comes_after_the_noise_is_free(make_trainer, method):
+    """Every method, as it only sees private updates."""
+    options = {"round_quorum": 3, "clients_per_round": 3} if method == "median" else {}
+    make_trainer(**RECORDS | options, federated_method=method).train()
+
+
+def test_rows_and_noise_are_drawn_by_the_secret(make_trainer, tmp_path):
+    adapters = []
+    for name, secret in (("a", 1), ("b", 1), ("c", 2)):
+        write_secret(tmp_path / name, secret)
+        make_trainer(output_dir=tmp_path / name, **RECORDS).train()
+        adapters.append(load_adapter(tmp_path / name)[1])
+    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+    assert not all(torch.equal(adapters[0][key], adapters[2][key]) for key in adapters[0])
+
+
+def test_the_noise_of_records_is_found_for_a_budget(make_trainer):
+    trainer = make_trainer(**RECORDS | {"dp_noise_multiplier": None}, dp_target_epsilon=6.0)
+    trainer.train()
+    assert 5.9 < trainer.ledger.rounds[-1].epsilon <= 6.0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dp_clipping_norm": "adaptive"}, "dp_clipping_norm='adaptive': give a norm above 0"),
+        ({"dp_level": "token"}, "dp_level='token'"),
+        ({"dp_delta": 0.1}, "rows be laid bare"),
+        ({"federated_method": "scaffold"}, "behind the noise"),
+        ({"gradient_accumulation_steps": 2}, "set it to 1"),
+        ({"activation_checkpointing": True}, "turn it off"),
+        ({"auto_find_batch_size": True}, "a step is not cut"),
+        ({"train_sampling_strategy": "group_by_length"}, "chance draws the rows"),
+        ({"client_selection": "by_size"}, "equal chances"),
+    ],
+)
+def test_what_keeps_records_from_being_private_is_refused(make_trainer, options, says):
+    with pytest.raises(ValueError, match=says):
+        make_trainer(**RECORDS | options)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from hf_devft.federation.methods import (
     make_methods,
 )
 from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, PARTITIONS
-from hf_devft.federation.privacy import SAMPLINGS
+from hf_devft.federation.privacy import LEVELS, SAMPLINGS
 from hf_devft.federation.sampling import PLACEMENTS
 from hf_devft.federation.selection import SELECTIONS
 from hf_devft.federation.wire import WIRE_DTYPES
@@ -65,6 +65,7 @@ CHOICES: dict[str, Collection[str]] = {
     "client_selection": SELECTIONS,
     "client_placement": PLACEMENTS,
     "wire_dtype": WIRE_DTYPES,
+    "dp_level": LEVELS,
     "dp_sampling": SAMPLINGS,
     "adapter_layers_from": ENDS,
     # Of `Trainer`'s: a client shuffles its own rows, those of a round by length where it is asked to.
@@ -472,7 +473,7 @@ def _check_values(args: DevFTConfig) -> None:
             f"clients_per_round={args.clients_per_round} is more than num_clients={args.num_clients}: lower the one "
             "or raise the other."
         )
-    if args.is_private and args.dp_delta >= 1 / (args.num_clients or DEFAULT_NUM_CLIENTS):
+    if args.protects_clients and args.dp_delta >= 1 / (args.num_clients or DEFAULT_NUM_CLIENTS):
         raise ValueError(
             f"dp_delta={args.dp_delta} lets one client of {args.num_clients or DEFAULT_NUM_CLIENTS} be laid bare: "
             "give much less than one in as many."

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from hf_devft.federation.privacy import ADAPTIVE, SAMPLINGS
+from hf_devft.federation.privacy import ADAPTIVE, LEVELS, SAMPLINGS
+
+
+_NORM_OF_RECORDS = 1.0  # as in Opacus
 
 
 @dataclass
@@ -16,24 +19,31 @@ class PrivacyOptions:
             Over a network, the server sees only the sum of a round's updates; see docs/federation.md.
 
         dp_noise_multiplier (`float`, *optional*):
-            Makes the adapters differentially private for each client (DP-FedAvg): each update is scaled down to
-            `dp_clipping_norm`, and the sum of a round's gets Gaussian noise of so many of these norms.
+            Makes the adapters differentially private: updates, or the gradients of rows (see `dp_level`), are scaled
+            down to `dp_clipping_norm`, and their sum gets Gaussian noise of so many of these norms.
+        dp_level (`str`, *optional*, defaults to `"client"`):
+            Whom that protects: each `"client"` with all its rows (DP-FedAvg: a round's updates are summed up and get
+            noise at the server), or each `"record"` of a client, from the server, too (DP-SGD: each local step has
+            noise, and `per_device_train_batch_size` rows on average).
         dp_target_epsilon (`float`, *optional*):
             ε that the run may cost. The noise is what its rounds need for that; with `dp_noise_multiplier` given, too,
             the run ends before the round that would go beyond.
         dp_delta (`float`, *optional*, defaults to `1e-5`):
             δ of that; less than one in as many as there are clients.
         dp_clipping_norm (`float` or `str`, *optional*, defaults to `"adaptive"`):
-            The norm, or `"adaptive"`: it follows the median of the updates' norms.
+            The norm, or `"adaptive"`: it follows the median of the updates' norms. Of records: a number, 1 by default,
+            as in Opacus; a row's gradient is that of the sum of its tokens' losses.
         dp_sampling (`str`, *optional*, defaults to `"poisson"`):
             How a round's clients are drawn, and accounted for: `"poisson"`, each with the same chance, so that
-            `clients_per_round` take part on average, or `"fixed_size"`, just as many, which costs more.
+            `clients_per_round` take part on average, or `"fixed_size"`, just as many, which costs more. Of records,
+            rows are always drawn with the same chance, and who takes part is no secret.
     """
 
     secure_aggregation: bool = field(default=False, metadata={"help": "The server sees only sums of updates."})
     dp_noise_multiplier: float | None = field(
         default=None, metadata={"help": "Differential privacy: noise of a round's sum, in clipping norms."}
     )
+    dp_level: str = field(default=LEVELS[0], metadata={"help": f"Whom that protects: {', '.join(LEVELS)}."})
     dp_target_epsilon: float | None = field(
         default=None, metadata={"help": "Differential privacy: the most that a run may cost."}
     )
@@ -50,6 +60,16 @@ class PrivacyOptions:
         """Whether the run is differentially private."""
         return self.dp_noise_multiplier is not None or self.dp_target_epsilon is not None
 
+    @property
+    def protects_records(self) -> bool:
+        """Whether the run is differentially private for each row."""
+        return self.is_private and self.dp_level == "record"
+
+    @property
+    def protects_clients(self) -> bool:
+        """Whether the run is differentially private for each client with all its rows."""
+        return self.is_private and self.dp_level == "client"
+
 
 def settle_privacy(options: PrivacyOptions) -> None:
     """Settle the clipping norm, in place: a number, or adaptive.
@@ -65,12 +85,16 @@ def settle_privacy(options: PrivacyOptions) -> None:
                 'dp_target_epsilon, or clip by federated_method="fedit+norm_clipping".'
             )
         return
-    if norm is None or norm == ADAPTIVE:
+    of_records = options.dp_level == "record"
+    allowed = "a norm above 0" if of_records else f'a norm above 0, or "{ADAPTIVE}"'
+    if norm is None:
+        norm = _NORM_OF_RECORDS if of_records else ADAPTIVE
+    if norm == ADAPTIVE and not of_records:
         options.dp_clipping_norm = ADAPTIVE
         return
     try:
         options.dp_clipping_norm = float(norm)
     except ValueError:
-        raise ValueError(f'dp_clipping_norm={norm!r}: give a norm above 0, or "{ADAPTIVE}".') from None
+        raise ValueError(f"dp_clipping_norm={norm!r}: give {allowed}.") from None
     if not 0 < options.dp_clipping_norm < float("inf"):
-        raise ValueError(f'dp_clipping_norm={norm}: give a norm above 0, or "{ADAPTIVE}".')
+        raise ValueError(f"dp_clipping_norm={norm}: give {allowed}.")

@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from hf_devft.federation.privacy import RecordPrivacy
 from hf_devft.federation.sampling import Placement, client_seed
 from hf_devft.tasks.metrics import IGNORED
 
@@ -59,6 +60,7 @@ class FederatedBatchSampler:
         data_seed: orders the rows.
         placement: this process's share of each batch, which may be an empty one.
         lengths: of all rows, where rows of like length share a client's batches of a round; or None.
+        privacy: of the rows, for which each is drawn by chance, so that batches have any size; or None.
     """
 
     rows: Sequence[np.ndarray] | Mapping[int, np.ndarray]
@@ -69,20 +71,27 @@ class FederatedBatchSampler:
     data_seed: int
     placement: Placement = field(default_factory=Placement)
     lengths: np.ndarray | None = None
+    privacy: RecordPrivacy | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
-        for round_index, client in self.turns:
-            seed = client_seed(self.data_seed, round_index, client)
-            count = self.batches_per_client
-            batches = client_batches(self.rows[client], self.batch_size, self.drop_last, seed, self.lengths, count)
-            yield from (self.placement.rows(next(batches)) for _ in range(count))
+        for turn in self.turns:
+            batches = self._batches_of(*turn)
+            yield from (self.placement.rows(next(batches)) for _ in range(self.batches_per_client))
+
+    def _batches_of(self, round_index: int, client: int) -> Iterator[list[int]]:
+        rows = self.rows[client]
+        if self.privacy is not None:
+            return self.privacy.batches(rows, round_index, client)
+        seed = client_seed(self.data_seed, round_index, client)
+        return client_batches(rows, self.batch_size, self.drop_last, seed, self.lengths, self.batches_per_client)
 
 
 @dataclass(frozen=True)
 class ShareCollator:
-    """A collator for shares of batches: an empty share becomes a row without labels, whose loss and gradient are 0.
+    """A collator for batches that may be empty: these become a row without labels, whose loss and gradient are 0.
 
-    So every process takes part in every forward and backward pass, as DDP and DeepSpeed need it.
+    So every process takes part in every forward and backward pass, as DDP and DeepSpeed need it, with its share of a
+    batch; and a step for which chance has drawn no row is a step.
     """
 
     collate: Callable[[list], dict[str, torch.Tensor]]
@@ -158,11 +167,11 @@ def client_loader(
         dataset: the clients' rows, in columns that the collator takes.
         args: the `dataloader_*` options and the device.
     """
-    shares = sampler.placement.shares_batches
+    may_be_empty = sampler.placement.shares_batches or sampler.privacy is not None
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=ShareCollator(collator, dataset[0]) if shares else collator,
+        collate_fn=ShareCollator(collator, dataset[0]) if may_be_empty else collator,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         prefetch_factor=args.dataloader_prefetch_factor,

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from hf_devft.configuration import DevFTConfig
 from hf_devft.federation.batches import FederatedBatchSampler
+from hf_devft.federation.privacy import RecordPrivacy
 from hf_devft.federation.sampling import Placement
 
 
@@ -17,6 +18,7 @@ def make_sampler(
     rows: Sequence[np.ndarray] | Mapping[int, np.ndarray],
     order: Iterable[tuple[int, int]],
     placement: Placement,
+    privacy: RecordPrivacy | None = None,
 ) -> FederatedBatchSampler:
     """Make what draws the batches of local trainings, (round, client), in this order, as rows.
 
@@ -24,6 +26,7 @@ def make_sampler(
         dataset: all clients' rows.
         rows: each client's, by its number.
         placement: this process's share of each batch.
+        privacy: of the clients' rows, for which each is drawn by chance; or None.
 
     Raises:
         ValueError: lengths are asked for, and not known.
@@ -38,6 +41,7 @@ def make_sampler(
         data_seed=args.seed if args.data_seed is None else args.data_seed,
         placement=placement,
         lengths=lengths_of(dataset, args.length_column_name) if by_length else None,
+        privacy=privacy,
     )
 
 

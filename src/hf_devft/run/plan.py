@@ -20,6 +20,7 @@ from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compat
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients, make_methods
 from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
+from hf_devft.federation.privacy import LEVELS, affordable
 from hf_devft.federation.sampling import Placement, sample_clients
 from hf_devft.federation.wire import Wire
 from hf_devft.models.adapter import new_adapter, remap_layers_to_transform, with_head
@@ -29,7 +30,7 @@ from hf_devft.models.initialisation import without_weight_based_init
 from hf_devft.models.layer_stack import encoders_of, find_layer_stack, watch_lengths, with_layers
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.models.supported import check_adapter
-from hf_devft.run.accounts import make_accountant
+from hf_devft.run.accounts import draws_of, make_accountant
 from hf_devft.run.client_batches import lengths_of, make_sampler
 from hf_devft.stages.bridges import add_bridges
 from hf_devft.stages.grouping import GroupingTask, group_layers
@@ -83,6 +84,7 @@ class RunPlan:
         stages: a plan each; total: of all of them; without_stages: as many rounds of the full model.
         measured: whether tokens were counted in the run's data, or as if every row had `max_length` of them.
         noise_multiplier, epsilon, delta: of a run that is differentially private, see `Accountant`; else None.
+        protects: whom it protects, "client" or "record".
     """
 
     stages: list[StagePlan]
@@ -92,6 +94,7 @@ class RunPlan:
     noise_multiplier: float | None = None
     epsilon: float | None = None
     delta: float | None = None
+    protects: str = LEVELS[0]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -135,13 +138,18 @@ def plan_run(
     ]
     full_depth_plan = _plan_stage(args, submodels, replace(stages[-1], rounds=ends[-1]), batches(range(ends[-1])))
     plan = RunPlan(plans, _total(plans), replace(full_depth_plan, stage="none"), clients is not None)
-    populations = [len(clients.rows) if clients else args.num_clients or DEFAULT_NUM_CLIENTS] * ends[-1]
-    if (accountant := make_accountant(args, populations)) is None:
+    examples = clients.examples if clients else []
+    if args.dp_level == "record" and not examples:
+        return plan  # what it costs depends on how many rows a client has
+    everyone = range(len(examples) or args.num_clients or DEFAULT_NUM_CLIENTS)
+    draws = draws_of(args, ((index, everyone) for index in range(ends[-1])))
+    if (accountant := make_accountant(args, draws, examples)) is None:
         return plan
-    spent = accountant.epsilon(populations)
+    spent = accountant.epsilon(draws)
     if args.dp_target_epsilon is not None:  # the run ends before it would spend more
-        spent = accountant.epsilon(populations[: accountant.affordable(populations, args.dp_target_epsilon)])
-    return replace(plan, noise_multiplier=accountant.noise_multiplier, epsilon=spent, delta=args.dp_delta)
+        spent = accountant.epsilon(draws[: affordable(accountant, draws, args.dp_target_epsilon)])
+    noise = accountant.noise_multiplier
+    return replace(plan, noise_multiplier=noise, epsilon=spent, delta=args.dp_delta, protects=args.dp_level)
 
 
 def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range) -> list[tuple[int, int]]:
@@ -223,7 +231,8 @@ def _plan_stage(
         returning * sum(rows * (length if reads_tokens else longest) for rows, length in batches)
         for longest in lengths
     ]
-    client_memory = base_bytes + _TRAINED_BYTES * trained + kept
+    gradients_of_rows = 4 * trained * args.train_batch_size if args.protects_records else 0
+    client_memory = base_bytes + _TRAINED_BYTES * trained + gradients_of_rows + kept
     row = sum(positions) / (returning * sum(rows for rows, _ in batches))  # padding included
     return StagePlan(
         stage=str(stage.stage),

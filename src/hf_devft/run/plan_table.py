@@ -47,8 +47,8 @@ def print_plan(plan: RunPlan) -> None:
         )
     if plan.epsilon is not None:
         Console().print(
-            f"Differentially private for each client: ε = {plan.epsilon:.2f} at δ = {plan.delta:g} in the end, with a "
-            f"noise multiplier of {plan.noise_multiplier:.3g}."
+            f"Differentially private for each {plan.protects}: ε = {plan.epsilon:.2f} at δ = {plan.delta:g} in the "
+            f"end, with a noise multiplier of {plan.noise_multiplier:.3g}."
         )
     if not plan.measured:
         Console().print("Rows were not measured: FLOPs and memory are as if each had `max_length` tokens.")

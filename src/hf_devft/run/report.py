@@ -173,8 +173,13 @@ def describe_setup(
 def _privacy(args: DevFTConfig, accountant: Accountant) -> str:
     """Describe what makes a run private."""
     norm = args.dp_clipping_norm
+    if args.protects_records:
+        return (
+            f"of each row, by DP-SGD within the clients: gradients clipped to a norm of {norm}, noise of "
+            f"{accountant.noise_multiplier:.3g} of that in their sum, Poisson sampling, δ = {accountant.delta:g}"
+        )
     clipped = f"updates clipped to {f'a norm of {norm}' if isinstance(norm, float) else 'the median of their norms'}"
-    drawn = {"poisson": "Poisson sampling", "fixed_size": "as many clients in every round"}[accountant.sampling]
+    drawn = {"poisson": "Poisson sampling", "fixed_size": "as many clients in every round"}[args.dp_sampling]
     noise = f"noise of {accountant.noise_multiplier:.3g} of that in their sum"
     return f"of each client, by DP-FedAvg: {clipped}, {noise}, {drawn}, δ = {accountant.delta:g}"
 

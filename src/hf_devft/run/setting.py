@@ -55,6 +55,7 @@ def run_setting(
             args.dp_delta,
             args.dp_clipping_norm,
             args.dp_sampling,
+            *([args.dp_level] if args.protects_records else []),  # checkpoints of before it have none
         ]
         if args.is_private
         else None,

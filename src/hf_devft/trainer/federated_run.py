@@ -1,5 +1,6 @@
 """A run between two rounds: its stages, its adapters, its ledger; what is written of it, and read again."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from hf_devft.configuration.stage_folder import SUBMODEL
 from hf_devft.federation.heterogeneity.capacity import Capacities
 from hf_devft.federation.ledger import Ledger
 from hf_devft.federation.partition import ClientData
-from hf_devft.federation.privacy import Accountant
+from hf_devft.federation.privacy import Accountant, affordable
 from hf_devft.federation.rounds import Federation, RoundOutcome
 from hf_devft.models.adapter_files import load_adapter, save_adapter
 from hf_devft.models.layout import State
 from hf_devft.models.residual import without_residual
+from hf_devft.run.accounts import draws_of
 from hf_devft.run.checkpoint import Checkpoint, RunState, load_federation
 from hf_devft.run.healed_layers import HealedLayers
 from hf_devft.run.report import StageResult
@@ -28,10 +30,15 @@ from hf_devft.trainer.active_stage import ActiveStage
 _WITHOUT_NOISE = ("loss", "grad_norm", "train_loss")
 
 
-def planned_populations(args: DevFTConfig, stages: list[StageConfig], capacities: Capacities) -> list[int]:
-    """Of each round that a run has, as its stages and `max_steps` say: from how many clients it draws."""
-    sizes = [len(capacities.taking_part(stage.stage)) for stage in stages for _ in range(stage.rounds)]
-    return sizes if args.max_steps < 0 else sizes[: args.max_steps]
+def planned_draws(args: DevFTConfig, stages: list[StageConfig], capacities: Capacities) -> list[Any]:
+    """Say of each round that a run has, by its stages and `max_steps`, how its clients are drawn; see `draws_of`."""
+    numbers = [stage.stage for stage in stages for _ in range(stage.rounds)]
+    return _draws(args, enumerate(numbers if args.max_steps < 0 else numbers[: args.max_steps]), capacities)
+
+
+def _draws(args: DevFTConfig, rounds: Iterable[tuple[int, int]], capacities: Capacities) -> list[Any]:
+    """`draws_of` rounds, each given as its index and its stage."""
+    return draws_of(args, ((index, list(capacities.taking_part(stage))) for index, stage in rounds))
 
 
 @dataclass
@@ -79,9 +86,9 @@ class FederatedRun:
     @property
     def num_rounds(self) -> int:
         """Of all stages, or fewer where `max_steps` or the privacy budget says so."""
-        planned = planned_populations(self.args, self.stages, self.capacities)
+        planned = planned_draws(self.args, self.stages, self.capacities)
         if self.accountant is not None and self.args.dp_target_epsilon is not None:
-            return self.accountant.affordable(planned, self.args.dp_target_epsilon)
+            return affordable(self.accountant, planned, self.args.dp_target_epsilon)
         return len(planned)
 
     def annotated(self, logs: dict[str, float]) -> dict[str, float]:
@@ -108,8 +115,9 @@ class FederatedRun:
         if self.accountant is None:
             self.ledger.add(outcome.to_record(**of_the_round))
             return
-        stages = [*(record.stage for record in self.ledger.rounds), self.active.record.stage]
-        spent = self.accountant.epsilon(len(self.capacities.taking_part(stage)) for stage in stages)
+        rounds = [(record.round - 1, record.stage) for record in self.ledger.rounds]
+        rounds.append((index, self.active.record.stage))
+        spent = self.accountant.epsilon(_draws(self.args, rounds, self.capacities))
         self.ledger.add(outcome.to_private_record(spent, **of_the_round))
 
     # --- a stage is over ------------------------------------------------------------------------------------

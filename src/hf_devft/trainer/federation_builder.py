@@ -58,9 +58,10 @@ def build_federation(
     method.begin_run(taking_part)
     if correction is not None:
         correction.begin_run(taking_part, method)
-    selection = build_selection(args, examples, clients.names, args.seed if accountant is None else secret)
+    # Who takes part is a secret where that makes clients private.
+    selection = build_selection(args, examples, clients.names, secret if args.protects_clients else args.seed)
     privacy = None
-    if accountant is not None and args.dp_clipping_norm is not None:
+    if accountant is not None and args.dp_clipping_norm is not None and args.protects_clients:
         expected = args.clients_per_round
         privacy = ClientPrivacy(accountant.noise_multiplier, args.dp_clipping_norm, expected, secret, memory)
     return Federation(
@@ -73,7 +74,7 @@ def build_federation(
         placement=placement,
         names=clients.names,
         quorum=args.round_quorum,
-        retries=args.round_retries if privacy is None else 0,  # each attempt would cost
+        retries=args.round_retries if accountant is None else 0,  # each attempt would cost
         add_up=add_up,
         gather=gather,
         device=args.device,
@@ -91,7 +92,7 @@ def build_selection(args: DevFTConfig, examples: list[int], names: list[str], se
     try:
         selection = (
             PoissonSampling()
-            if args.is_private and args.dp_sampling == "poisson"
+            if args.protects_clients and args.dp_sampling == "poisson"
             else SELECTIONS[args.client_selection](**args.client_selection_kwargs or {})
         )
     except TypeError as error:
@@ -109,7 +110,7 @@ def gradient_obstacle(args: DevFTConfig, federation: Federation) -> str | None:
     """Why the method needs each client's own gradients, so that clients cannot share a batch; or None."""
     if federation.method.corrects or federation.correction is not None:
         return f"federated_method={args.federated_method!r} looks at each client's gradients"
-    return None
+    return 'dp_level="record" looks at each row\'s gradient' if args.protects_records else None
 
 
 def federation_of(

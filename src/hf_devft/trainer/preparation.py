@@ -29,7 +29,7 @@ from hf_devft.stages.global_adapter import GlobalAdapter
 from hf_devft.stages.grouping import GroupingTask, group_layers
 from hf_devft.stages.transfer import check_alike
 from hf_devft.tasks.data import first_rows
-from hf_devft.trainer.federated_run import FederatedRun, planned_populations
+from hf_devft.trainer.federated_run import FederatedRun, planned_draws
 from hf_devft.trainer.federation_builder import federation_of
 from hf_devft.trainer.interface import FederatedTrainer
 
@@ -189,7 +189,7 @@ def prepare_run(
         initialisation=initialisation,
         healed=HealedLayers(args.output_dir, stages, bool(args.client_max_layers), args.process_index == 0),
         capacities=capacities,
-        accountant=make_accountant(args, planned_populations(args, stages, capacities)),
+        accountant=make_accountant(args, planned_draws(args, stages, capacities), clients.examples),
     )
     return run, patched
 

@@ -19,7 +19,7 @@ from hf_devft.federation.batches import ClientBatches, client_loader
 from hf_devft.federation.client_side import ClientSide
 from hf_devft.federation.clients.local_training import LocalTraining
 from hf_devft.federation.heterogeneity.resources import expected_flops
-from hf_devft.federation.privacy import read_secret
+from hf_devft.federation.privacy import RecordPrivacy, read_secret
 from hf_devft.federation.processes import add_up
 from hf_devft.federation.rounds import RoundOutcome
 from hf_devft.federation.sampling import client_seed, local_trainings
@@ -67,7 +67,11 @@ class TrainingSession:
     ):
         args = trainer.args
         self.trainer, self.run, self.models = trainer, run, models
-        self.federation = run.federation = federation_of(trainer, checkpoint, run.accountant, self._secret())
+        secret = self._secret()
+        self.federation = run.federation = federation_of(trainer, checkpoint, run.accountant, secret)
+        self._privacy = None if run.accountant is None or not args.protects_records else RecordPrivacy(
+            run.accountant.noise_multiplier, args.dp_clipping_norm, args.train_batch_size, secret
+        )  # fmt: skip
         with naming(checkpoint.folder if checkpoint else ""):
             state = checkpoint.schedule if checkpoint else None
             self.schedule = RoundSchedule(trainer, run.num_rounds, trainer.state.global_step, state)
@@ -213,6 +217,7 @@ class TrainingSession:
             placement=trainer.placement,
             trains=lambda client: self.run.capacities.trains(client, active.record.stage),
             add_up=add_up,
+            privacy=self._privacy,
             using=self.models.using,
             seed=trainer.args.seed,
             pad_token=getattr(trainer.model.config, "pad_token_id", None) or 0 if pad is None else pad,
@@ -223,7 +228,8 @@ class TrainingSession:
         order = local_trainings(self.federation.selection, self.trainer.placement, rounds, attempt)
         trainer = self.trainer
         rows, collator = trainer.client_rows()
-        sampler = make_sampler(trainer.args, rows, list(trainer.clients.rows.values()), order, trainer.placement)
+        each_clients = list(trainer.clients.rows.values())
+        sampler = make_sampler(trainer.args, rows, each_clients, order, trainer.placement, self._privacy)
         return client_loader(rows, collator, sampler, trainer.args)
 
     def run_round(self, active: ActiveStage, learning_rate: float) -> RoundOutcome:

@@ -16,6 +16,7 @@ from hf_devft.federation.clients.batched import CannotStackError, stack_flat, tr
 from hf_devft.federation.clients.gradient_tap import GradientTap
 from hf_devft.federation.clients.hooks import TrainingHooks
 from hf_devft.federation.clients.local_training import LocalTraining
+from hf_devft.federation.privacy import PrivateSteps, RecordPrivacy
 from hf_devft.federation.sampling import Placement, client_seed
 from hf_devft.federation.turns import ClientTurn, LocalResult, Trained, one_after_another
 from hf_devft.models.engines import Engine
@@ -37,6 +38,7 @@ class StageRunner:
         placement: this process's share of the work.
         trains: (client) -> the stage whose submodel it trains.
         add_up: sums a tensor over the processes, in place.
+        privacy: of the clients' rows, or None.
         using: (engine) -> a context in which its model is the trainer's.
         seed: of the run.
         pad_token: what inputs of several clients are made longer with.
@@ -51,13 +53,14 @@ class StageRunner:
         placement: Placement,
         trains: Callable[[int], int | None],
         add_up: Callable[[torch.Tensor], None],
+        privacy: RecordPrivacy | None,
         using: Callable[[Engine], AbstractContextManager],
         seed: int,
         pad_token: int,
     ):
         self.stage, self.hooks, self.local_training, self.batching = stage, hooks, local_training, batching
         self.placement, self.trains, self.add_up, self.using = placement, trains, add_up, using
-        self.seed, self.pad_token = seed, pad_token
+        self.privacy, self.seed, self.pad_token = privacy, seed, pad_token
         self._layers_return_tuples: bool | None = None
 
     def train(self, learning_rate: float, turns: Iterator[ClientTurn]) -> Iterator[tuple[ClientTurn, Trained]]:
@@ -95,8 +98,9 @@ class StageRunner:
         seed = client_seed(self.seed, turn.round_index, turn.client)
         # Where processes share a batch, each draws its own dropout.
         set_seed(seed + self.placement.index if self.placement.shares_batches else seed)
-        with self._without_layers(engine, layers, turn.skips), _tap(engine, turn) as tap:
-            result = self.local_training(engine, iter(turn.batches), tap)
+        skipped = self._without_layers(engine, layers, turn.skips)
+        with skipped, _tap(engine, turn) as tap, self._private_steps(engine, turn) as private:
+            result = self.local_training(engine, iter(turn.batches), tap, private)
         per_token = _flops_per_token(engine, turn, layers)
         result.flops = sum(count * flops for count, flops in zip(result.positions, per_token, strict=True))
         if tap is not None and (gradient := tap.mean_gradient()) is not None:
@@ -105,6 +109,12 @@ class StageRunner:
                 gradient /= self.placement.count
             result.mean_gradient = gradient
         return result, engine.read()
+
+    def _private_steps(self, engine: Engine, turn: ClientTurn) -> AbstractContextManager[PrivateSteps | None]:
+        if self.privacy is None:
+            return nullcontext()
+        start, optimizer = engine.read(), engine.optimizer
+        return self.privacy.steps(engine.peft_model, optimizer, start, turn.round_index, turn.client)
 
     # --- clients that train an earlier stage's submodel -----------------------------------------------------
 

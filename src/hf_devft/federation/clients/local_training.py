@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_devft.federation.clients.gradient_tap import GradientTap
 from hf_devft.federation.clients.hooks import TrainableModel, TrainingHooks
+from hf_devft.federation.privacy import PrivateSteps
 from hf_devft.federation.turns import LocalResult
 from hf_devft.tasks.metrics import IGNORED
 
@@ -34,13 +35,24 @@ class LocalTraining:
         self.hooks, self.shares_batches = hooks, shares_batches
         self.pieces = 1
 
-    def __call__(self, engine: TrainableModel, batches: Iterator[Any], tap: GradientTap | None = None) -> LocalResult:
-        """Train `engine`'s adapter with its optimiser, which must be fresh; `tap` is entered, where gradients are
-        tapped."""
-        with _in_training(engine.model), self.hooks.leaving_logits_out():
-            return self._take_steps(engine, batches, tap)
+    def __call__(
+        self,
+        engine: TrainableModel,
+        batches: Iterator[Any],
+        tap: GradientTap | None = None,
+        private: PrivateSteps | None = None,
+    ) -> LocalResult:
+        """Train `engine`'s adapter with its optimiser, which must be fresh.
 
-    def _take_steps(self, engine: TrainableModel, batches: Iterator[Any], tap: GradientTap | None) -> LocalResult:
+        Args:
+            tap: entered, where gradients are tapped. private: entered, where steps are private for each row.
+        """
+        with _in_training(engine.model), self.hooks.leaving_logits_out():
+            return self._take_steps(engine, batches, tap, private)
+
+    def _take_steps(
+        self, engine: TrainableModel, batches: Iterator[Any], tap: GradientTap | None, private: PrivateSteps | None
+    ) -> LocalResult:
         hooks, args = self.hooks, self.hooks.args
         total = torch.zeros((), device=args.device)
         positions: tuple[int, ...] = ()
@@ -49,7 +61,12 @@ class LocalTraining:
             micro_batches, num_items, unknown = next_step(hooks, batches, args.gradient_accumulation_steps)
             if tap is not None:
                 tap.begin_step()
-            loss, passed = self._backward_in_pieces(engine, micro_batches, num_items, tap)
+            if private is None:
+                loss, passed = self._backward_in_pieces(engine, micro_batches, num_items, tap)
+            else:  # the sum of the tokens' losses, in which no row changes another's part
+                loss, passed = self._backward(engine, micro_batches, torch.ones_like(num_items), tap)
+                private.make_private()
+                loss = loss / num_items
             total += loss + unknown
             positions = tuple(map(sum, zip(positions, passed, strict=True))) if positions else passed
             if args.max_grad_norm > 0:

@@ -1,13 +1,16 @@
 """How much privacy a run's rounds cost: ε at a δ, by Google's dp-accounting."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
-from typing import Any
+from itertools import chain, groupby
+from typing import Any, Protocol
 
 
+# Whom a run protects: a client with all its rows, or each of them.
+LEVELS = ("client", "record")
 # How a round's clients are drawn, as it is accounted for.
 SAMPLINGS = ("poisson", "fixed_size")
 # Of the losses that are convolved; rounded so that ε is never too small, by 1e-3 per round at the most (the library's
@@ -15,8 +18,31 @@ SAMPLINGS = ("poisson", "fixed_size")
 _LOSS_STEP = 1e-3
 
 
+class Accountant(Protocol):
+    """Says what ε rounds add up to.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise, in clipping norms.
+        delta: δ.
+    """
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Of the noise."""
+        ...
+
+    @property
+    def delta(self) -> float:
+        """δ."""
+        ...
+
+    def epsilon(self, draws: Iterable[Any]) -> float:
+        """Return ε after some rounds, of which each is said how its clients are drawn."""
+        ...
+
+
 @dataclass(frozen=True)
-class Accountant:
+class ClientAccountant:
     """Says what ε rounds of DP-FedAvg add up to.
 
     With Poisson sampling, two runs are neighbours where one has a client more (all its rows); privacy loss
@@ -36,38 +62,73 @@ class Accountant:
     sampling: str = "poisson"
     delta: float = 1e-5
 
-    def epsilon(self, populations: Iterable[int]) -> float:
+    def epsilon(self, draws: Iterable[int]) -> float:
         """Return ε after some rounds.
 
         Args:
-            populations: of each round, the number of clients that it draws from.
+            draws: of each round, the number of clients that it draws from.
         """
-        counts = tuple((size, len(list(rounds))) for size, rounds in groupby(sorted(populations)))
+        counts = tuple((size, len(list(rounds))) for size, rounds in groupby(sorted(draws)))
         return _epsilon(self, counts) if counts else 0.0
 
-    def affordable(self, populations: Sequence[int], target: float) -> int:
-        """Count the first rounds that stay within a budget of ε."""
-        fits, too_many = 0, len(populations) + 1
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if self.epsilon(populations[:middle]) <= target:
-                fits = middle
-            else:
-                too_many = middle
-        return fits
+
+@dataclass(frozen=True)
+class RecordAccountant:
+    """Says what ε rounds of DP-SGD within clients add up to, for a row of the client that it costs most.
+
+    Two runs are neighbours where a client has a row more; each of its steps is a Poisson-sampled Gaussian mechanism
+    on its rows, and other clients' steps cost it nothing. Everybody knows who takes part.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise in a step's sum, in clipping norms.
+        examples: how many rows each client has.
+        batch_size: how many of them a step has on average. steps: of a client in a round.
+        delta: δ.
+    """
+
+    noise_multiplier: float
+    examples: tuple[int, ...]
+    batch_size: int
+    steps: int
+    delta: float = 1e-5
+
+    def epsilon(self, draws: Iterable[Sequence[int]]) -> float:
+        """Return ε after some rounds.
+
+        Args:
+            draws: of each round, the clients that take part.
+        """
+        rounds = Counter(chain.from_iterable(draws))
+        turns = {(self.examples[client], count) for client, count in rounds.items()}
+        return max((self._of_a_row(size, count) for size, count in turns), default=0.0)
+
+    def _of_a_row(self, size: int, rounds: int) -> float:
+        """ε for a row of a client with `size` of them."""
+        step = ClientAccountant(self.noise_multiplier, min(self.batch_size, size), delta=self.delta)
+        return _epsilon(step, ((size, rounds * self.steps),))
 
 
-def find_noise_multiplier(
-    target: float, populations: Sequence[int], clients_per_round: int, sampling: str, delta: float
-) -> float:
+def affordable(accountant: Accountant, draws: Sequence[Any], target: float) -> int:
+    """Count the first rounds that stay within a budget of ε."""
+    fits, too_many = 0, len(draws) + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if accountant.epsilon(draws[:middle]) <= target:
+            fits = middle
+        else:
+            too_many = middle
+    return fits
+
+
+def find_noise_multiplier(target: float, draws: Sequence[Any], make: Callable[[float], Accountant]) -> float:
     """Find the least noise, to three digits, with which rounds stay within a budget of ε.
 
     Args:
-        populations: of each round, the number of clients that it draws from.
+        draws: of each round, as the accountant has it. make: (noise multiplier) -> an accountant.
     """
 
     def fits(noise_multiplier: float) -> bool:
-        return Accountant(noise_multiplier, clients_per_round, sampling, delta).epsilon(populations) <= target
+        return make(noise_multiplier).epsilon(draws) <= target
 
     enough = 1.0
     while not fits(enough):
@@ -82,7 +143,7 @@ def find_noise_multiplier(
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(accountant: Accountant, counts: tuple[tuple[int, int], ...]) -> float:
+def _epsilon(accountant: ClientAccountant, counts: tuple[tuple[int, int], ...]) -> float:
     """ε of rounds, counted by the population that they draw from."""
     dp, pld, rdp = _libraries()
     size, z = accountant.clients_per_round, accountant.noise_multiplier
