@@ -1,7 +1,7 @@
 from rich.console import Console
 from test_devft_config import stage_config
 
-from hf_devft.run.tables import print_stages, stage_table
+from hf_devft.run.tables import GrowingTable, stage_table
 
 
 TOTALS = {
@@ -21,7 +21,9 @@ def stages():
 
 def test_the_table_fits_a_terminal_of_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    print_stages(stages())
+    table = GrowingTable()
+    table.show(stages()[:1])
+    table.show(stages())
     printed = capsys.readouterr().out
     assert "…" not in printed
     assert "100.0%" in printed

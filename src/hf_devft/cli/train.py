@@ -11,6 +11,7 @@ from hf_devft.cli.arguments import parse_arguments
 from hf_devft.cli.help import short_help
 from hf_devft.cli.recipe import make_plan, make_trainer
 from hf_devft.cli.running import one_line_errors, stopping_between_rounds
+from hf_devft.cli.summary import closing, opening
 from hf_devft.run.plan_table import print_plan
 
 
@@ -33,7 +34,10 @@ def main(argv: Sequence[str]) -> None:
             print(json.dumps(plan.to_dict(), indent=2)) if recipe.plan_json else print_plan(plan)
             sys.exit()
         trainer = make_trainer(recipe, args)
+        shows = trainer.is_world_process_zero()
+        if shows:
+            print(opening(trainer))
         with stopping_between_rounds(trainer):
             trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-        if trainer.is_world_process_zero():
-            print(f"Adapters, model card and plot are in {trainer.args.output_dir}/")
+        if shows:
+            print(closing(trainer))

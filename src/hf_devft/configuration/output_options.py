@@ -12,6 +12,8 @@ class OutputOptions:
 
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Delete the stages and checkpoints of another run in `output_dir`, beside which none is started.
+        baseline (`str`, *optional*):
+            Folder of another finished run, of FedIT say, whose loss at full depth is drawn beside this one's.
         resume_from_hub (`str`, *optional*):
             Repository that an earlier run has pushed to: go on with the stage after its last one.
         card_license (`str`, *optional*):
@@ -24,6 +26,9 @@ class OutputOptions:
 
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete what another run has left in output_dir."}
+    )
+    baseline: str | None = field(
+        default=None, metadata={"help": "Folder of a finished run whose loss the plot shows, too."}
     )
     resume_from_hub: str | None = field(
         default=None, metadata={"help": "Repository of an earlier run: go on with the stage after its last one."}

@@ -14,4 +14,9 @@ def resolve_model_name(name: str) -> str:
     return str(BASE_PATH) if name == EMBEDDED else name
 
 
-__all__ = ["BASE_PATH", "EMBEDDED", "resolve_model_name", "task_dataset"]
+def portable_name(name: str) -> str:
+    """The inverse of `resolve_model_name`: what a base is called on any machine that has this package."""
+    return EMBEDDED if name == str(BASE_PATH) else name
+
+
+__all__ = ["BASE_PATH", "EMBEDDED", "portable_name", "resolve_model_name", "task_dataset"]

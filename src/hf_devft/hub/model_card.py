@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_devft.configuration import StageConfig
+from hf_devft.embedded import EMBEDDED
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def model_card(stages: list[StageConfig], context: CardContext, location: str) -
         for key, (kind, name) in _METRICS.items()
         if key in stage.metrics
     ]
-    on_hub = base is not None and not Path(base).exists()  # the Hub knows no local paths
+    on_hub = base not in (None, EMBEDDED) and not Path(base).exists()  # the Hub knows no local paths
     data = ModelCardData(
         base_model=base if on_hub else None,
         base_model_relation="adapter" if on_hub else None,

@@ -16,7 +16,7 @@ from hf_devft.cli.recipe import make_trainer
 from hf_devft.configuration import DevFTConfig, Setup, check_compatibility
 from hf_devft.network.remote_clients import RemoteClients
 from hf_devft.run.report import table_rows
-from hf_devft.run.tables import print_stages
+from hf_devft.run.tables import GrowingTable
 from hf_devft.trainer.mixin import DevFTMixin
 
 
@@ -90,5 +90,5 @@ def main(grid: Grid, context: Context) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     traffic = {"bytes_down": clients.traffic.down, "bytes_up": clients.traffic.up}
     Path(args.output_dir, TRAFFIC_NAME).write_text(json.dumps(traffic) + "\n")
-    print_stages(table_rows(trainer.stages, trainer.run.start_metrics))
+    GrowingTable().show(table_rows(trainer.stages, trainer.run.start_metrics))
     print(f"Adapters, model card and plot are in {args.output_dir}/")

@@ -225,7 +225,7 @@ def _plan_stage(
     down, up, trained = _messages(args, layout)
     encoders = encoders_of(model.get_base_model())
     kept, lengths = submodels.activations(stage, *max(batches, key=math.prod))
-    turns, returning = args.clients_per_round * stage.rounds, 1 - args.client_dropout_rate
+    returning = 1 - args.client_dropout_rate
     reads_tokens = model.get_base_model().main_input_name == "input_ids"
     positions = [  # of each stack; of an encoder and a decoder that read tokens, as if both had as many
         returning * sum(rows * (length if reads_tokens else longest) for rows, length in batches)
@@ -242,7 +242,7 @@ def _plan_stage(
         base_bytes=base_bytes,
         bytes_down=down,
         bytes_up=up,
-        bytes=turns * (down + returning * up),
+        bytes=planned_traffic(args, layout, stage.rounds),
         tokens=sum(positions),
         flops=sum(map(operator.mul, positions, flops_per_token(model, encoders=encoders))),
         setup_flops=_teaching_flops(args, submodels, stage, smaller, row),
@@ -321,6 +321,12 @@ def _base_bytes(model: PreTrainedModel, layers: list[nn.Module], quantization: d
     if quantization.get("load_in_8bit"):
         return total - sum(weight.nbytes - weight.numel() for weight in packed)
     return total
+
+
+def planned_traffic(args: DevFTConfig, layout: AdapterLayout, rounds: int) -> float:
+    """Bytes that rounds with an adapter of this layout will send, both ways, of all clients; see `plan_run`."""
+    down, up, _ = _messages(args, layout)
+    return args.clients_per_round * rounds * (down + (1 - args.client_dropout_rate) * up)
 
 
 def _messages(args: DevFTConfig, layout: AdapterLayout) -> tuple[float, float, int]:

@@ -11,6 +11,11 @@ from transformers.trainer_utils import has_length
 from hf_devft.configuration import StageConfig
 
 
+# Fits 80 columns with two losses.
+_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+_SHOWN = {"loss": "loss", "eval_loss": "eval", "epsilon": "ε"}
+
+
 class RoundProgressCallback(TrainerCallback):
     """A bar over all rounds that names stage and round and shows the newest losses. Logs are not printed."""
 
@@ -22,22 +27,22 @@ class RoundProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="round", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=_FORMAT, desc="round"
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             stage = self.stages[max(math.ceil(state.epoch), 1) - 1]
-            done = round((state.epoch - stage.stage + 1) * stage.rounds)
-            self.bar.set_description(
-                f"stage {stage.stage}/{stage.num_stages} ({stage.num_layers} layers) round {done}/{stage.rounds}",
-                refresh=False,
+            self.bar.set_description_str(
+                f"stage {stage.stage}/{stage.num_stages}, {stage.num_layers} layers: round", refresh=False
             )
             self.bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is not None and logs:
-            self.shown |= {key: f"{logs[key]:.3f}" for key in ("loss", "eval_loss") if key in logs}
-            self.bar.set_postfix(self.shown)
+            self.shown |= {name: f"{name} {logs[key]:.3f}" for key, name in _SHOWN.items() if key in logs}
+            self.bar.set_postfix_str(", ".join(self.shown.values()))
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero and has_length(eval_dataloader):

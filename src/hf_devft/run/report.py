@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.configuration.stage_folder import PLOT
+from hf_devft.embedded import portable_name
 from hf_devft.federation.ledger import Ledger
 from hf_devft.federation.partition import ClientData
 from hf_devft.federation.privacy import Accountant
@@ -17,8 +18,9 @@ from hf_devft.hub.model_card import CardContext, model_card
 from hf_devft.models.initialisation import moves_weights
 from hf_devft.models.layout import State
 from hf_devft.run.artifacts import save_stage
+from hf_devft.run.comparison import Point, read_curve
 from hf_devft.run.plots import plot_run
-from hf_devft.run.tables import stage_table
+from hf_devft.run.tables import ALL, stage_table
 from hf_devft.tasks import TASKS
 
 
@@ -48,6 +50,7 @@ class RunReport:
         evaluation_rows: how many the metrics were measured on.
         labels: of the model's classes, in order; None where there are none.
         repo_id: the repository that is pushed to, or None.
+        baseline: {name: how its loss fell} of another run, for the plot.
         metadata: of the card: license, language, datasets.
     """
 
@@ -59,6 +62,7 @@ class RunReport:
     evaluation_rows: int
     labels: list[str] | None = None
     repo_id: str | None = None
+    baseline: dict[str, list[Point]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -71,8 +75,9 @@ class RunReport:
         has_classes = TASKS[args.task or "text-generation"].classes is not None
         return cls(
             output_dir=args.output_dir,
-            base_name=base.name_or_path or None,
+            base_name=portable_name(base.name_or_path) or None,
             base_revision=getattr(base, "_commit_hash", None),
+            baseline={Path(args.baseline).name: read_curve(args.baseline)} if args.baseline else {},
             labels=[base.id2label[index] for index in range(base.num_labels)] if has_classes else None,
             metadata={name: getattr(args, f"card_{name}") for name in ("license", "language", "datasets")},
             **others,
@@ -97,8 +102,8 @@ class RunReport:
         stage = result.record
         stage.base_model_name_or_path, stage.base_model_revision = self.base_name, self.base_revision
         stage.labels = self.labels
-        finished = [row for row in rows if row.stage]
-        figure = plot_run(log_history, ledger, finished)
+        finished = [row for row in rows if row.stage > 0]
+        figure = plot_run(log_history, ledger, finished, self.baseline)
         imports, load = TASKS[stage.task].snippet(self.base_name, self.labels)
         context = CardContext(
             model_name=Path(self.output_dir).name,
@@ -125,16 +130,26 @@ class RunReport:
 
 
 def table_rows(finished: list[StageConfig], start_metrics: dict[str, float] | None) -> list[StageConfig]:
-    """Put a stage 0, which stands for the start, before the finished stages, where the start was evaluated."""
-    if start_metrics is None:
-        return finished
-    none: dict[str, Any] = {
-        "stage": 0,
-        "num_layers": finished[-1].full_layers,
-        "rounds_done": 0,
-        "totals": Ledger().totals(),
-    }
-    return [replace(finished[-1], metrics=start_metrics, **none), *finished]
+    """Put a stage 0, which stands for the start, before the finished stages, where the start was evaluated; and after
+    the last of several stages, a row of all of them together."""
+    last, rows = finished[-1], list(finished)
+    whole: dict[str, Any] = {"num_layers": last.full_layers, "adapted": None}
+    if start_metrics is not None:
+        nothing = Ledger().totals()
+        rows.insert(0, replace(last, stage=0, rounds_done=0, totals=nothing, metrics=start_metrics, **whole))
+    if last.stage == last.num_stages > 1:
+        spent, rounds = [stage.totals for stage in finished], sum(stage.rounds_done for stage in finished)
+        totals = {key: _together(key, [each[key] for each in spent if key in each]) for key in last.totals}
+        metrics = {key: value for key, value in last.metrics.items() if key != "eval_loss"}
+        rows.append(replace(last, stage=ALL, rounds_done=rounds, totals=totals, metrics=metrics, **whole))
+    return rows
+
+
+def _together(key: str, values: list[float]) -> float:
+    """A total of all stages by those of each."""
+    if key in ("peak_memory", "setup_peak_memory", "epsilon"):  # ε is of all rounds until then
+        return max(values)
+    return 0.0 if key == "base_bytes" else sum(values)
 
 
 def describe_setup(

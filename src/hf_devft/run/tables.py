@@ -1,6 +1,7 @@
 """The table of a run's stages, for the terminal and for model cards."""
 
 from collections.abc import Container
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -10,9 +11,10 @@ from tqdm.auto import tqdm
 from hf_devft.configuration import StageConfig
 
 
+ALL = -1  # number of the row of all stages together
 # Title of a column -> its value for a stage; columns without any value are left out.
 _COLUMNS = {
-    "stage": lambda stage: f"{stage.stage}/{stage.num_stages}" if stage.stage else "start",
+    "stage": lambda stage: {0: "start", ALL: "all"}.get(stage.stage, f"{stage.stage}/{stage.num_stages}"),
     "layers": lambda stage: str(stage.num_layers),
     "with an\nadapter": lambda stage: stage.adapted and str(len(stage.adapted)),
     "rounds": lambda stage: str(stage.rounds_done),
@@ -30,7 +32,7 @@ _COLUMNS = {
         _number(flops / 1e12, ".2f") if (flops := stage.totals.get("setup_flops")) else None
     ),
     "set-up\ns": lambda stage: _number(stage.totals.get("setup_seconds"), ".1f"),
-    "base\nMB": lambda stage: _number(stage.totals.get("base_bytes", 0) / 1e6, ".1f"),
+    "base\nMB": lambda stage: _number(size / 1e6, ".1f") if (size := stage.totals.get("base_bytes")) else None,
     "peak\nMB": lambda stage: _number(stage.totals["peak_memory"] / 1e6, ".0f"),
 }
 _CARD_ONLY = ("server\nTFLOPs", "set-up\ns", "base\nMB")  # so that a terminal of 80 columns holds the rest
@@ -42,12 +44,16 @@ def _number(value: float | None, style: str) -> str | None:
 
 def make_table(title: str, titles: list[str], rows: list[list[str]]) -> Table:
     """Make a table for the terminal, of text."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table = _empty_table(title_justify="left", title=title)
     for column in titles:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _empty_table(**options: Any) -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), **options)
 
 
 def stage_table(stages: list[StageConfig], without: Container[str] = ()) -> tuple[list[str], list[list[str]]]:
@@ -58,9 +64,34 @@ def stage_table(stages: list[StageConfig], without: Container[str] = ()) -> tupl
     return list(cells), [[cell or "" for cell in row] for row in zip(*cells.values(), strict=True)]
 
 
-def print_stages(stages: list[StageConfig]) -> None:
-    """Print the table of the finished stages, above the progress bar."""
-    titles, rows = stage_table(stages, without=_CARD_ONLY)
-    table = make_table(f"stage {stages[-1].stage}/{stages[-1].num_stages} finished", titles, rows)
-    with tqdm.external_write_mode():  # not into the bar
-        Console().print(table)
+class GrowingTable:
+    """The table of a run's stages on the terminal, above the progress bar: a row is printed when it is there."""
+
+    def __init__(self) -> None:
+        self._titles: list[str] = []
+        self._widths: list[int] = []
+        self._printed = 0
+
+    def show(self, stages: list[StageConfig]) -> None:
+        """Print the rows that are new; the first time with the columns' titles, of those that have a value by then.
+
+        Args:
+            stages: all rows so far, see `table_rows`.
+        """
+        titles, rows = stage_table(stages, without=_CARD_ONLY)
+        is_first = not self._titles
+        if is_first:
+            self._titles = titles
+            self._widths = [
+                max(map(len, (*title.split("\n"), *column)))
+                for title, column in zip(titles, zip(*rows, strict=True), strict=True)
+            ]
+        table = _empty_table(show_header=is_first, show_edge=False)
+        for title, width in zip(self._titles, self._widths, strict=True):
+            table.add_column(title, justify="right", no_wrap=True, min_width=width)
+        for row in rows[self._printed :]:
+            cells = dict(zip(titles, row, strict=True))
+            table.add_row(*(cells.get(title, "") for title in self._titles))
+        self._printed = len(rows)
+        with tqdm.external_write_mode():  # not into the bar
+            Console().print(table)

@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from hf_devft.embedded import EMBEDDED
 from hf_devft.tasks.data import to_known_columns, tokenize
 from hf_devft.tasks.metrics import IGNORED, ClassificationMetrics, LanguageModelMetrics, argmax_logits, reduce_logits
 
@@ -93,6 +94,10 @@ class Task:
         options = f", id2label={dict(enumerate(labels))}" if labels else ""
         last = f"processor = {processor}.from_pretrained(LOCATION)"
         folder, _, file = (base or "").rpartition("/")
+        if base == EMBEDDED:  # whose folder is another one on each machine
+            imports = "from hf_devft.embedded import BASE_PATH\nfrom peft import PeftModel\n"
+            imports += f"from transformers import {auto}, {processor}"
+            return imports, f"model = PeftModel.from_pretrained({auto}.from_pretrained(BASE_PATH), LOCATION)\n{last}"
         if self.peft_type is not None and not file.endswith(".gguf"):
             peft = auto.replace("AutoModel", "AutoPeftModel")
             imports = f"from peft import {peft}\nfrom transformers import {processor}"

@@ -28,7 +28,6 @@ from hf_devft.run.checkpoint import Checkpoint
 from hf_devft.run.claim import claim
 from hf_devft.run.progress import show_rounds
 from hf_devft.run.report import table_rows
-from hf_devft.run.tables import print_stages
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.evaluation import each_batch_alone, evaluate_full_depth, over_the_sets, submodel_metrics
 from hf_devft.trainer.interface import ClientLink
@@ -251,7 +250,7 @@ class DevFTMixin(Base):
                 self.callback_handler.on_push_begin(self.args, self.state, self.control)
                 publisher.submit_stage(record.stage)
             if not self.args.disable_tqdm:
-                print_stages(rows)
+                session.table.show(rows)
         self.accelerator.wait_for_everyone()
 
     # --- evaluation -----------------------------------------------------------------------------------------

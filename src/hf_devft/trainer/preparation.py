@@ -23,6 +23,7 @@ from hf_devft.models.residual import PatchedBaseWeights
 from hf_devft.models.supported import check_adapter
 from hf_devft.models.weights import keep_readable
 from hf_devft.run.accounts import make_accountant
+from hf_devft.run.comparison import read_curve
 from hf_devft.run.healed_layers import HealedLayers
 from hf_devft.stages.builder import layer_stack
 from hf_devft.stages.global_adapter import GlobalAdapter
@@ -201,7 +202,8 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
         What is known.
 
     Raises:
-        ValueError: another launch than DeepSpeed's, where that was asked for; see `check_compatibility`.
+        ValueError: another launch than DeepSpeed's, where that was asked for; a baseline that is no finished run; see
+            `check_compatibility`.
     """
     args, accelerator, given = trainer.args, trainer.accelerator, trainer.calibration_dataset
     if args.deepspeed_plugin is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -209,6 +211,8 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
             f"DeepSpeed was asked for, but Accelerate runs {accelerator.distributed_type.value}: launch by "
             "`accelerate launch` with a config like recipes/accelerate/zero3.yaml."
         )
+    if args.baseline:
+        read_curve(args.baseline)
     setup = Setup(
         args,
         trainer=trainer.kind,

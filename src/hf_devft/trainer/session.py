@@ -32,6 +32,7 @@ from hf_devft.run.checkpoint import SCHEDULE, Checkpoint, save_federation
 from hf_devft.run.client_batches import make_sampler
 from hf_devft.run.peak_memory import PeakMemory
 from hf_devft.run.report import RunReport, describe_setup
+from hf_devft.run.tables import GrowingTable
 from hf_devft.stages.builder import SubmodelBuilder
 from hf_devft.tasks.data import first_rows
 from hf_devft.trainer.active_stage import ActiveStage
@@ -60,6 +61,7 @@ class TrainingSession:
     Attributes:
         schedule: of the learning rate. peak_memory: of the work under way.
         clients: carries messages to the clients and back.
+        table: of the stages, on the terminal.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class TrainingSession:
             state = checkpoint.schedule if checkpoint else None
             self.schedule = RoundSchedule(trainer, run.num_rounds, trainer.state.global_step, state)
         self.peak_memory = PeakMemory(args.device)
+        self.table = GrowingTable()
         self._local_training = LocalTraining(trainer, trainer.placement.shares_batches)
         most = len(trainer.placement.clients(range(args.clients_per_round)))
         self._batching = ClientBatching(trainer, most, gradient_obstacle(args, self.federation))

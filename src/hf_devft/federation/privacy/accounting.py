@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, groupby
+from itertools import accumulate, chain, groupby
 from typing import Any, Protocol
 
 
@@ -99,8 +99,11 @@ class RecordAccountant:
             draws: of each round, the clients that take part.
         """
         rounds = Counter(chain.from_iterable(draws))
-        turns = {(self.examples[client], count) for client, count in rounds.items()}
-        return max((self._of_a_row(size, count) for size, count in turns), default=0.0)
+        turns = sorted({(self.examples[client], count) for client, count in rounds.items()})
+        # Of clients with as many rows or more, only those that take part more often can cost more.
+        most = [0, *accumulate((count for _, count in turns), max)]
+        dear = [turn for turn, before in zip(turns, most, strict=False) if turn[1] > before]
+        return max((self._of_a_row(size, count) for size, count in dear), default=0.0)
 
     def _of_a_row(self, size: int, rounds: int) -> float:
         """ε for a row of a client with `size` of them."""

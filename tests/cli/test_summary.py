@@ -1,0 +1,34 @@
+"""What a person reads before a run and after it."""
+
+import re
+
+import pytest
+from conftest import lora
+
+from hf_devft.cli.summary import closing, opening
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stage_layers": None, "adapter_layers": [1, 4], "federated_method": "ffa_lora"},
+        {"stage_layers": [4], "wire_dtype": "int8", "upload_fraction": 0.5},
+    ],
+)
+def test_what_is_said_to_be_sent_is_sent(make_trainer, eval_tasks, options):
+    trainer = make_trainer(eval_dataset=eval_tasks, eval_on_start=True, peft_config=lora(r=8), **options)
+    said = opening(trainer)
+    trainer.train()
+    megabytes = float(re.search(r"about (\S+) MB to send", said)[1])
+    assert megabytes == pytest.approx(trainer.ledger.bytes / 1e6, rel=0.02)
+    won = closing(trainer)
+    start, end = trainer.run.start_metrics["eval_full_loss"], trainer.stages[-1].metrics["eval_full_loss"]
+    assert f"loss {start:.3f} → {end:.3f} at full depth for {trainer.ledger.bytes / 1e6:.2f} MB" in won
+
+
+def test_without_evaluation_it_says_what_it_cost(make_trainer):
+    trainer = make_trainer(stage_rounds=[1])
+    assert "2 → 4 layers, 1 rounds each" in opening(trainer)
+    trainer.train()
+    assert closing(trainer).startswith(f"{trainer.ledger.bytes / 1e6:.2f} MB, ")
