@@ -112,8 +112,9 @@ def main() -> None:
     parser.set_defaults(results=parser.get_default("results").with_suffix(".jsonl"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, help="of a run; default: its share of the cores")
     options = parser.parse_args()
-    threads = max(1, (multiprocessing.cpu_count() or 1) // options.workers)
+    threads = options.threads or max(1, (multiprocessing.cpu_count() or 1) // options.workers)
     text = table(run_all(options.results, options.seeds, options.workers, threads))
     text += ["", f"`python benchmarks/robustness.py`, {machine()}; exact match on 200 new tasks."]
     options.results.with_suffix(".md").write_text("\n".join(text) + "\n")

@@ -3,7 +3,7 @@
 python examples/classification.py FacebookAI/roberta-base
 """
 
-import sys
+import argparse
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -11,12 +11,15 @@ from peft import LoraConfig
 from hf_devft import DevFTConfig, DevFTTrainer
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("base", help="an encoder: a folder, or a name on the Hub")
+base = parser.parse_args().base
 rows = Dataset.from_dict({
     "text": [f"the {thing} was {word}" for thing in ("film", "food", "trip", "game") for word in ("good", "bad") * 8],
     "label": ["praise", "complaint"] * 32,
 })  # fmt: skip
 trainer = DevFTTrainer(
-    sys.argv[1],
+    base,
     DevFTConfig(
         output_dir="outputs/classification",
         stage_rounds=[3],

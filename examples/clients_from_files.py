@@ -3,7 +3,7 @@
 python examples/clients_from_files.py my-clients
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from peft import LoraConfig
@@ -12,7 +12,9 @@ from hf_devft import DevFTConfig, DevFTTrainer
 from hf_devft.tasks.data import load_files
 
 
-clients = {path.stem: load_files([path]) for path in sorted(Path(sys.argv[1]).iterdir())}
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("folder", type=Path, help="with a file for each client")
+clients = {path.stem: load_files([path]) for path in sorted(parser.parse_args().folder.iterdir())}
 trainer = DevFTTrainer(
     "embedded",  # or any name on the Hub
     DevFTConfig(

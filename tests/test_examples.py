@@ -31,6 +31,16 @@ def run(tmp_path, monkeypatch, capsys):
     return run_in_its_folder
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["classification", "clients_from_files", "continue_from_stage", "load_stage", "merge_and_save", "newer_base"],
+)
+def test_without_its_arguments_an_example_says_which(run, name, capsys):
+    with pytest.raises(SystemExit):
+        run(EXAMPLES / f"{name}.py")
+    assert "the following arguments are required: " in capsys.readouterr().err
+
+
 def test_own_clients_then_what_can_be_done_with_a_stage(run, tmp_path):
     run(EXAMPLES / "own_clients.py")
     stage = "outputs/own-clients/stage-2"

@@ -59,3 +59,19 @@ def test_an_unreadable_yaml_is_an_error(tmp_path, text):
 def test_a_missing_config_is_an_error(default):
     with pytest.raises(ValueError, match=r"nowhere\.yaml cannot be read"):
         parse_arguments(["--config", "nowhere.yaml"], default)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--task_rows", "-5"], "task_rows=-5 is too small: give 1 or more"),
+        (["--lora_r", "0"], "lora_r=0 is too small"),
+        (["--eval_fraction", "1.5"], "eval_fraction=1.5: give a part"),
+        (["--learning_rate", "abc"], "argument --learning_rate.*: invalid float value: 'abc'"),
+        (["--stage_layers", "16", "4"], r"stage_layers=\[16, 4\] must increase"),
+    ],
+)
+def test_a_wrong_value_is_one_line(default, flags, says):
+    with pytest.raises(ValueError, match=says) as error:
+        parse_arguments(flags, default)
+    assert "\n" not in str(error.value)

@@ -50,6 +50,22 @@ def test_files_of_several_formats(tmp_path):
     assert set(rows.column_names) == {"prompt", "completion", "source"}
 
 
+def test_a_broken_line_is_named_once(tmp_path, caplog, capsys):
+    rows = [json.dumps({"prompt": "a", "completion": "b"})] * 3
+    for number, broken in ((3, '{"prompt": "a", broken'), (1, "[1, 2]")):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("\n".join([*rows[: number - 1], broken, *rows]))
+        with pytest.raises(ValueError, match=rf"{number}.jsonl could not be read as JSON: line {number} is no JSON"):
+            load_files([path])
+    assert "JSON parse error" not in caplog.text + "".join(capsys.readouterr())
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(ValueError, match=r"a\.csv is empty"):
+        load_files([tmp_path / "a.csv"])
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_files([tmp_path / "nowhere.json"])

@@ -98,6 +98,15 @@ class RecipeArguments:
     plan_json: bool = field(default=False, metadata={"help": "The same as JSON."})
     traceback: bool = field(default=False, metadata={"help": "Show where an error comes from."})
 
+    def __post_init__(self):
+        for option in ("task_rows", "task_eval_rows", "lora_r"):
+            if (value := getattr(self, option)) < 1:
+                raise ValueError(f"{option}={value} is too small: give 1 or more.")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(
+                f"eval_fraction={self.eval_fraction}: give a part from 0, which holds nothing out, to below 1."
+            )
+
     def lora_config(self, task: str | None = None) -> LoraConfig:
         """The adapter's config, for a task of `DevFTConfig.task`."""
         modules, own = self.lora_target_modules, TASKS[task or "text-generation"]

@@ -1,10 +1,13 @@
 """Rows of text -> token ids with labels on what is to be learned; and the files that rows come from."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets.utils import logging as datasets_logging
 from transformers import PreTrainedTokenizerBase
 
 from hf_devft.tasks.metrics import IGNORED
@@ -91,11 +94,38 @@ def load_files(files: Sequence[str], to_columns: Callable[[Dataset], Dataset] = 
         if path.suffix not in _BUILDERS:
             raise ValueError(f"{path} ends in {path.suffix!r}: known are {', '.join(_BUILDERS)}.")
         builder, options = _BUILDERS[path.suffix]
+        if not path.stat().st_size:
+            raise ValueError(f"{path} is empty: give a file with a row or more.")
         try:
-            datasets[str(path)] = load_dataset(builder, data_files=str(path), split="train", **options)
+            with _saying_nothing():
+                datasets[str(path)] = load_dataset(builder, data_files=str(path), split="train", **options)
         except Exception as error:
-            raise ValueError(f"{path} could not be read as {builder.upper()}: {error.__cause__ or error}") from error
+            why = (path.suffix == ".jsonl" and _broken_line(path)) or error.__cause__ or error
+            raise ValueError(f"{path} could not be read as {builder.upper()}: {why}") from error
     return _joined(datasets, to_columns)
+
+
+@contextmanager
+def _saying_nothing() -> Iterator[None]:
+    """Within this context `datasets` does not log what it raises, too."""
+    before = datasets_logging.get_verbosity()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(before)
+
+
+def _broken_line(path: Path) -> str | None:
+    """What is wrong with the first line that is no JSON object, where there is one."""
+    with path.open(errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f"line {number} is no JSON object"
+            except ValueError as error:
+                return f"line {number} is no JSON: {error}"
+    return None
 
 
 def load_datasets(
