@@ -1,5 +1,5 @@
 # Every target works on a fresh machine: it makes .venv where no virtual environment is active.
-.PHONY: help install quickstart federation test benchmark docs quality style
+.PHONY: help install quickstart federation test benchmark docs docs-site quality style
 
 ifdef VIRTUAL_ENV
 BIN := $(VIRTUAL_ENV)/bin
@@ -12,7 +12,7 @@ TESTABLE := $(BIN)/.hf-devft-testable
 SOURCES := src recipes tests examples benchmarks docs
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(INSTALLED)  ## Install the package, its test tools and pinned torch
 
@@ -52,6 +52,10 @@ benchmark: install  ## Run a short version of every benchmark (benchmarks/result
 	$(BIN)/python benchmarks/scaling.py --rounds 2 --results $(SHORT)/scaling.md
 	$(BIN)/python benchmarks/grouping.py --repeats 1 --results $(SHORT)/grouping.md
 	$(BIN)/python benchmarks/to_target.py --seeds 0 --only "many rows: FedIT, 2e-3, 30 rounds" "12 + 4 + 6 rounds" --results $(SHORT)/to_target.jsonl
+
+docs-site: install  ## Make the documentation as a site, in build/site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 docs: install  ## Write docs/configuration.md and docs/compatibility.md anew, from the code
 	$(BIN)/python docs/make_configuration.py
