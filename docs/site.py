@@ -1,4 +1,4 @@
-"""What mkdocs asks while it makes the site: the README is its first page, and files beside the pages are named only."""
+"""What mkdocs asks while it makes the site: the README is its first page, files beside the pages are named only."""
 
 import re
 from pathlib import Path
