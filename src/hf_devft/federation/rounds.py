@@ -38,7 +38,7 @@ class RoundOutcome:
     Attributes:
         adapter: the new global adapter, flat.
         loss: mean training loss of the clients that were not left out.
-        grad_norm: of the last of them.
+        losses: of each of them, by its number. grad_norm: of the last of them.
         sampled: all clients that were sent the adapter; left_out: those of them whose update was left out; late: those
             whose update will count in a later round.
         seconds: by the simulated clock, 0 without one.
@@ -49,6 +49,7 @@ class RoundOutcome:
 
     adapter: torch.Tensor | None = None
     loss: float = 0.0
+    losses: dict[int, float] = field(default_factory=dict)
     grad_norm: float = 0.0
     sampled: list[int] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
@@ -75,6 +76,8 @@ class RoundOutcome:
         self.flops += reports[:, FLOPS].sum().item()
         if (used := counted | late).any():
             self.loss = reports[used, LOSS].nanmean().item()  # of those that know theirs
+            taken = [client for client, is_used in zip(sampled, used.tolist(), strict=True) if is_used]
+            self.losses |= dict(zip(taken, reports[used, LOSS].tolist(), strict=True))
             self.grad_norm = reports[used, GRAD_NORM][-1].item()
         return int(counted.sum())
 

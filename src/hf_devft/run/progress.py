@@ -1,6 +1,7 @@
 """The progress bar of a run: one bar over all rounds."""
 
 import math
+from collections.abc import Callable, Mapping
 
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
@@ -9,6 +10,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import has_length
 
 from hf_devft.configuration import StageConfig
+from hf_devft.run.series import SeriesCallback
 
 
 # Fits 80 columns with two losses.
@@ -63,8 +65,15 @@ class RoundProgressCallback(TrainerCallback):
             self.bar = None
 
 
-def show_rounds(trainer: Trainer, stages: list[StageConfig]) -> None:
-    """Put our bar in the place of a trainer's own progress callbacks; none with `disable_tqdm`."""
+def show_rounds(trainer: Trainer, stages: list[StageConfig], client_losses: Callable[[], Mapping[str, float]]) -> None:
+    """Put our bar in the place of a trainer's own progress callbacks, none with `disable_tqdm`; give trackers series
+    of stages and clients.
+
+    Args:
+        client_losses: see `SeriesCallback`.
+    """
+    # Before those that read the logs.
+    trainer.callback_handler.callbacks.insert(0, SeriesCallback(client_losses))
     for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:

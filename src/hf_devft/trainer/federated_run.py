@@ -57,6 +57,7 @@ class FederatedRun:
         federation: runs the rounds; None before the first `train`.
         active: the stage that is being trained, or None.
         start_metrics: of the full model before the first round, where it was evaluated.
+        client_losses: of the last round's clients, by name; none in a run that is differentially private.
         accountant: of the privacy that rounds cost, in a run that is differentially private; else None.
     """
 
@@ -72,6 +73,7 @@ class FederatedRun:
     active: ActiveStage | None = None
     start_metrics: dict[str, float] | None = None
     accountant: Accountant | None = None
+    client_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def residual(self) -> State:
@@ -114,6 +116,7 @@ class FederatedRun:
         }  # fmt: skip
         if self.accountant is None:
             self.ledger.add(outcome.to_record(**of_the_round))
+            self.client_losses = {self.clients.names[client]: loss for client, loss in outcome.losses.items()}
             return
         rounds = [(record.round - 1, record.stage) for record in self.ledger.rounds]
         rounds.append((index, self.active.record.stage))

@@ -113,7 +113,7 @@ class DevFTMixin(Base):
         check_run(self, self.run, setup)
         self._session: TrainingSession | None = None
         self._checkpoint: Checkpoint | None = None
-        show_rounds(self, self.stages)
+        show_rounds(self, self.stages, lambda: self.run.client_losses)
 
     @property
     def stages(self) -> list[StageConfig]:
