@@ -1,5 +1,7 @@
 """The examples, run as they stand in a folder of their own (in this process: each would import for seconds)."""
 
+import json
+import re
 import runpy
 import shutil
 import sys
@@ -81,8 +83,32 @@ def test_own_callback(run):
     assert 3 <= float(megabytes.split()[0]) < 6
 
 
-def test_a_walk_through_a_stage(run, tmp_path):
-    said = run(EXAMPLES / "walk_through_a_stage.py")
+@pytest.fixture
+def run_cells(tmp_path, monkeypatch, capsys):
+    """Run a notebook's cells one after another, as a kernel does, with fewer rounds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+
+    def run_them(name: str) -> str:
+        cells = json.loads((EXAMPLES / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+        names: dict = {"__name__": "__main__"}
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]).replace("stage_rounds=[8, 4]", "stage_rounds=[3, 1]"), names)
+        return capsys.readouterr().out
+
+    return run_them
+
+
+def test_the_first_runs_notebook(run_cells, tmp_path):
+    said = run_cells("first_run")
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", said)]
+    assert losses == sorted(losses, reverse=True)
+    assert "4 layers, 1,150,080 parameters" in said
+
+
+def test_the_notebook_of_a_stage(run_cells, tmp_path):
+    said = run_cells("a_stage_from_inside")
     assert "group 3" in said
     assert "a submodel of 4 layers" in said
     assert (tmp_path / "groups.png").stat().st_size > 10_000
