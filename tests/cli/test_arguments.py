@@ -1,6 +1,7 @@
 import pytest
 
 from hf_devft.cli.arguments import parse_arguments
+from hf_devft.cli.recipe import load_data
 
 
 def write(path, text):
@@ -59,6 +60,24 @@ def test_an_unreadable_yaml_is_an_error(tmp_path, text):
 def test_a_missing_config_is_an_error(default):
     with pytest.raises(ValueError, match=r"nowhere\.yaml cannot be read"):
         parse_arguments(["--config", "nowhere.yaml"], default)
+
+
+@pytest.mark.parametrize("server", [[], ["--healing_steps", "2", "--eval_fraction", "0", "--eval_strategy", "no"]])
+def test_a_private_run_holds_out_none_of_its_clients_rows(tmp_path, server):
+    rows = write(tmp_path / "a.jsonl", '{"prompt": "a", "completion": "b"}\n' * 40)
+    flags = [
+        "--train_file",
+        str(rows),
+        "--stage_layers",
+        "4",
+        "16",
+        "--dp_noise_multiplier",
+        "1",
+        "--dp_delta",
+        "1e-3",
+    ]
+    with pytest.raises(ValueError, match="cannot hold out rows of its clients"):
+        load_data(*parse_arguments([*flags, "--output_dir", str(tmp_path / "out"), *server]))
 
 
 @pytest.mark.parametrize(

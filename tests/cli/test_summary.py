@@ -27,6 +27,24 @@ def test_what_is_said_to_be_sent_is_sent(make_trainer, eval_tasks, options):
     assert f"loss {start:.3f} → {end:.3f} at full depth for {trainer.ledger.bytes / 1e6:.2f} MB" in won
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"federated_method": "c2a"},
+        {"federated_method": "dofit"},
+        {"federated_method": "flexlora", "peft_config": lora(target_modules=["q_proj"], layers_to_transform=[2, 3])},
+        {"max_steps": 1},
+    ],
+)
+def test_whatever_is_trained_can_be_said(make_trainer, options):
+    trainer = make_trainer(**options)
+    megabytes = float(re.search(r"about (\S+) MB to send", opening(trainer))[1])
+    assert megabytes > 0
+    if "max_steps" in options:
+        trainer.train()
+        assert megabytes == pytest.approx(trainer.ledger.bytes / 1e6, rel=0.02)
+
+
 def test_without_evaluation_it_says_what_it_cost(make_trainer):
     trainer = make_trainer(stage_rounds=[1])
     assert "2 → 4 layers, 1 rounds each" in opening(trainer)

@@ -30,7 +30,7 @@ def test_tensorboard_has_a_series_for_each(make_trainer, options, tmp_path, monk
     mean = sum(series[f"train/client-{name}/loss"][-1][1] for name in ("north", "south")) / 2
     assert loss == pytest.approx(mean, rel=1e-4)
     assert series["train/stage-2/loss"][-1] == (step, loss)
-    assert {"train/stage-1/eval_loss", "eval/loss"} <= series.keys()
+    assert {"eval/stage-1/loss", "eval/loss"} <= series.keys()
     assert not any("/" in key for row in trainer.state.log_history for key in row)
 
 

@@ -30,6 +30,24 @@ def test_the_table_fits_a_terminal_of_80_columns(capsys, monkeypatch):
     assert Console().width == 80
 
 
+def test_a_row_is_printed_once_under_its_titles(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    first, second = stages()
+    late = stage_config(stage=2, totals=TOTALS | {"bytes": 1191.4e6}, metrics=METRICS)
+    table = GrowingTable()
+    table.show([first])
+    table.show([first, late])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert [line.split()[0] for line in lines] == ["loss", "stage", lines[2].strip(), "1/2", "2/2"]
+    assert len(set(map(len, lines))) <= 2  # the first line of titles ends earlier
+    table = GrowingTable()
+    table.show([stage_config(totals=TOTALS, metrics={})])
+    table.show([stage_config(totals=TOTALS, metrics={}), second])
+    said = capsys.readouterr().out
+    assert said.count("stage") == 2  # titles again, as there are new columns
+    assert said.count("1/2") == 1
+
+
 def test_columns_without_values_are_left_out():
     titles, rows = stage_table([stage_config(totals=TOTALS, metrics={})])
     assert "exact\nmatch" not in titles

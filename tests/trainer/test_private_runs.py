@@ -109,7 +109,43 @@ def test_records_are_private_within_each_client(make_trainer, tmp_path):
     assert 0 < spent[0] < spent[-1]
     card = (tmp_path / "run" / "README.md").read_text()
     assert "of each row, by DP-SGD within the clients: gradients clipped to a norm of 1.0, noise of 0.8 of" in card
-    assert all(record.loss is None for record in trainer.ledger.rounds)
+    assert all((record.loss, record.tokens, record.flops) == (None, 0, 0) for record in trainer.ledger.rounds)
+    assert trainer.state.num_input_tokens_seen == 0
+    assert "for each row of a client: ε" in card
+
+
+def test_one_row_more_changes_a_clients_step_by_no_more_than_the_norm(make_trainer, tasks, monkeypatch):
+    """Through a whole run: one round of one client, one step with all rows drawn, no noise."""
+    monkeypatch.setattr("hf_devft.federation.privacy.record_level.gaussian", lambda count, *_: torch.zeros(count))
+
+    def step(count: int) -> torch.Tensor:
+        # Plain descent at rate 1 gives the gradient; divided by the batch size, which is 9 in both.
+        options = {
+            "stage_layers": [4], "stage_rounds": [1], "local_steps": 1, "per_device_train_batch_size": 9,
+            "num_clients": None, "clients_per_round": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0,
+            "dp_clipping_norm": 0.01, "overwrite_output_dir": True,
+        }  # fmt: skip
+        trainer = make_trainer(train_dataset={"a": tasks.select(range(count))}, **RECORDS | options)
+        start = {key: value.clone() for key, value in trainer.run.adapter.state.items()}
+        trainer.train()
+        return torch.cat([(trainer.run.adapter.state[key] - value).flatten() for key, value in start.items()])
+
+    fewer, more = step(8), step(9)
+    assert 0 < (more - fewer).norm().item() <= 0.01 / 9 * 1.001
+    assert fewer.norm().item() <= 8 * 0.01 / 9 * 1.001
+
+
+@pytest.mark.parametrize("options", [
+    {"temporary_head": True},
+    {"activation_checkpointing": True},
+    {"peft_config": lora(use_dora=True)},
+    {"peft_config": lora(lora_dropout=0.2)},
+    {"federated_method": "droppeft"},
+], ids=lambda options: next(iter(options)))  # fmt: skip
+def test_whatever_the_model_does_rows_are_told_apart(make_trainer, options):
+    trainer = make_trainer(**RECORDS | options)
+    trainer.train()
+    assert all(tensor.isfinite().all() for tensor in trainer.run.adapter.state.values())
 
 
 @pytest.mark.parametrize("method", ["ffa_lora+fedadam", "fedsa_lora", "flora", "median"])
@@ -143,8 +179,10 @@ def test_the_noise_of_records_is_found_for_a_budget(make_trainer):
         ({"dp_delta": 0.1}, "rows be laid bare"),
         ({"federated_method": "scaffold"}, "behind the noise"),
         ({"gradient_accumulation_steps": 2}, "set it to 1"),
-        ({"activation_checkpointing": True}, "turn it off"),
-        ({"auto_find_batch_size": True}, "a step is not cut"),
+        ({"auto_find_batch_size": True}, "through the model alone"),
+        ({"dp_noise_multiplier": None}, "without noise protects nobody"),
+        ({"dp_sampling": "fixed_size"}, "rows are drawn by chance alone"),
+        ({"client_resources": "simulated"}, "tells of its rows"),
         ({"train_sampling_strategy": "group_by_length"}, "chance draws the rows"),
         ({"client_selection": "by_size"}, "equal chances"),
     ],

@@ -26,7 +26,7 @@ _GROUPS = {
         "partition": "iid, dirichlet or natural",
         "federated_method": "fedit, ffa_lora, fedsa_lora, ...; joined by +",
         "wire_dtype": "what travels: fp32, bf16, int8, int4",
-        "dp_target_epsilon": "differential privacy for each client: ε",
+        "dp_target_epsilon": "differential privacy: ε",
     },
     "adapter and training": {
         "lora_r": "rank",

@@ -40,6 +40,11 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
             names = (recipe.dataset_name, recipe.dataset_config)
             train = load_datasets(*names, recipe.dataset_train_split, to_columns)
             evaluation = recipe.dataset_eval_split and load_datasets(*names, recipe.dataset_eval_split, to_columns)
+        if args.is_private and ((evaluation is None and recipe.eval_fraction) or (asked and calibration is None)):
+            raise ValueError(
+                "a private run cannot hold out rows of its clients, which no noise would cover: give `eval_file` (or "
+                "`eval_fraction: 0` with `eval_strategy: no`), and `calibration_file` where the server reads texts."
+            )
         if evaluation is None and recipe.eval_fraction:
             train, evaluation = _held_out(train, recipe.eval_fraction, args.seed)
         if calibration is not None or not asked:

@@ -8,21 +8,21 @@ from hf_devft.trainer.mixin import DevFTMixin
 
 
 def opening(trainer: DevFTMixin) -> str:
-    """Say in two lines what will be trained, and what it will send."""
+    """Say in two lines what will be trained, and what it will send, if it runs to its end."""
     args, run = trainer.args, trainer.run
     base = trainer.model.get_base_model().config.name_or_path
-    megabytes = sum(planned_traffic(args, _layout(trainer, stage), stage.rounds) for stage in run.stages) / 1e6
     return (
         f"{portable_name(base) or 'the model'}, {run.stages[-1].full_layers} layers: "
         f"{len(run.clients.rows)} clients, {args.clients_per_round} a round, {args.federated_method}\n"
-        f"{_stages(run.stages)}: about {megabytes:.3g} MB to send; results in {args.output_dir}/"
+        f"{_stages(run.stages)}: about {_megabytes(trainer):.3g} MB to send; results in {args.output_dir}/"
     )
 
 
 def closing(trainer: DevFTMixin) -> str:
     """Say what the run has brought, where that is, and what to do next."""
     run, folder = trainer.run, trainer.args.output_dir
-    start, end, totals = run.start_metrics or {}, run.stages[-1].metrics, run.ledger.totals()
+    start, totals = run.start_metrics or {}, run.ledger.totals()
+    end = next((stage.metrics for stage in reversed(run.stages) if stage.rounds_done), {})
     changes = [
         f"{name} {start[key]:{style}} → {end[key]:{style}}" if key in start else f"{name} {end[key]:{style}}"
         for key, (name, style) in _BROUGHT.items()
@@ -30,7 +30,10 @@ def closing(trainer: DevFTMixin) -> str:
     ]
     cost = f"{totals['bytes'] / 1e6:.2f} MB, {_minutes(totals['seconds'])}"
     brought = f"{', '.join(changes)} at full depth for {cost}" if changes else cost
-    return f"{brought}\nAdapters, model card and plot are in {folder}/\nNext: devft compare {folder} OTHER_RUN"
+    lines = [brought, f"Adapters, model card and plot are in {folder}/"]
+    if "eval_full_loss" in end:
+        lines.append(f"Next: devft compare {folder} OTHER_RUN")
+    return "\n".join(lines)
 
 
 # Of the last stage and the start: what each is called.
@@ -41,12 +44,24 @@ _BROUGHT = {
 }
 
 
+def _megabytes(trainer: DevFTMixin) -> float:
+    """Of all adapters that the run's rounds will send."""
+    left, total = trainer.run.num_rounds, 0.0
+    for stage in trainer.run.stages:
+        rounds = min(left, stage.rounds)
+        left -= rounds
+        total += planned_traffic(trainer.args, _layout(trainer, stage), rounds) if rounds else 0.0
+    return total / 1e6
+
+
 def _layout(trainer: DevFTMixin, stage: StageConfig) -> AdapterLayout:
-    """As large as a stage's adapter: that of its first layers, as layers are alike."""
+    """As large as a stage's adapter: as large a part of the layers that have one, as they are alike."""
     adapter = trainer.run.adapter
-    kept = range(stage.num_layers) if stage.adapted is None else stage.adapted
-    layers = {key: adapter.names.split(key) for key in adapter.state}
-    keys = [key for key, layer in layers.items() if layer is None or layer[0] in kept]
+    layer_of = {key: split[0] if (split := adapter.names.split(key)) else None for key in adapter.state}
+    adapted = sorted({layer for layer in layer_of.values() if layer is not None})
+    part = len(stage.adapted) if stage.adapted else stage.num_layers
+    kept = adapted[: max(1, round(len(adapted) * part / stage.full_layers))]
+    keys = [key for key, layer in layer_of.items() if layer is None or layer in kept]
     return AdapterLayout(tuple(keys), tuple(adapter.state[key].shape for key in keys))
 
 

@@ -23,16 +23,16 @@ class PrivacyOptions:
             down to `dp_clipping_norm`, and their sum gets Gaussian noise of so many of these norms.
         dp_level (`str`, *optional*, defaults to `"client"`):
             Whom that protects: each `"client"` with all its rows (DP-FedAvg: a round's updates are summed up and get
-            noise at the server), or each `"record"` of a client, from the server, too (DP-SGD: each local step has
-            noise, and `per_device_train_batch_size` rows on average).
+            noise at the server), or each `"record"` of a client (DP-SGD: each local step has noise, and
+            `per_device_train_batch_size` rows on average, each of which goes through the model alone).
         dp_target_epsilon (`float`, *optional*):
             ε that the run may cost. The noise is what its rounds need for that; with `dp_noise_multiplier` given, too,
             the run ends before the round that would go beyond.
         dp_delta (`float`, *optional*, defaults to `1e-5`):
-            δ of that; less than one in as many as there are clients.
+            δ of that; less than one in as many as there are clients, or rows of a client.
         dp_clipping_norm (`float` or `str`, *optional*, defaults to `"adaptive"`):
             The norm, or `"adaptive"`: it follows the median of the updates' norms. Of records: a number, 1 by default,
-            as in Opacus; a row's gradient is that of the sum of its tokens' losses.
+            as in Opacus.
         dp_sampling (`str`, *optional*, defaults to `"poisson"`):
             How a round's clients are drawn, and accounted for: `"poisson"`, each with the same chance, so that
             `clients_per_round` take part on average, or `"fixed_size"`, just as many, which costs more. Of records,
@@ -41,7 +41,7 @@ class PrivacyOptions:
 
     secure_aggregation: bool = field(default=False, metadata={"help": "The server sees only sums of updates."})
     dp_noise_multiplier: float | None = field(
-        default=None, metadata={"help": "Differential privacy: noise of a round's sum, in clipping norms."}
+        default=None, metadata={"help": "Differential privacy: noise of a sum, in clipping norms."}
     )
     dp_level: str = field(default=LEVELS[0], metadata={"help": f"Whom that protects: {', '.join(LEVELS)}."})
     dp_target_epsilon: float | None = field(
@@ -49,7 +49,7 @@ class PrivacyOptions:
     )
     dp_delta: float = field(default=1e-5, metadata={"help": "Delta of that epsilon."})
     dp_clipping_norm: float | str | None = field(
-        default=None, metadata={"help": f"Norm that a client's update is scaled down to, or {ADAPTIVE} (default)."}
+        default=None, metadata={"help": f"Norm that updates, or rows' gradients, are scaled down to, or {ADAPTIVE}."}
     )
     dp_sampling: str = field(
         default=SAMPLINGS[0], metadata={"help": f"How a round's clients are drawn: {', '.join(SAMPLINGS)}."}
@@ -79,6 +79,10 @@ def settle_privacy(options: PrivacyOptions) -> None:
     """
     norm = options.dp_clipping_norm
     if not options.is_private:
+        if options.dp_level == "record":
+            raise ValueError(
+                "dp_level='record' without noise protects nobody: give dp_noise_multiplier or dp_target_epsilon."
+            )
         if norm is not None:
             raise ValueError(
                 f"dp_clipping_norm={norm!r} without noise protects nobody: give dp_noise_multiplier or "
@@ -86,6 +90,8 @@ def settle_privacy(options: PrivacyOptions) -> None:
             )
         return
     of_records = options.dp_level == "record"
+    if of_records and options.dp_sampling != "poisson":
+        raise ValueError(f"dp_sampling={options.dp_sampling!r}: rows are drawn by chance alone, set 'poisson'.")
     allowed = "a norm above 0" if of_records else f'a norm above 0, or "{ADAPTIVE}"'
     if norm is None:
         norm = _NORM_OF_RECORDS if of_records else ADAPTIVE

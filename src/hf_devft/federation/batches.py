@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from hf_devft.federation.privacy import RecordPrivacy
+from hf_devft.federation.privacy import RecordPrivacy, RowsApart
 from hf_devft.federation.sampling import Placement, client_seed
 from hf_devft.tasks.metrics import IGNORED
 
@@ -88,10 +88,9 @@ class FederatedBatchSampler:
 
 @dataclass(frozen=True)
 class ShareCollator:
-    """A collator for batches that may be empty: these become a row without labels, whose loss and gradient are 0.
+    """A collator for shares of batches: an empty share becomes a row without labels, whose loss and gradient are 0.
 
-    So every process takes part in every forward and backward pass, as DDP and DeepSpeed need it, with its share of a
-    batch; and a step for which chance has drawn no row is a step.
+    So every process takes part in every forward and backward pass, as DDP and DeepSpeed need it.
     """
 
     collate: Callable[[list], dict[str, torch.Tensor]]
@@ -167,11 +166,15 @@ def client_loader(
         dataset: the clients' rows, in columns that the collator takes.
         args: the `dataloader_*` options and the device.
     """
-    may_be_empty = sampler.placement.shares_batches or sampler.privacy is not None
+    collate: Callable[[list], Any] = collator
+    if sampler.privacy is not None:
+        collate = RowsApart(collator)
+    elif sampler.placement.shares_batches:
+        collate = ShareCollator(collator, dataset[0])
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=ShareCollator(collator, dataset[0]) if may_be_empty else collator,
+        collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         prefetch_factor=args.dataloader_prefetch_factor,

@@ -107,13 +107,13 @@ class RoundOutcome:
         )
 
     def to_private_record(self, epsilon: float, **of_the_round: Any) -> RoundRecord:
-        """Return the ledger's record of a differentially private round: who took part, and with which loss, stays
-        untold, as no noise covers it.
+        """Return the ledger's record of a differentially private round: who took part, with which loss, and on how
+        many tokens, stays untold, as no noise covers it.
 
         Args:
             epsilon: see `RoundRecord`. of_the_round: the arguments of `to_record`.
         """
-        untold: dict[str, Any] = {"clients": [], "dropped": [], "late": [], "loss": None}
+        untold: dict[str, Any] = {"clients": [], "dropped": [], "late": [], "loss": None, "tokens": 0, "flops": 0.0}
         return replace(self.to_record(**of_the_round), epsilon=epsilon, **untold)
 
 

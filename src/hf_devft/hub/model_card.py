@@ -23,6 +23,7 @@ class CardContext:
         evaluation: what the metrics were measured on.
         imports, load: Python that loads the adapter; "LOCATION" in it stands for where it is.
         license, language, datasets: for the metadata, where the run says.
+        protects_records: whether a run that is differentially private is so for rows, not for clients.
     """
 
     model_name: str
@@ -36,6 +37,7 @@ class CardContext:
     license: str | None = None
     language: list[str] | None = None
     datasets: list[str] | None = None
+    protects_records: bool = False
 
 
 _METRICS = {

@@ -26,7 +26,7 @@ def draws_of(args: DevFTConfig, rounds: Iterable[tuple[int, Sequence[int]]]) -> 
     Args:
         rounds: of each, its index, and the clients that can hold its stage.
     """
-    if args.dp_level == "client":
+    if not args.protects_records:
         return [len(candidates) for _, candidates in rounds]
     return [sample_clients(candidates, args.clients_per_round, args.seed, index) for index, candidates in rounds]
 
@@ -43,7 +43,7 @@ def make_accountant(args: DevFTConfig, draws: Sequence[Any], examples: Sequence[
     """
     if not args.is_private:
         return None
-    per_client = args.dp_level == "client"
+    per_client = args.protects_clients
     most, whom = (max(draws), "clients") if per_client else (max(examples), "rows")
     if most * args.dp_delta >= 1:
         raise ValueError(f"dp_delta={args.dp_delta} lets one of {most} {whom} be laid bare: give much less.")

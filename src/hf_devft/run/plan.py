@@ -84,7 +84,7 @@ class RunPlan:
         stages: a plan each; total: of all of them; without_stages: as many rounds of the full model.
         measured: whether tokens were counted in the run's data, or as if every row had `max_length` of them.
         noise_multiplier, epsilon, delta: of a run that is differentially private, see `Accountant`; else None.
-        protects: whom it protects, "client" or "record".
+        protects: whom it protects, "client" or "record". is_private: whether it is.
     """
 
     stages: list[StagePlan]
@@ -95,6 +95,7 @@ class RunPlan:
     epsilon: float | None = None
     delta: float | None = None
     protects: str = LEVELS[0]
+    is_private: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -139,8 +140,8 @@ def plan_run(
     full_depth_plan = _plan_stage(args, submodels, replace(stages[-1], rounds=ends[-1]), batches(range(ends[-1])))
     plan = RunPlan(plans, _total(plans), replace(full_depth_plan, stage="none"), clients is not None)
     examples = clients.examples if clients else []
-    if args.dp_level == "record" and not examples:
-        return plan  # what it costs depends on how many rows a client has
+    if args.protects_records and not examples:
+        return replace(plan, is_private=True)  # what it costs depends on how many rows a client has
     everyone = range(len(examples) or args.num_clients or DEFAULT_NUM_CLIENTS)
     draws = draws_of(args, ((index, everyone) for index in range(ends[-1])))
     if (accountant := make_accountant(args, draws, examples)) is None:
@@ -149,7 +150,9 @@ def plan_run(
     if args.dp_target_epsilon is not None:  # the run ends before it would spend more
         spent = accountant.epsilon(draws[: affordable(accountant, draws, args.dp_target_epsilon)])
     noise = accountant.noise_multiplier
-    return replace(plan, noise_multiplier=noise, epsilon=spent, delta=args.dp_delta, protects=args.dp_level)
+    return replace(
+        plan, noise_multiplier=noise, epsilon=spent, delta=args.dp_delta, protects=args.dp_level, is_private=True
+    )
 
 
 def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range) -> list[tuple[int, int]]:
@@ -335,7 +338,8 @@ def _messages(args: DevFTConfig, layout: AdapterLayout) -> tuple[float, float, i
     memory = Memory()
     method, correction, *_ = make_methods(args.federated_method, args.federated_method_kwargs)
     count = args.num_clients or DEFAULT_NUM_CLIENTS
-    method.begin_run(Clients(examples=[1] * count, seed=args.seed, memory=memory))
+    labels = np.ones((count, 2))  # of which the messages' sizes do not depend
+    method.begin_run(Clients(examples=[1] * count, seed=args.seed, memory=memory, label_counts=lambda: labels))
     method.begin_stage(layout, torch.zeros(sum(layout.sizes)))
     wire = Wire(args.wire_dtype, args.upload_fraction, memory)
     both = 2 if correction is not None and correction.records else 1

@@ -18,7 +18,7 @@ from hf_devft.hub.model_card import CardContext, model_card
 from hf_devft.models.initialisation import moves_weights
 from hf_devft.models.layout import State
 from hf_devft.run.artifacts import save_stage
-from hf_devft.run.comparison import Point, read_curve
+from hf_devft.run.comparison import Point
 from hf_devft.run.plots import plot_run
 from hf_devft.run.tables import ALL, stage_table
 from hf_devft.tasks import TASKS
@@ -51,7 +51,7 @@ class RunReport:
         labels: of the model's classes, in order; None where there are none.
         repo_id: the repository that is pushed to, or None.
         baseline: {name: how its loss fell} of another run, for the plot.
-        metadata: of the card: license, language, datasets.
+        metadata: of the card: license, language, datasets, and whom privacy is for.
     """
 
     output_dir: str
@@ -77,9 +77,9 @@ class RunReport:
             output_dir=args.output_dir,
             base_name=portable_name(base.name_or_path) or None,
             base_revision=getattr(base, "_commit_hash", None),
-            baseline={Path(args.baseline).name: read_curve(args.baseline)} if args.baseline else {},
             labels=[base.id2label[index] for index in range(base.num_labels)] if has_classes else None,
-            metadata={name: getattr(args, f"card_{name}") for name in ("license", "language", "datasets")},
+            metadata={name: getattr(args, f"card_{name}") for name in ("license", "language", "datasets")}
+            | {"protects_records": args.protects_records},
             **others,
         )
 

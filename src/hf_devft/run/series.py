@@ -6,8 +6,8 @@ from transformers import TrainerCallback
 
 
 class SeriesCallback(TrainerCallback):
-    """Gives each stage and each client a series of its own: `stage-2/eval_loss`, `client-north/loss`. The log history
-    stays as it is.
+    """Gives each stage and each client a series of its own, which trackers show as `train/stage-2/loss`,
+    `eval/stage-2/loss` and `train/client-north/loss`. The log history stays as it is.
 
     Args:
         client_losses: () -> the losses of the last round's clients, by name.
@@ -19,7 +19,8 @@ class SeriesCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "stage" not in logs:
             return
-        of_the_stage = {key: value for key, value in logs.items() if key == "loss" or key.startswith("eval_")}
-        logs |= {f"stage-{logs['stage']}/{key}": value for key, value in of_the_stage.items()}
-        if "loss" in of_the_stage:
+        stage, evaluated = f"stage-{logs['stage']}", [key for key in logs if key.startswith("eval_")]
+        logs |= {f"eval_{stage}/{key.removeprefix('eval_')}": logs[key] for key in evaluated}
+        if "loss" in logs:
+            logs[f"{stage}/loss"] = logs["loss"]
             logs |= {f"client-{name}/loss": loss for name, loss in self._client_losses().items()}

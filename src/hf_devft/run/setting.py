@@ -55,7 +55,9 @@ def run_setting(
             args.dp_delta,
             args.dp_clipping_norm,
             args.dp_sampling,
-            *([args.dp_level] if args.protects_records else []),  # checkpoints of before it have none
+            # What the noise was found for, and what the rounds so far are accounted for by.
+            *([args.dp_level, args.train_batch_size] if args.protects_records else []),
+            *([sum(s.rounds for s in stages), args.max_steps] if args.dp_noise_multiplier is None else []),
         ]
         if args.is_private
         else None,

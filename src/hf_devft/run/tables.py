@@ -26,7 +26,7 @@ _COLUMNS = {
     "loss\nworst": lambda stage: _number(stage.metrics.get("eval_full_worst_loss"), ".3f"),
     "ε": lambda stage: _number(stage.totals.get("epsilon"), ".2f"),
     "MB\nsent": lambda stage: _number(stage.totals["bytes"] / 1e6, ".2f"),
-    "TFLOPs": lambda stage: _number(stage.totals["flops"] / 1e12, ".2f"),
+    "TFLOPs": lambda stage: _number(flops / 1e12, ".2f") if (flops := stage.totals["flops"]) else None,
     "seconds": lambda stage: _number(stage.totals["seconds"], ".1f"),
     "server\nTFLOPs": lambda stage: (
         _number(flops / 1e12, ".2f") if (flops := stage.totals.get("setup_flops")) else None
@@ -35,6 +35,7 @@ _COLUMNS = {
     "base\nMB": lambda stage: _number(size / 1e6, ".1f") if (size := stage.totals.get("base_bytes")) else None,
     "peak\nMB": lambda stage: _number(stage.totals["peak_memory"] / 1e6, ".0f"),
 }
+_ROOM = {"MB\nsent": 7, "TFLOPs": 6, "seconds": 7, "peak\nMB": 5}  # for what later rows may need
 _CARD_ONLY = ("server\nTFLOPs", "set-up\ns", "base\nMB")  # so that a terminal of 80 columns holds the rest
 
 
@@ -73,20 +74,20 @@ class GrowingTable:
         self._printed = 0
 
     def show(self, stages: list[StageConfig]) -> None:
-        """Print the rows that are new; the first time with the columns' titles, of those that have a value by then.
+        """Print the rows that are new, under the columns' titles where these are.
 
         Args:
             stages: all rows so far, see `table_rows`.
         """
         titles, rows = stage_table(stages, without=_CARD_ONLY)
-        is_first = not self._titles
-        if is_first:
+        is_new = not set(titles) <= set(self._titles)  # the first time, or where a column has its first value
+        if is_new:
+            columns = zip(titles, zip(*rows, strict=True), strict=True)
             self._titles = titles
             self._widths = [
-                max(map(len, (*title.split("\n"), *column)))
-                for title, column in zip(titles, zip(*rows, strict=True), strict=True)
+                max(_ROOM.get(title, 0), *map(len, (*title.split("\n"), *cells))) for title, cells in columns
             ]
-        table = _empty_table(show_header=is_first, show_edge=False)
+        table = _empty_table(show_header=is_new, show_edge=False)
         for title, width in zip(self._titles, self._widths, strict=True):
             table.add_column(title, justify="right", no_wrap=True, min_width=width)
         for row in rows[self._printed :]:

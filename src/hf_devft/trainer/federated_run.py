@@ -19,6 +19,7 @@ from hf_devft.models.layout import State
 from hf_devft.models.residual import without_residual
 from hf_devft.run.accounts import draws_of
 from hf_devft.run.checkpoint import Checkpoint, RunState, load_federation
+from hf_devft.run.comparison import Point
 from hf_devft.run.healed_layers import HealedLayers
 from hf_devft.run.report import StageResult
 from hf_devft.run.setting import check_same_adapter, check_same_memory, check_same_setting, run_setting
@@ -27,7 +28,7 @@ from hf_devft.trainer.active_stage import ActiveStage
 
 
 # What the Trainer logs of the clients' rows.
-_WITHOUT_NOISE = ("loss", "grad_norm", "train_loss")
+_WITHOUT_NOISE = ("loss", "grad_norm", "train_loss", "num_input_tokens_seen", "total_flos")
 
 
 def planned_draws(args: DevFTConfig, stages: list[StageConfig], capacities: Capacities) -> list[Any]:
@@ -58,6 +59,7 @@ class FederatedRun:
         active: the stage that is being trained, or None.
         start_metrics: of the full model before the first round, where it was evaluated.
         client_losses: of the last round's clients, by name; none in a run that is differentially private.
+        baseline: {name: how its loss fell} of another run, for the plot.
         accountant: of the privacy that rounds cost, in a run that is differentially private; else None.
     """
 
@@ -74,6 +76,7 @@ class FederatedRun:
     start_metrics: dict[str, float] | None = None
     accountant: Accountant | None = None
     client_losses: dict[str, float] = field(default_factory=dict)
+    baseline: dict[str, list[Point]] = field(default_factory=dict)
 
     @property
     def residual(self) -> State:
@@ -116,10 +119,14 @@ class FederatedRun:
         }  # fmt: skip
         if self.accountant is None:
             self.ledger.add(outcome.to_record(**of_the_round))
-            self.client_losses = {self.clients.names[client]: loss for client, loss in outcome.losses.items()}
+            secret = self.args.secure_aggregation  # then the server has only sums; each one's loss is nobody's matter
+            self.client_losses = (
+                {} if secret else {self.clients.names[client]: loss for client, loss in outcome.losses.items()}
+            )
             return
         rounds = [(record.round - 1, record.stage) for record in self.ledger.rounds]
         rounds.append((index, self.active.record.stage))
+        outcome.seen = 0
         spent = self.accountant.epsilon(_draws(self.args, rounds, self.capacities))
         self.ledger.add(outcome.to_private_record(spent, **of_the_round))
 

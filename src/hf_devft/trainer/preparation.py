@@ -4,6 +4,7 @@ is spent."""
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,7 +172,8 @@ def prepare_run(
         config: of the adapter; see `adapter_config_of`.
 
     Raises:
-        ValueError: an adapter that stages cannot carry, or stages that the model, or its clients, cannot have.
+        ValueError: an adapter that stages cannot carry, or stages that the model, or its clients, cannot have; a
+            baseline that is no finished run.
     """
     keep_readable(model)
     patched = None if initialisation is None else initialise(model, initialisation)
@@ -190,6 +192,7 @@ def prepare_run(
         initialisation=initialisation,
         healed=HealedLayers(args.output_dir, stages, bool(args.client_max_layers), args.process_index == 0),
         capacities=capacities,
+        baseline={Path(args.baseline).name: read_curve(args.baseline)} if args.baseline else {},
         accountant=make_accountant(args, planned_draws(args, stages, capacities), clients.examples),
     )
     return run, patched
@@ -202,8 +205,7 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
         What is known.
 
     Raises:
-        ValueError: another launch than DeepSpeed's, where that was asked for; a baseline that is no finished run; see
-            `check_compatibility`.
+        ValueError: another launch than DeepSpeed's, where that was asked for; see `check_compatibility`.
     """
     args, accelerator, given = trainer.args, trainer.accelerator, trainer.calibration_dataset
     if args.deepspeed_plugin is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -211,8 +213,6 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
             f"DeepSpeed was asked for, but Accelerate runs {accelerator.distributed_type.value}: launch by "
             "`accelerate launch` with a config like recipes/accelerate/zero3.yaml."
         )
-    if args.baseline:
-        read_curve(args.baseline)
     setup = Setup(
         args,
         trainer=trainer.kind,

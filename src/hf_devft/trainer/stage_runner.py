@@ -16,7 +16,7 @@ from hf_devft.federation.clients.batched import CannotStackError, stack_flat, tr
 from hf_devft.federation.clients.gradient_tap import GradientTap
 from hf_devft.federation.clients.hooks import TrainingHooks
 from hf_devft.federation.clients.local_training import LocalTraining
-from hf_devft.federation.privacy import PrivateSteps, RecordPrivacy
+from hf_devft.federation.privacy import RecordPrivacy
 from hf_devft.federation.sampling import Placement, client_seed
 from hf_devft.federation.turns import ClientTurn, LocalResult, Trained, one_after_another
 from hf_devft.models.engines import Engine
@@ -95,11 +95,12 @@ class StageRunner:
     ) -> tuple[LocalResult, torch.Tensor]:
         """Train a client on a model, whose layers these are."""
         engine.begin_client(turn.start, learning_rate, turn.trains)
-        seed = client_seed(self.seed, turn.round_index, turn.client)
+        whose = (turn.round_index, turn.client)
+        seed = client_seed(self.seed, *whose) if self.privacy is None else self.privacy.seed(*whose)
         # Where processes share a batch, each draws its own dropout.
         set_seed(seed + self.placement.index if self.placement.shares_batches else seed)
-        skipped = self._without_layers(engine, layers, turn.skips)
-        with skipped, _tap(engine, turn) as tap, self._private_steps(engine, turn) as private:
+        private = self.privacy and self.privacy.steps(engine.parameters, *whose)
+        with self._without_layers(engine, layers, turn.skips), _tap(engine, turn) as tap:
             result = self.local_training(engine, iter(turn.batches), tap, private)
         per_token = _flops_per_token(engine, turn, layers)
         result.flops = sum(count * flops for count, flops in zip(result.positions, per_token, strict=True))
@@ -109,12 +110,6 @@ class StageRunner:
                 gradient /= self.placement.count
             result.mean_gradient = gradient
         return result, engine.read()
-
-    def _private_steps(self, engine: Engine, turn: ClientTurn) -> AbstractContextManager[PrivateSteps | None]:
-        if self.privacy is None:
-            return nullcontext()
-        start, optimizer = engine.read(), engine.optimizer
-        return self.privacy.steps(engine.peft_model, optimizer, start, turn.round_index, turn.client)
 
     # --- clients that train an earlier stage's submodel -----------------------------------------------------
 

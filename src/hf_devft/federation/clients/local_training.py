@@ -45,14 +45,33 @@ class LocalTraining:
         """Train `engine`'s adapter with its optimiser, which must be fresh.
 
         Args:
-            tap: entered, where gradients are tapped. private: entered, where steps are private for each row.
+            tap: entered, where gradients are tapped.
+            private: where steps are private for each row; `batches` are then of rows apart, see `RowsApart`.
         """
         with _in_training(engine.model), self.hooks.leaving_logits_out():
-            return self._take_steps(engine, batches, tap, private)
+            if private is not None:
+                return self._take_private_steps(engine, batches, private)
+            return self._take_steps(engine, batches, tap)
 
-    def _take_steps(
-        self, engine: TrainableModel, batches: Iterator[Any], tap: GradientTap | None, private: PrivateSteps | None
+    def _take_private_steps(
+        self, engine: TrainableModel, batches: Iterator[Any], private: PrivateSteps
     ) -> LocalResult:
+        """Steps in which each row goes through the model alone. They report no loss, which no noise covers."""
+        hooks, args, grad_norm = self.hooks, self.hooks.args, None
+        for _ in range(args.local_steps):
+            engine.zero_grad()
+            for row in next(batches):
+                inputs, num_items, _ = next_step(hooks, iter([row]), 1)
+                self._backward(engine, inputs, num_items, None)
+                private.add_row()
+            private.end_step()
+            if args.max_grad_norm > 0:
+                grad_norm = hooks.clip_gradients(engine.adapter)
+            engine.optimizer.step()
+            engine.zero_grad()
+        return LocalResult(torch.tensor(float("nan"), device=args.device), (0,) * len(engine.lengths), 0, grad_norm)
+
+    def _take_steps(self, engine: TrainableModel, batches: Iterator[Any], tap: GradientTap | None) -> LocalResult:
         hooks, args = self.hooks, self.hooks.args
         total = torch.zeros((), device=args.device)
         positions: tuple[int, ...] = ()
@@ -61,12 +80,7 @@ class LocalTraining:
             micro_batches, num_items, unknown = next_step(hooks, batches, args.gradient_accumulation_steps)
             if tap is not None:
                 tap.begin_step()
-            if private is None:
-                loss, passed = self._backward_in_pieces(engine, micro_batches, num_items, tap)
-            else:  # the sum of the tokens' losses, in which no row changes another's part
-                loss, passed = self._backward(engine, micro_batches, torch.ones_like(num_items), tap)
-                private.make_private()
-                loss = loss / num_items
+            loss, passed = self._backward_in_pieces(engine, micro_batches, num_items, tap)
             total += loss + unknown
             positions = tuple(map(sum, zip(positions, passed, strict=True))) if positions else passed
             if args.max_grad_norm > 0:

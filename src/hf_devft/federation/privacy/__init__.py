@@ -11,7 +11,7 @@ from hf_devft.federation.privacy.accounting import (
 )
 from hf_devft.federation.privacy.mechanism import ADAPTIVE, ClientPrivacy
 from hf_devft.federation.privacy.poisson import PoissonSampling
-from hf_devft.federation.privacy.record_level import PrivateSteps, RecordPrivacy
+from hf_devft.federation.privacy.record_level import PrivateSteps, RecordPrivacy, RowsApart
 from hf_devft.federation.privacy.secret import read_secret
 
 
@@ -26,6 +26,7 @@ __all__ = [
     "PrivateSteps",
     "RecordAccountant",
     "RecordPrivacy",
+    "RowsApart",
     "affordable",
     "find_noise_multiplier",
     "read_secret",

@@ -1,6 +1,5 @@
 """DP-FedAvg: clipped updates, a mean over as many clients as were to be expected, and Gaussian noise."""
 
-import hashlib
 import math
 from collections.abc import Callable
 
@@ -8,6 +7,7 @@ import torch
 
 from hf_devft.federation.memory import SERVER, Memory
 from hf_devft.federation.methods import FederatedMethod
+from hf_devft.federation.privacy.noise import gaussian
 
 
 ADAPTIVE = "adaptive"
@@ -91,21 +91,15 @@ class ClientPrivacy:
         """Add the noise to a method's sums, after its `merge`, and adapt C; the same on all processes."""
         bound, grid = self.clipping_norm, self.grid
         method.sums.copy_((method.sums / grid).round() * grid)  # the same on any number of processes
-        generator = self._generator(round_index, method.sums)
-        count = method.num_sent_values
-        noise = torch.randn(count, generator=generator, dtype=torch.float64) * self._update_noise * bound
+        # Another noise for other sums: that of a round that is run again with other answers cannot be taken away.
+        covers = (round_index, self._update_noise, bound, method.sums)
+        noise = gaussian(method.num_sent_values, self._secret, *covers) * self._update_noise * bound
         method.fix_mean(noise, self.expected_clients)
         if self.is_adaptive:
-            drawn = torch.randn(1, generator=generator, dtype=torch.float64) * self._count_noise
+            drawn = gaussian(1, self._secret, "count", *covers, self._within) * self._count_noise
             within = ((self._within + drawn) / self.expected_clients + 0.5).item()
             norm = bound * math.exp(-_RATE * (within - _QUANTILE))
             self._memory.put(SERVER, _CLIPPING, {"norm": torch.tensor(norm, dtype=torch.float64)})
-
-    def _generator(self, round_index: int, sums: torch.Tensor) -> torch.Generator:
-        """What draws a round's noise: another one for other sums, so that the noise of a round that is run again with
-        other answers cannot be taken away from both."""
-        seed = hashlib.sha256(f"{self._secret} {round_index} ".encode() + sums.cpu().numpy().tobytes()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(seed[:8], "big", signed=True))
 
 
 def split_noise(noise_multiplier: float, expected_clients: int) -> tuple[float, float]:

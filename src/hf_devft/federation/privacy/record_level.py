@@ -1,8 +1,6 @@
-"""DP-SGD within each client (Abadi et al. 2016): protects each of its rows, also from the server."""
+"""DP-SGD within each client (Abadi et al. 2016): protects each of its rows."""
 
-import hashlib
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,25 +8,25 @@ import numpy as np
 import torch
 from torch import nn
 
-
-# Of the sum of the rows' gradients: how far it may be from the batch's, which holds where rows are told apart.
-_TOLERANCE = 0.02
-# What its hooks keep of a forward pass, of one that has failed, too.
-_LEFT_BY_OPACUS = ("activations", "max_batch_len")
+from hf_devft.federation.privacy.noise import gaussian
+from hf_devft.federation.sampling import client_seed
 
 
 @dataclass(frozen=True)
 class RecordPrivacy:
-    """Makes what a client sends differentially private for each of its rows (Abadi et al. 2016, arXiv 1607.00133,
-    Algorithm 1), by Opacus.
+    """Makes a client's update differentially private for each of its rows (Abadi et al. 2016, arXiv 1607.00133,
+    Algorithm 1).
 
     In each step, every row is drawn with the same chance; its gradient is scaled down to the clipping norm C; noise of
-    standard deviation z·C is added to the sum, which is divided by the expected number of rows. A row's gradient is
-    that of the sum of its tokens' losses, so that no row has a say in another's.
+    standard deviation z·C is added to the sum, which is divided by the expected number of rows.
+
+    Each row goes through the model alone. Tools that take a batch apart (Opacus' hooks) need every module to see a row
+    in each line of its input, and a loss in which rows do not share a divisor; a model that flattens rows into tokens,
+    or balances its experts over a batch, would break the bound without a sign.
 
     Attributes:
         noise_multiplier: z. clipping_norm: C. batch_size: how many rows a step has on average.
-        secret: what rows and noise are drawn by.
+        secret: what rows, dropout and noise are drawn by.
     """
 
     noise_multiplier: float
@@ -44,70 +42,60 @@ class RecordPrivacy:
         while True:
             yield rows[rng.random(len(rows)) < chance].tolist()
 
-    def steps(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, start: torch.Tensor, round_index: int, client: int
-    ) -> "PrivateSteps":
-        """Return what makes a client's steps in a round private; a context manager.
+    def seed(self, round_index: int, client: int) -> int:
+        """Of dropout in a client's round: as unknown as the rows."""
+        return client_seed(self.secret, round_index, client)
+
+    def steps(self, parameters: Sequence[nn.Parameter], round_index: int, client: int) -> "PrivateSteps":
+        """Return what makes a client's steps in a round private.
 
         Args:
-            model: whose trainable tensors are in `optimizer`. start: the adapter that it begins with, flat.
+            parameters: the adapter's.
         """
-        # Another noise for another start, so that the noise of a round that is run again cannot be taken away.
-        seed = hashlib.sha256(f"{self.secret} {round_index} {client} ".encode() + start.cpu().numpy().tobytes())
-        generator = torch.Generator(start.device)
-        generator.manual_seed(int.from_bytes(seed.digest()[:8], "big", signed=True))
-        return PrivateSteps(self, model, optimizer, generator)
+        return PrivateSteps(self, parameters, (round_index, client))
 
 
 class PrivateSteps:
-    """Between the gradients of a client's rows and its optimiser; a context manager, see `RecordPrivacy`."""
+    """Between the gradients of a client's rows and its optimiser; see `RecordPrivacy`."""
 
-    def __init__(
-        self, privacy: RecordPrivacy, model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
-    ):
-        self._privacy, self._model, self._generator = privacy, model, generator
-        self._optimizer, self._is_checked = optimizer, False
+    def __init__(self, privacy: RecordPrivacy, parameters: Sequence[nn.Parameter], turn: tuple[int, int]):
+        self._privacy, self._turn, self._step = privacy, turn, 0
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._begin_step()
 
-    def __enter__(self) -> "PrivateSteps":
-        from opacus.grad_sample import GradSampleHooks
-        from opacus.optimizers import DPOptimizer
+    def add_row(self) -> None:
+        """Add a row's gradient, clipped, to the step's sum, and drop it."""
+        found = [parameter.grad for parameter in self._parameters]
+        norms = [gradient.norm() for gradient in found if gradient is not None]
+        norm = float(torch.stack(norms).norm()) if norms else 0.0
+        counts = 0 < norm < float("inf")  # a row that is not finite counts as nothing
+        for total, gradient, parameter in zip(self._sums, found, self._parameters, strict=True):
+            if gradient is not None and counts:
+                total.add_(gradient, alpha=min(1.0, self._privacy.clipping_norm / norm))
+            parameter.grad = None
 
-        # Nothing below the lowest adapter needs a gradient, so that its input has none.
-        warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-        self._hooks = GradSampleHooks(self._model, loss_reduction="sum")
-        self._private = DPOptimizer(
-            self._optimizer,
-            noise_multiplier=self._privacy.noise_multiplier,
-            max_grad_norm=self._privacy.clipping_norm,
-            expected_batch_size=self._privacy.batch_size,
-            generator=self._generator,
-        )
-        return self
+    def end_step(self) -> None:
+        """Put the noisy mean of the step's rows in the place of the gradient."""
+        privacy = self._privacy
+        flat = torch.cat([total.flatten() for total in self._sums])
+        rule = (privacy.noise_multiplier, privacy.clipping_norm, privacy.batch_size)
+        drawn = gaussian(flat.numel(), privacy.secret, *self._turn, self._step, rule, flat)
+        noise = (drawn * privacy.noise_multiplier * privacy.clipping_norm).to(flat)
+        noisy = ((flat + noise) / privacy.batch_size).split([total.numel() for total in self._sums])
+        for parameter, gradient in zip(self._parameters, noisy, strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        self._step += 1
+        self._begin_step()
 
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.cleanup()
-        for module in self._model.modules():
-            for name in _LEFT_BY_OPACUS:
-                vars(module).pop(name, None)
+    def _begin_step(self) -> None:
+        self._sums = [torch.zeros_like(parameter) for parameter in self._parameters]
 
-    def make_private(self) -> None:
-        """Put the noisy mean of the rows' clipped gradients in the place of a batch's gradient.
 
-        Raises:
-            ValueError: the rows' gradients are not what the batch's is the sum of.
-        """
-        if not self._is_checked:
-            self._check()
-            self._is_checked = True
-        self._private.pre_step()
-        for parameter in self._private.params:  # of the next step
-            parameter.grad_sample = parameter.summed_grad = None
+@dataclass(frozen=True)
+class RowsApart:
+    """A collator that makes an input of each row, and of no rows none."""
 
-    def _check(self) -> None:
-        for parameter in self._private.params:
-            rows, batch = parameter.grad_sample, parameter.grad
-            if rows is None or (rows.sum(0) - batch).norm() > _TOLERANCE * batch.norm() + 1e-6:
-                raise ValueError(
-                    'dp_level="record" cannot tell the gradients of this model\'s rows apart: an adapted module does '
-                    'not see a row in each line of its input. Set dp_level="client", or adapt other modules.'
-                )
+    collate: Callable[[list], dict[str, Any]]
+
+    def __call__(self, rows: list) -> list[dict[str, Any]]:
+        return [self.collate([row]) for row in rows]
