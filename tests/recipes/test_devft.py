@@ -39,7 +39,8 @@ def launched(tmp_path_factory):
 
 def test_the_quickstart_needs_no_argument_but_where_to_write(launched):
     output, result = launched
-    assert "stage 3/3 finished" in result.stdout
+    assert "4 → 8 → 16 layers" in result.stdout
+    assert [line.split()[0] for line in result.stdout.splitlines() if "/3" in line] == ["1/3", "2/3", "3/3"]
     assert "Warning" not in result.stderr, result.stderr
     for folder in (output, output / "stage-1", output / "stage-2", output / "stage-3"):
         assert (folder / "adapter_model.safetensors").exists()
@@ -78,7 +79,7 @@ def test_an_experiment_is_its_config(tmp_path):
         "--output_dir", tmp_path / "out",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "stage 1/1 finished" in result.stdout
+    assert "  1/1 " in result.stdout
 
 
 @pytest.mark.parametrize(("argv", "message"), [
