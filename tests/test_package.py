@@ -1,5 +1,6 @@
 """The wheel, built from the sdist, in an environment that has nothing else of ours."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -26,8 +27,10 @@ def python(tmp_path_factory) -> Path:
     # A path that is added so does not bring the packages that are installed there for editing, as ours is.
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     own = folder / "venv" / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", own, "install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run(install, check=True)
+    # Whatever is installed for editing next door, and without what this process may look for modules in.
+    options = ["--quiet", "--no-deps", "--no-index", "--ignore-installed"]
+    install = [sys.executable, "-m", "pip", "--python", own, "install", *options, wheel]
+    subprocess.run(install, check=True, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
     return own
 
 
