@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 
 from hf_devft import StageConfig
 from hf_devft.run.comparison import read_curve
-from hf_devft.run.plots import in_logarithms
+from hf_devft.run.plots import in_logarithms, megabytes_and_losses
 
 
 PICTURE = Path(__file__).parent / "images" / "overview.png"
@@ -62,14 +62,7 @@ def draw_curves(axes: Axes, folders: list[Path]) -> None:
         curve = read_curve(folder)
         name = NAMES.get(folder.name, f"{folder.name}, {StageConfig.from_pretrained(folder).num_stages} stages")
         style = {"color": "0.35", "ls": "--"} if folder.name == "fedit" else {}
-        axes.plot(
-            [point.megabytes for point in curve],
-            [point.loss for point in curve],
-            marker="o",
-            ms=4,
-            label=name,
-            **style,
-        )
+        axes.plot(*megabytes_and_losses(curve), marker="o", ms=4, label=name, **style)
     axes.set(xlabel="MB sent (adapters, both ways)", ylabel="evaluation loss of the full model")
     in_logarithms(axes)
     axes.grid(alpha=0.3)

@@ -20,7 +20,7 @@ from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compat
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients, make_methods
 from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
-from hf_devft.federation.privacy import LEVELS, affordable
+from hf_devft.federation.privacy import affordable
 from hf_devft.federation.sampling import Placement, sample_clients
 from hf_devft.federation.wire import Wire
 from hf_devft.models.adapter import new_adapter, remap_layers_to_transform, with_head
@@ -84,7 +84,7 @@ class RunPlan:
         stages: a plan each; total: of all of them; without_stages: as many rounds of the full model.
         measured: whether tokens were counted in the run's data, or as if every row had `max_length` of them.
         noise_multiplier, epsilon, delta: of a run that is differentially private, see `Accountant`; else None.
-        protects: whom it protects, "client" or "record". is_private: whether it is.
+        protects: whom such a run protects, "client" or "record"; else None.
     """
 
     stages: list[StagePlan]
@@ -94,8 +94,7 @@ class RunPlan:
     noise_multiplier: float | None = None
     epsilon: float | None = None
     delta: float | None = None
-    protects: str = LEVELS[0]
-    is_private: bool = False
+    protects: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -141,7 +140,7 @@ def plan_run(
     plan = RunPlan(plans, _total(plans), replace(full_depth_plan, stage="none"), clients is not None)
     examples = clients.examples if clients else []
     if args.protects_records and not examples:
-        return replace(plan, is_private=True)  # what it costs depends on how many rows a client has
+        return replace(plan, protects=args.dp_level)  # what it costs depends on how many rows a client has
     everyone = range(len(examples) or args.num_clients or DEFAULT_NUM_CLIENTS)
     draws = draws_of(args, ((index, everyone) for index in range(ends[-1])))
     if (accountant := make_accountant(args, draws, examples)) is None:
@@ -150,9 +149,7 @@ def plan_run(
     if args.dp_target_epsilon is not None:  # the run ends before it would spend more
         spent = accountant.epsilon(draws[: affordable(accountant, draws, args.dp_target_epsilon)])
     noise = accountant.noise_multiplier
-    return replace(
-        plan, noise_multiplier=noise, epsilon=spent, delta=args.dp_delta, protects=args.dp_level, is_private=True
-    )
+    return replace(plan, noise_multiplier=noise, epsilon=spent, delta=args.dp_delta, protects=args.dp_level)
 
 
 def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range) -> list[tuple[int, int]]:
@@ -234,8 +231,8 @@ def _plan_stage(
         returning * sum(rows * (length if reads_tokens else longest) for rows, length in batches)
         for longest in lengths
     ]
-    gradients_of_rows = 4 * trained * args.train_batch_size if args.protects_records else 0
-    client_memory = base_bytes + _TRAINED_BYTES * trained + gradients_of_rows + kept
+    sum_of_rows = 4 * trained if args.protects_records else 0
+    client_memory = base_bytes + _TRAINED_BYTES * trained + sum_of_rows + kept
     row = sum(positions) / (returning * sum(rows for rows, _ in batches))  # padding included
     return StagePlan(
         stage=str(stage.stage),
@@ -245,7 +242,7 @@ def _plan_stage(
         base_bytes=base_bytes,
         bytes_down=down,
         bytes_up=up,
-        bytes=planned_traffic(args, layout, stage.rounds),
+        bytes=_traffic(args, stage.rounds, down, up),
         tokens=sum(positions),
         flops=sum(map(operator.mul, positions, flops_per_token(model, encoders=encoders))),
         setup_flops=_teaching_flops(args, submodels, stage, smaller, row),
@@ -329,6 +326,11 @@ def _base_bytes(model: PreTrainedModel, layers: list[nn.Module], quantization: d
 def planned_traffic(args: DevFTConfig, layout: AdapterLayout, rounds: int) -> float:
     """Bytes that rounds with an adapter of this layout will send, both ways, of all clients; see `plan_run`."""
     down, up, _ = _messages(args, layout)
+    return _traffic(args, rounds, down, up)
+
+
+def _traffic(args: DevFTConfig, rounds: int, down: float, up: float) -> float:
+    """Bytes of all clients in some rounds, of which one client's messages have so many each way."""
     return args.clients_per_round * rounds * (down + (1 - args.client_dropout_rate) * up)
 
 

@@ -50,7 +50,7 @@ def print_plan(plan: RunPlan) -> None:
             f"Differentially private for each {plan.protects}: ε = {plan.epsilon:.2f} at δ = {plan.delta:g} in the "
             f"end, with a noise multiplier of {plan.noise_multiplier:.3g}."
         )
-    elif plan.is_private:
+    elif plan.protects is not None:
         Console().print("Differentially private; ε depends on how many rows each client has, which were not read.")
     if not plan.measured:
         Console().print("Rows were not measured: FLOPs and memory are as if each had `max_length` tokens.")

@@ -37,7 +37,7 @@ def plot_run(
             if points := [row for row in rows if key in row]:
                 axes.plot(sent(points), [row[key] for row in points], color=color, label=label, **style)
     for name, curve in (baseline or {}).items():
-        axes.plot(*_line(curve), color="0.4", ls="--", marker=".", lw=1.5, label=f"{name}, full depth")
+        axes.plot(*megabytes_and_losses(curve), color="0.4", ls="--", marker=".", lw=1.5, label=f"{name}, full depth")
     if full := [row for row in log_history if "eval_full_loss" in row]:
         losses = [row["eval_full_loss"] for row in full]
         axes.plot(sent(full), losses, "k*", markersize=11, label="full depth")
@@ -51,14 +51,14 @@ def plot_curves(curves: Mapping[str, Sequence[Point]], loss: float) -> Figure:
     """Plot loss against megabytes sent, a line for each run, and the loss that they are compared at."""
     figure, axes = _against_megabytes("evaluation loss at full depth")
     for name, curve in curves.items():
-        axes.plot(*_line(curve), marker=".", lw=2, label=name)
+        axes.plot(*megabytes_and_losses(curve), marker=".", lw=2, label=name)
     axes.axhline(loss, color="0.5", lw=1, ls="--", label=f"loss {loss:.3f}")
     in_logarithms(axes)
     axes.legend(fontsize="small")
     return figure
 
 
-def _line(curve: Sequence[Point]) -> tuple[list[float], list[float]]:
+def megabytes_and_losses(curve: Sequence[Point]) -> tuple[list[float], list[float]]:
     """The megabytes and the losses of a curve."""
     return [point.megabytes for point in curve], [point.loss for point in curve]
 
