@@ -57,8 +57,11 @@ docs-site: install  ## Make the documentation as a site, in build/site/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
-docs: install  ## Write docs/configuration.md and docs/compatibility.md anew, from the code
+# The tables of results in the pages (cog): what makes them, see docs/results.py.
+PAGES := README.md $(wildcard docs/*.md)
+docs: install  ## Write anew what the pages have from the code and from benchmarks/results
 	$(BIN)/python docs/make_configuration.py
+	$(BIN)/cog -r -P -I docs -p "from results import pick, show" $(PAGES)
 
 quality: install  ## Check style and types without changing anything
 	$(BIN)/ruff check $(wildcard $(SOURCES))

@@ -109,7 +109,7 @@ def main() -> None:
                     out = subprocess.check_output(command, text=True, stderr=subprocess.PIPE)
                     found.setdefault((cached, step), []).append(json.loads(out.splitlines()[-1]))
     lines = [
-        "| | from disk, s | / reading it once | from memory, s | / reading it once | peak, MB |",
+        "| | from disk, s | / reading it once | from memory, s | / reading it there once | peak, MB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for step in STEPS:

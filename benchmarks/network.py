@@ -104,7 +104,8 @@ def table(runs: list[dict]) -> str:
         alone = medians["in one process", steps]
         cells = [f"{found[each]:.2f} s ({found[each] / alone[each]:.2f})" for each in layers]
         lines.append(f"| {way} | {steps} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    machines = "; ".join(dict.fromkeys(run["machine"] for run in runs))
+    return "\n".join(lines) + f"\n\n`python benchmarks/network.py`, {machines}; medians.\n"
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ is already there is not repeated.
 
 from recipe_runs import arguments, publish_runs, run_all
 from recipe_runs import table as plain_table
-from to_target import ALPHA_32, DISTILLED, LINEAR, LONGER, VARIANTS, devft, table
+from to_target import ALPHA_32, DISTILLED, END, LINEAR, LONGER, VARIANTS, devft, table
 
 
 CHOSEN = (
@@ -53,7 +53,12 @@ def main() -> None:
     options = arguments("other_base", __doc__)
     results = run_all({name: VARIANTS["many rows"][name] for name in CHOSEN} | MORE, options, curve=True)
     staged = {name: runs for name, runs in results.items() if name.startswith("DevFT")}
-    text = f"{table('many rows', results, TARGETS)}\n{plain_table(staged, FIRST_STAGE)}"
+    tables = (
+        table("many rows", results, TARGETS),
+        plain_table(staged, FIRST_STAGE),
+        plain_table(results, END, "at the end"),
+    )
+    text = "\n".join(tables)
     publish_runs(options, text)
 
 

@@ -14,7 +14,8 @@ import statistics
 
 from machine import mean_and_spread
 from matplotlib.figure import Figure
-from recipe_runs import arguments, publish_runs, run_all
+from recipe_runs import COLUMNS, arguments, publish_runs, run_all
+from recipe_runs import table as plain_table
 
 
 LLAMA_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
@@ -227,6 +228,17 @@ def table(title: str, results: dict[str, dict[str, dict]], targets: tuple[float,
     return "\n".join(lines) + "\n"
 
 
+# What a run has come to when it is over.
+END = {
+    "rounds": (lambda run: run["curve"][-1]["rounds"], "{:.0f}"),
+    "exact match": COLUMNS["exact match"],
+    "loss": COLUMNS["eval loss"],
+    "MB sent": COLUMNS["MB sent"],
+    "clients' TFLOPs": (lambda run: run["curve"][-1]["client_flops"] / 1e12, "{:.2f}"),
+    "with the server's": (lambda run: run["curve"][-1]["flops"] / 1e12, "{:.2f}"),
+}
+
+
 def plot(results: dict[str, dict[str, dict]]) -> Figure:
     """Loss at full depth against bytes and against the clients' FLOPs, a line for each drawn run of the first seed."""
     figure = Figure(figsize=(12, 8), layout="constrained")
@@ -252,10 +264,10 @@ def main() -> None:
     options = arguments("to_target", __doc__)
     variants = {f"{regime}: {name}": how for regime, named in VARIANTS.items() for name, how in named.items()}
     results = run_all(variants, options, curve=True)
-    text = "\n".join(
-        table(regime, {name: results[f"{regime}: {name}"] for name in named}, TARGETS[regime])
-        for regime, named in VARIANTS.items()
-    )
+    text = ""
+    for regime, named in VARIANTS.items():
+        runs = {name: results[f"{regime}: {name}"] for name in named}
+        text += f"{table(regime, runs, TARGETS[regime])}\n{plain_table(runs, END, f'{regime}, at the end')}\n"
     publish_runs(options, text, plot(results))
 
 

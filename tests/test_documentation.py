@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from cogapp import Cog
 from transformers import TrainingArguments
 
 from hf_devft import DevFTConfig
@@ -22,6 +23,12 @@ spec.loader.exec_module(make_configuration)
 def test_the_reference_is_what_make_docs_writes():
     assert make_configuration.PAGE.read_text() == make_configuration.page(), "run `make docs`"
     assert make_configuration.COMPATIBILITY.read_text() == make_configuration.compatibility_page(), "run `make docs`"
+
+
+def test_tables_of_results_are_those_of_the_benchmarks(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = ["cog", "--check", "-P", "-I", "docs", "-p", "from results import pick, show", *map(str, PAGES)]
+    assert Cog().main(command) == 0, "run `make docs`"
 
 
 def test_every_option_of_ours_is_in_the_reference():

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_devft.cli.arguments import RecipeArguments, parse_arguments
 from hf_devft.cli.recipe import make_trainer
+from hf_devft.cli.summary import closing
 from hf_devft.configuration import DevFTConfig, Setup, check_compatibility
 from hf_devft.network.remote_clients import RemoteClients
 from hf_devft.run.report import table_rows
@@ -91,4 +92,4 @@ def main(grid: Grid, context: Context) -> None:
     traffic = {"bytes_down": clients.traffic.down, "bytes_up": clients.traffic.up}
     Path(args.output_dir, TRAFFIC_NAME).write_text(json.dumps(traffic) + "\n")
     GrowingTable().show(table_rows(trainer.stages, trainer.run.start_metrics))
-    print(f"Adapters, model card and plot are in {args.output_dir}/")
+    print(closing(trainer))
