@@ -39,8 +39,8 @@ $(FEDERATED): $(INSTALLED)
 federation: $(FEDERATED)  ## Run a federation over a network: four nodes with TLS, all on this machine
 	$(BIN)/python examples/federation.py
 
-# Each takes about 2 GB; many tests start two processes more.
-TEST_PROCESSES ?= 2
+# Each takes about 2 GB; many tests start two processes more, and those over a network wait for most of their time.
+TEST_PROCESSES ?= 3
 test: $(TESTABLE)  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 

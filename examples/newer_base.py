@@ -18,7 +18,7 @@ args = parser.parse_args()
 print(compare_bases(PeftConfig.from_pretrained(args.adapter).base_model_name_or_path, args.base))
 trainer = DevFTTrainer(
     args.base,
-    DevFTConfig(output_dir="outputs/newer-base", stage_layers=[16], stage_rounds=[1], learning_rate=2e-3),
+    DevFTConfig("outputs/newer-base", stage_layers=[16], stage_rounds=[1], local_steps=4, learning_rate=2e-3),
     peft_config=args.adapter,  # its config and its weights
     train_dataset=task_dataset(400, seed=0),
 )

@@ -31,7 +31,7 @@ if __name__ == "__main__":
         "embedded",
         DevFTConfig(
             output_dir="outputs/own-method", federated_method="elected_sign", clients_per_round=3,
-            stage_layers=[4, 16], stage_rounds=[2], learning_rate=2e-3,
+            stage_layers=[4, 16], stage_rounds=[2], local_steps=4, learning_rate=2e-3,
         ),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         train_dataset=task_dataset(400, seed=0),

@@ -36,17 +36,17 @@ def contents(output: Path) -> dict:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
-def test_twenty_kills_leave_no_trace(tmp_path):
+def test_ten_kills_leave_no_trace(tmp_path):
     """`tests/kills.py` has more, also on several processes and over a network."""
     script = Path(__file__).with_name("killed.py")
     result = subprocess.run(
-        [sys.executable, script, tmp_path, "20", "0"],
+        [sys.executable, script, tmp_path, "10", "0"],
         capture_output=True, text=True, timeout=600,
         env=environment(script.parents[1]),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout.splitlines()[-1])
-    assert seen["kills"] == 20
+    assert seen["kills"] == 10
     whole = contents(tmp_path / "whole")
     assert len(whole["adapters"]) == 1 + 3 * 2
     for number in range(seen["runs"]):
