@@ -2,6 +2,8 @@
 
     pip install 'hf-devft[simulation]'
     python benchmarks/peers.py
+    python benchmarks/peers.py --bases --real_base build/gemma --data build/gsm8k/train.jsonl --steps 2 --batch 4 \\
+        --rounds 3 --results benchmarks/results/peers_real.md      # how that base is made: client_step.py
 
 The same base, 20 clients, 2 a round, 10 steps of 16 examples, and LoRA adapter for all. Every peer runs in a process
 of its own, in turns with the others, `--repeats` times; writes `results/peers.md`. The peers are written from what
@@ -22,6 +24,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -30,33 +33,63 @@ from bases import BASES, lora, make_base, rows, size_of, tokenizer
 from datasets import Dataset
 from machine import mean_and_spread, parser, publish
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)  # fmt: skip
 
 from hf_devft import DevFTConfig, DevFTTrainer
+from hf_devft.tasks.data import load_files, to_known_columns, tokenize
 
 
-CLIENTS, SAMPLED, STEPS, BATCH, RATE = 20, 2, 10, 16, 2e-3
+CLIENTS, SAMPLED, RATE = 20, 2, 2e-3
+ROWS, MAX_LENGTH = 100 * CLIENTS, 512
 State = dict[str, torch.Tensor]
 
 
-def client_rows() -> list[Dataset]:
-    dataset = rows(100 * CLIENTS)
-    return [dataset.shard(CLIENTS, client) for client in range(CLIENTS)]
+class Work(NamedTuple):
+    """What a peer is given: the folder of the base, its tokenizer and all rows; and how much to train."""
+
+    folder: str
+    rounds: int
+    steps: int
+    batch: int
+
+    def rows(self) -> Dataset:
+        return Dataset.load_from_disk(f"{self.folder}/rows")
+
+    def client_rows(self) -> list[Dataset]:
+        return [self.rows().shard(CLIENTS, client) for client in range(CLIENTS)]
+
+    def model(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+
+    def with_adapter(self) -> PeftModel:
+        return get_peft_model(self.model(), lora())
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.folder)
 
 
 def sampled(round_index: int) -> list[int]:
     return np.random.default_rng([0, round_index]).choice(CLIENTS, SAMPLED, replace=False).tolist()
 
 
-def train_with_a_trainer(model: PeftModel, data: Dataset, start: State, folder: str) -> State:
+def train_with_a_trainer(work: Work, model: PeftModel, data: Dataset, start: State, folder: str) -> State:
     """A client's local training by a `Trainer` of its own."""
     set_peft_model_state_dict(model, start)
     args = TrainingArguments(
-        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=RATE, report_to="none",
-        lr_scheduler_type="constant", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        output_dir=folder, max_steps=work.steps, per_device_train_batch_size=work.batch, learning_rate=RATE,
+        report_to="none", lr_scheduler_type="constant", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         dataloader_pin_memory=False,
     )  # fmt: skip
-    Trainer(model, args, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer())).train()
+    Trainer(model, args, train_dataset=data, data_collator=DataCollatorForSeq2Seq(work.tokenizer())).train()
     return {key: tensor.detach().clone() for key, tensor in get_peft_model_state_dict(model).items()}
 
 
@@ -64,36 +97,32 @@ def mean(states: list[State]) -> State:
     return {key: torch.stack([state[key] for state in states]).mean(0) for key in states[0]}
 
 
-def loaded(base: str) -> PeftModel:
-    return get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora())
-
-
-def rounds_of(base: str, rounds: int, model_of: Callable[[], PeftModel]) -> dict:
+def rounds_of(work: Work, model_of: Callable[[], PeftModel]) -> dict:
     """Rounds, one client after another, each on `model_of()`."""
-    data, seconds = client_rows(), []
-    state = get_peft_model_state_dict(loaded(base))
+    data, seconds = work.client_rows(), []
+    state = get_peft_model_state_dict(work.with_adapter())
     with tempfile.TemporaryDirectory() as folder:
-        for index in range(rounds):
+        for index in range(work.rounds):
             started = time.perf_counter()
-            state = mean([train_with_a_trainer(model_of(), data[c], state, folder) for c in sampled(index)])
+            state = mean([train_with_a_trainer(work, model_of(), data[c], state, folder) for c in sampled(index)])
             seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds, "bytes": 2 * rounds * SAMPLED * bytes_of(state)}
+    return {"seconds": seconds, "bytes": bytes_sent(work, state)}
 
 
-def bytes_of(state: State) -> int:
-    return sum(tensor.nbytes for tensor in state.values())
+def bytes_sent(work: Work, state: State) -> int:
+    return 2 * work.rounds * SAMPLED * sum(tensor.nbytes for tensor in state.values())
 
 
-def new_trainer(base: str, rounds: int) -> dict:
-    model = loaded(base)
-    return rounds_of(base, rounds, lambda: model)
+def new_trainer(work: Work) -> dict:
+    model = work.with_adapter()
+    return rounds_of(work, lambda: model)
 
 
-def new_model(base: str, rounds: int) -> dict:
-    return rounds_of(base, rounds, lambda: loaded(base))
+def new_model(work: Work) -> dict:
+    return rounds_of(work, work.with_adapter)
 
 
-def flower(base: str, rounds: int) -> dict:
+def flower(work: Work) -> dict:
     """The time of a round is that from one aggregation to the next."""
     from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
@@ -102,13 +131,14 @@ def flower(base: str, rounds: int) -> dict:
     from flwr.simulation import run_simulation
 
     client, server, times = ClientApp(), ServerApp(), []
-    start = get_peft_model_state_dict(loaded(base))
+    start = get_peft_model_state_dict(work.with_adapter())
 
     @client.train()
     def train(message, context):
-        data = client_rows()[context.node_config["partition-id"]]
+        data = work.client_rows()[context.node_config["partition-id"]]
+        state = message.content["arrays"].to_torch_state_dict()
         with tempfile.TemporaryDirectory() as folder:
-            state = train_with_a_trainer(loaded(base), data, message.content["arrays"].to_torch_state_dict(), folder)
+            state = train_with_a_trainer(work, work.with_adapter(), data, state, folder)
         metrics = MetricRecord({"num-examples": len(data)})
         return Message(RecordDict({"arrays": ArrayRecord(state), "metrics": metrics}), reply_to=message)
 
@@ -125,25 +155,24 @@ def flower(base: str, rounds: int) -> dict:
             fraction_train=share, fraction_evaluate=0, min_train_nodes=SAMPLED, min_available_nodes=CLIENTS
         )
         times.append(time.perf_counter())
-        strategy.start(grid=grid, initial_arrays=ArrayRecord(start), num_rounds=rounds)
+        strategy.start(grid=grid, initial_arrays=ArrayRecord(start), num_rounds=work.rounds)
 
     # Flower's way to hold clients one after another is to give each all cores.
     resources = {"client_resources": {"num_cpus": psutil.cpu_count(), "num_gpus": 0.0}}
     run_simulation(server, client, num_supernodes=CLIENTS, backend_config=resources)
-    return {"seconds": np.diff(times).tolist(), "bytes": 2 * rounds * SAMPLED * bytes_of(start)}
+    return {"seconds": np.diff(times).tolist(), "bytes": bytes_sent(work, start)}
 
 
-def ours(base: str, rounds: int, stages: list[int]) -> dict:
+def ours(work: Work, stages: list[int]) -> dict:
     """A stage's first round also counts what it took to set the stage up."""
     with tempfile.TemporaryDirectory() as folder:
         args = DevFTConfig(
-            output_dir=folder, stage_layers=stages, stage_rounds=[rounds // len(stages)], num_clients=CLIENTS,
-            clients_per_round=SAMPLED, local_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=RATE,
-            save_strategy="no", disable_tqdm=True,
+            output_dir=folder, stage_layers=stages, stage_rounds=[work.rounds // len(stages)], num_clients=CLIENTS,
+            clients_per_round=SAMPLED, local_steps=work.steps, per_device_train_batch_size=work.batch,
+            learning_rate=RATE, save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         trainer = DevFTTrainer(
-            model, args, peft_config=lora(), train_dataset=rows(100 * CLIENTS), processing_class=tokenizer()
+            work.model(), args, peft_config=lora(), train_dataset=work.rows(), processing_class=work.tokenizer()
         )
         trainer.train()
     seconds = [record.seconds for record in trainer.ledger.rounds]
@@ -153,13 +182,13 @@ def ours(base: str, rounds: int, stages: list[int]) -> dict:
     return {"seconds": seconds, "bytes": trainer.ledger.bytes}
 
 
-def peers(stages: list[int]) -> dict[str, Callable[[str, int], dict]]:
+def peers(stages: list[int]) -> dict[str, Callable[[Work], dict]]:
     return {
         "new Trainer per client (OpenFedLLM)": new_trainer,
         "new model per client (FlowerTune)": new_model,
         "Flower's simulation of that": flower,
-        "hf-devft, all layers": lambda base, rounds: ours(base, rounds, stages[-1:]),
-        f"hf-devft, stages {', '.join(map(str, stages))}": lambda base, rounds: ours(base, rounds, stages),
+        "hf-devft, all layers": lambda work: ours(work, stages[-1:]),
+        f"hf-devft, stages {', '.join(map(str, stages))}": lambda work: ours(work, stages),
     }
 
 
@@ -189,50 +218,78 @@ def proportional_memory(process: psutil.Process) -> int:
     return total
 
 
-def compare(name: str, options: argparse.Namespace) -> list[str]:
-    """A table's rows for one base."""
-    base, stages = make_base(name), BASES[name][1]
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        base.save_pretrained(folder)
-        for repeat in range(options.repeats):
-            for index, (peer, run) in enumerate(peers(stages).items()):
-                if run is flower and find_spec("flwr") is None:
-                    print("Flower is left out: pip install 'hf-devft[simulation]'")
-                    continue
-                command = ["--peer", str(index), "--base", name, "--path", folder, "--rounds", str(options.rounds)]
-                found.setdefault(peer, []).append(run_peer(command))
-                print(f"{name}, repeat {repeat + 1}, {peer}: {sum(found[peer][-1][0]['seconds']):.1f} s", flush=True)
+def compare(
+    name: str, model: PreTrainedModel, stages: list[int], folder: str, options: argparse.Namespace
+) -> list[str]:
+    """A table's rows for one base, which lies in a folder."""
+    found: dict[str, list[tuple[dict, int]]] = {}
+    asked = [f"--{flag}={getattr(options, flag)}" for flag in ("rounds", "steps", "batch")]
+    for repeat in range(options.repeats):
+        for index, (peer, run) in enumerate(peers(stages).items()):
+            if run is flower and find_spec("flwr") is None:
+                print("Flower is left out: pip install 'hf-devft[simulation]'")
+                continue
+            command = ["--peer", str(index), "--folder", folder, "--stages", *map(str, stages), *asked]
+            found.setdefault(peer, []).append(run_peer(command))
+            print(f"{name}, repeat {repeat + 1}, {peer}: {sum(found[peer][-1][0]['seconds']):.1f} s", flush=True)
     lines = []
     for peer, runs in found.items():
         speeds = [60 * len(run["seconds"]) / sum(run["seconds"]) for run, _ in runs]
         speed = mean_and_spread(speeds, "{:.1f}")
         memory = statistics.median(peak for _, peak in runs)
         sent = runs[0][0]["bytes"] / options.rounds
-        lines.append(f"| {name}, {size_of(base)} | {peer} | {speed} | {memory / 1e9:.2f} | {sent / 1e6:.2f} |")
+        lines.append(f"| {name}, {size_of(model)} | {peer} | {speed} | {memory / 1e9:.2f} | {sent / 1e6:.2f} |")
     return lines
+
+
+def compare_made(name: str, options: argparse.Namespace) -> list[str]:
+    """A base that is made here, on the embedded tasks."""
+    model = make_base(name)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+        rows(ROWS).save_to_disk(f"{folder}/rows")
+        return compare(name, model, BASES[name][1], folder, options)
+
+
+def compare_real(options: argparse.Namespace) -> list[str]:
+    """A base of a folder, on the prompts and answers of a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in Path(options.real_base).iterdir():
+            (Path(folder) / path.name).symlink_to(path.resolve())
+        dataset = load_files([options.data], to_known_columns).select(range(ROWS))
+        encoded = tokenize(dataset, AutoTokenizer.from_pretrained(folder), MAX_LENGTH)
+        encoded.select_columns(["input_ids", "labels"]).save_to_disk(f"{folder}/rows")
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        depth = model.config.num_hidden_layers
+        return compare(Path(options.real_base).name, model, [depth // 4, depth // 2, depth], folder, options)
 
 
 def main() -> None:
     command_line = parser("peers", __doc__)
     command_line.add_argument("--rounds", type=int, default=6, help="of each run, a multiple of the stages")
+    command_line.add_argument("--steps", type=int, default=10, help="of a client in a round")
+    command_line.add_argument("--batch", type=int, default=16, help="rows of a step")
     command_line.add_argument("--repeats", type=int, default=3)
-    command_line.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
-    for internal in ("--peer", "--base", "--path", "--out"):
+    command_line.add_argument("--bases", nargs="*", choices=BASES, default=list(BASES))
+    command_line.add_argument("--real_base", help="a folder")
+    command_line.add_argument("--data", help="a file of prompts and answers, for the real base")
+    command_line.add_argument("--stages", type=int, nargs="+", help=argparse.SUPPRESS)
+    for internal in ("--peer", "--folder", "--out"):
         command_line.add_argument(internal, help=argparse.SUPPRESS)
     options = command_line.parse_args()
     set_seed(0)
     if options.peer is not None:
-        run = list(peers(BASES[options.base][1]).values())[int(options.peer)]
-        Path(options.out).write_text(json.dumps(run(options.path, options.rounds)))
+        run = list(peers(options.stages).values())[int(options.peer)]
+        work = Work(options.folder, options.rounds, options.steps, options.batch)
+        Path(options.out).write_text(json.dumps(run(work)))
         return
-    lines = [
-        "| base | | rounds a minute | peak memory, GB | MB sent a round |",
-        "|---|---|---:|---:|---:|",
-        *(line for name in options.bases for line in compare(name, options)),
-    ]
-    command = f"--rounds {options.rounds} --repeats {options.repeats} --bases {' '.join(options.bases)}"
-    publish(options.results, lines, f"peers.py {command}", "mean ± s.d. of the repeats")
+    lines = ["| base | | rounds a minute | peak memory, GB | MB sent a round |", "|---|---|---:|---:|---:|"]
+    for name in options.bases:
+        lines += compare_made(name, options)
+    if options.real_base:
+        lines += compare_real(options)
+    publish(options.results, lines, " ".join(["peers.py", *sys.argv[1:]]), "mean ± s.d. of the repeats")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def python(tmp_path_factory) -> Path:
 
 
 def said(*command: str | Path, folder: Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={"OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env={"OMP_NUM_THREADS": "1"}, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -11,17 +11,36 @@ from hf_devft.run.peak_memory import PeakMemory
 
 
 def record(round_number, stage, **kwargs):
-    defaults = {"clients": ["a", "b"], "dropped": [], "bytes_down": 10, "bytes_up": 6, "tokens": 100, "flops": 1e3,
-                "seconds": 2.0, "peak_memory": 50 * round_number, "loss": 1.0}  # fmt: skip
+    defaults = {
+        "clients": ["a", "b"],
+        "dropped": [],
+        "bytes_down": 10,
+        "bytes_up": 6,
+        "tokens": 100,
+        "padding": 30,
+        "flops": 1e3,
+        "seconds": 2.0,
+        "peak_memory": 50 * round_number,
+        "loss": 1.0,
+    }
     return RoundRecord(round=round_number, stage=stage, **defaults | kwargs)
 
 
 def test_totals_of_a_stage_and_of_all():
     ledger = Ledger([record(1, 1), record(2, 1, dropped=["b"]), record(3, 2)])
     assert ledger.totals()["bytes"] == 48
-    assert ledger.totals(1) == {"bytes_down": 20, "bytes_up": 12, "bytes": 32, "tokens": 200, "flops": 2e3,
-    "simulated_seconds": 0.0,
-                                "seconds": 4.0, "peak_memory": 100, "dropped_clients": 1}  # fmt: skip
+    assert ledger.totals(1) == {
+        "bytes_down": 20,
+        "bytes_up": 12,
+        "bytes": 32,
+        "tokens": 200,
+        "padding": 60,
+        "flops": 2e3,
+        "seconds": 4.0,
+        "simulated_seconds": 0.0,
+        "peak_memory": 100,
+        "dropped_clients": 1,
+    }
     assert ledger.bytes_until(2) == 32
 
 

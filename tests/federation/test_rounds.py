@@ -60,7 +60,9 @@ def training(failing=(), infinite=(), trained=None):
         if client in failing:
             raise RuntimeError(f"client {client} is ill")
         adapter = torch.full((2,), float("inf") if client in infinite else float(client))
-        return LocalResult(torch.tensor(float(client)), positions=(10,), seen=5, grad_norm=None, flops=7.0), adapter
+        return LocalResult(
+            torch.tensor(float(client)), positions=(10,), padding=2, seen=5, grad_norm=None, flops=7.0
+        ), adapter
 
     return one_after_another(train_client)
 
@@ -77,7 +79,7 @@ def test_the_round_of_healthy_clients():
     assert outcome.adapter.tolist() == pytest.approx([mean(outcome.sampled)] * 2)
     assert outcome.loss == pytest.approx(sum(outcome.sampled) / 3)
     assert (outcome.bytes_down, outcome.bytes_up) == (3 * 8, 3 * 8)
-    assert (outcome.tokens, outcome.seen, outcome.flops, outcome.attempts) == (30, 15, 21, 1)
+    assert (outcome.tokens, outcome.padding, outcome.seen, outcome.flops, outcome.attempts) == (30, 6, 15, 21, 1)
 
 
 def test_failing_clients_are_left_out_and_the_weights_renormalised(caplog):

@@ -223,12 +223,16 @@ def test_submodels_checkpoint_their_activations(make_trainer):
     assert seen == [True] * 4
 
 
-def test_tokens_and_flops_are_counted(make_trainer):
-    trainer = make_trainer(include_num_input_tokens_seen="all")
-    result = trainer.train()
-    totals = trainer.ledger.totals()
-    assert trainer.state.num_input_tokens_seen == totals["tokens"] > 0
-    assert result.metrics["total_flos"] == totals["flops"]
+@pytest.mark.parametrize("together", [1, 2])
+def test_tokens_padding_and_flops_are_counted(make_trainer, together):
+    for counted in ("all", "non_padding"):
+        trainer = make_trainer(include_num_input_tokens_seen=counted, clients_per_batch=together)
+        result = trainer.train()
+        totals = trainer.ledger.totals()
+        padding = totals["padding"] if counted == "non_padding" else 0
+        assert trainer.state.num_input_tokens_seen == totals["tokens"] - padding > 0
+        assert 0 < totals["padding"] < totals["tokens"]
+        assert result.metrics["total_flos"] == totals["flops"]
 
 
 def test_gradient_accumulation_equals_one_large_batch(make_trainer, tmp_path, tasks):

@@ -20,6 +20,7 @@ class RoundRecord:
         clients: names of the sampled clients; dropped: those of them whose update was left out.
         bytes_down, bytes_up: adapters as sent to all sampled clients, and by those that sent one back.
         tokens: positions trained on by them, padding included.
+        padding: how many of the inputs' positions that is, by their masks; over a network 0, as clients do not say it.
         flops: see `flops_per_token`.
         seconds: wall time of the round, without evaluation and checkpoints.
         peak_memory: bytes, highest within the round on the main process; see `PeakMemory`.
@@ -46,6 +47,7 @@ class RoundRecord:
     late: list[str] = field(default_factory=list)
     simulated_seconds: Amount = 0.0
     epsilon: Amount | None = None
+    padding: Count = 0
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Ledger:
         """Sums over one stage's rounds, or over all; `peak_memory` is the highest, and so is `epsilon` of a
         private run."""
         records = [record for record in self.rounds if stage in (None, record.stage)]
-        names = ("bytes_down", "bytes_up", "tokens", "flops", "seconds", "simulated_seconds")
+        names = ("bytes_down", "bytes_up", "tokens", "padding", "flops", "seconds", "simulated_seconds")
         totals = {name: sum(getattr(record, name) for record in records) for name in names}
         spent = [record.epsilon for record in records if record.epsilon is not None]
         privacy = {"epsilon": max(spent)} if spent else {}

@@ -24,7 +24,7 @@ from hf_devft.models.layout import AdapterLayout, State
 logger = logging.getLogger(__name__)
 
 # What processes tell each other of a client, one row of numbers each.
-COLUMNS = BYTES, COUNTED, LATE, LOSS, GRAD_NORM, TOKENS, SEEN, FLOPS = range(8)
+COLUMNS = BYTES, COUNTED, LATE, LOSS, GRAD_NORM, TOKENS, PADDING, SEEN, FLOPS = range(9)
 
 
 class QuorumError(RuntimeError):
@@ -43,7 +43,7 @@ class RoundOutcome:
             whose update will count in a later round.
         seconds: by the simulated clock, 0 without one.
         bytes_down, bytes_up: sent to clients, and by them.
-        tokens, seen, flops: see `LocalResult`; sums.
+        tokens, padding, seen, flops: see `LocalResult`; sums.
         attempts: how often the round was tried.
     """
 
@@ -58,6 +58,7 @@ class RoundOutcome:
     bytes_down: int = 0
     bytes_up: int = 0
     tokens: int = 0
+    padding: int = 0
     seen: int = 0
     flops: float = 0.0
     attempts: int = 0
@@ -72,6 +73,7 @@ class RoundOutcome:
         self.late += [client for client, is_late in zip(sampled, late.tolist(), strict=True) if is_late]
         self.bytes_up += int(reports[:, BYTES].sum())
         self.tokens += int(reports[:, TOKENS].sum())
+        self.padding += int(reports[:, PADDING].sum())
         self.seen += int(reports[:, SEEN].sum())
         self.flops += reports[:, FLOPS].sum().item()
         if (used := counted | late).any():
@@ -97,6 +99,7 @@ class RoundOutcome:
             bytes_down=self.bytes_down,
             bytes_up=self.bytes_up,
             tokens=self.tokens,
+            padding=self.padding,
             flops=self.flops,
             seconds=seconds,
             peak_memory=peak_memory,
@@ -113,7 +116,8 @@ class RoundOutcome:
         Args:
             epsilon: see `RoundRecord`. of_the_round: the arguments of `to_record`.
         """
-        untold: dict[str, Any] = {"clients": [], "dropped": [], "late": [], "loss": None, "tokens": 0, "flops": 0.0}
+        untold: dict[str, Any] = {"clients": [], "dropped": [], "late": [], "loss": None}
+        untold |= {"tokens": 0, "padding": 0, "flops": 0.0}
         return replace(self.to_record(**of_the_round), epsilon=epsilon, **untold)
 
 
@@ -312,6 +316,7 @@ class Federation:
             return report
         result = answer.result
         report[TOKENS], report[SEEN], report[FLOPS] = result.tokens, result.seen, result.flops
+        report[PADDING] = float(result.padding)
         report[BYTES] = self.wire.bytes_up(self._travelling(message.client, answer.count))
         report[BYTES] += self.wire.bytes_up(answer.correction_count) + 4 * self.method.num_extra_values
         if not self._take(message, answer, is_late):

@@ -36,6 +36,7 @@ class LocalResult:
     Attributes:
         loss: mean of the optimiser steps' losses, a tensor on the device; NaN where the rows of one had no labels.
         positions: how many went through each stack of the model's layers, padding included.
+        padding: how many of the positions in the inputs are padding, by their masks; a number, or a tensor of it.
         seen: how many tokens `include_num_input_tokens_seen` counts.
         grad_norm: of the last step, before clipping; None where gradients are not clipped.
         flops: spent on them.
@@ -44,6 +45,7 @@ class LocalResult:
 
     loss: torch.Tensor
     positions: tuple[int, ...]
+    padding: torch.Tensor | int
     seen: int
     grad_norm: torch.Tensor | float | None
     flops: float = 0.0

@@ -210,7 +210,8 @@ def answer_from_record(
     if not 0 <= values["flops"] < math.inf or not math.isfinite(values["loss"]):
         raise ValueError(f"flops={values['flops']}, loss={values['loss']} are no number of operations and no loss")
     loss, norm = torch.tensor(values["loss"]), values["grad_norm"]
-    result = LocalResult(loss, positions, values["seen"], None if math.isnan(norm) else norm, values["flops"])
+    norm = None if math.isnan(norm) else norm
+    result = LocalResult(loss, positions, seen=values["seen"], grad_norm=norm, flops=values["flops"], padding=0)
     if not is_finite:
         return FromClient(result, None, count, None, correction_count), False
     adapter = wire.parse_up(typed(record, "adapter", bytes), count)

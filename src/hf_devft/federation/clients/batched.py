@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_devft.federation.clients.hooks import TrainableModel, TrainingHooks
-from hf_devft.federation.clients.local_training import count_seen, next_step
+from hf_devft.federation.clients.local_training import count_padding, count_seen, next_step
 from hf_devft.federation.turns import LocalResult
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.tasks.metrics import IGNORED
@@ -220,10 +220,11 @@ def train_together(
     args, model, count, norms = hooks.args, engine.model, len(batches), None
     hooks.current_gradient_accumulation_steps = 1
     total, positions, seen = torch.zeros(count, device=args.device), [0] * count, [0] * count
-    padding = {"labels": IGNORED, getattr(model, "main_input_name", "input_ids"): pad_token}
+    padding: list[torch.Tensor | int] = [0] * count
+    fillers = {"labels": IGNORED, getattr(model, "main_input_name", "input_ids"): pad_token}
     for step in range(args.local_steps):
         samples = [next_step(hooks, own, 1) for own in batches]
-        inputs = join_batches([micro_batches[0] for micro_batches, *_ in samples], padding)
+        inputs = join_batches([micro_batches[0] for micro_batches, *_ in samples], fillers)
         axis.clients, axis.rows = count, len(inputs["labels"])
         axis.items, axis.losses = [items for _, items, _ in samples], None
         random = _random_state(args.device) if step == 0 else None
@@ -238,11 +239,14 @@ def train_together(
         engine.zero_grad()
         for client, (micro_batches, *_) in enumerate(samples):
             positions[client] += micro_batches[0]["input_ids"].numel()
+            padding[client] = padding[client] + count_padding(micro_batches[0])
             seen[client] += count_seen(args.include_num_input_tokens_seen, model, micro_batches[0])
     own_norms = [None] * count if norms is None else list(norms[:count])
     return [
-        LocalResult(loss, (passed,), counted, norm)
-        for loss, passed, counted, norm in zip(total / args.local_steps, positions, seen, own_norms, strict=True)
+        LocalResult(loss, (passed,), padded, counted, norm)
+        for loss, passed, padded, counted, norm in zip(
+            total / args.local_steps, positions, padding, seen, own_norms, strict=True
+        )
     ]
 
 

@@ -69,12 +69,13 @@ class LocalTraining:
                 grad_norm = hooks.clip_gradients(engine.adapter)
             engine.optimizer.step()
             engine.zero_grad()
-        return LocalResult(torch.tensor(float("nan"), device=args.device), (0,) * len(engine.lengths), 0, grad_norm)
+        return LocalResult(torch.tensor(float("nan"), device=args.device), (0,) * len(engine.lengths), 0, 0, grad_norm)
 
     def _take_steps(self, engine: TrainableModel, batches: Iterator[Any], tap: GradientTap | None) -> LocalResult:
         hooks, args = self.hooks, self.hooks.args
         total = torch.zeros((), device=args.device)
         positions: tuple[int, ...] = ()
+        padding: torch.Tensor | int = 0
         seen, grad_norm = 0, None
         for _ in range(args.local_steps):
             micro_batches, num_items, unknown = next_step(hooks, batches, args.gradient_accumulation_steps)
@@ -89,8 +90,9 @@ class LocalTraining:
             engine.zero_grad()
             for inputs in micro_batches:
                 if not self._is_empty(inputs):
+                    padding = padding + count_padding(inputs)
                     seen += count_seen(args.include_num_input_tokens_seen, engine.model, inputs)
-        return LocalResult(total / args.local_steps, positions, seen, grad_norm)
+        return LocalResult(total / args.local_steps, positions, padding, seen, grad_norm)
 
     def _is_empty(self, inputs: dict[str, torch.Tensor]) -> bool:
         """Whether a batch stands in for an empty share."""
@@ -174,6 +176,11 @@ def _cut(inputs: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.T
         return [inputs]
     parts = {name: tensor.chunk(pieces) for name, tensor in inputs.items()}
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+def count_padding(inputs: dict[str, torch.Tensor]) -> torch.Tensor | int:
+    """How many positions of a batch are padding, on its device; 0 where it has no mask."""
+    return inputs["attention_mask"].eq(0).sum() if "attention_mask" in inputs else 0
 
 
 def count_seen(what: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
