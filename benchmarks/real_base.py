@@ -21,6 +21,8 @@ INT4 = ["--wire_dtype", "int4"]
 RANK_2 = ["--lora_r", "2"]
 FOUR_PARTS = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
 LINEAR_8 = ["--lr_scheduler_type", "linear", "--stage_rounds", "8"]
+DISTILLED = ["--calibration_samples", "192", "--distillation_steps", "60"]
+HEALED = ["--grouping", "even", "--healing_steps", "300", "--healing_learning_rate", "3e-4"]
 # After which loss: FedIT's after two rounds at its best rate, and after four.
 TARGETS = (0.95, 0.84)
 
@@ -54,6 +56,10 @@ VARIANTS = {
         "stage_layers", "5 9 18", "2 2 2", "--grouping", "deconfliction", "--fusion", "differential"
     ),
     "the quickstart's rules, 5-9-18, 2 + 2 + 2 rounds": stages("stage_layers", "5 9 18", "2 2 2"),
+    "distilled in 60 steps, 9-18, 4 + 2 rounds": stages("stage_layers", "9 18", "4 2", *DISTILLED),
+    "healed in 300 steps, distilled in 60, 9-18, 4 + 2 rounds": stages(
+        "stage_layers", "9 18", "4 2", *DISTILLED, *HEALED
+    ),
     "bridged, 9-18, 4 + 2 rounds": bridged("9 18", "4 2"),
     "bridged, 12-18, 4 + 2 rounds": bridged("12 18", "4 2"),
     "bridged, 12-18, 2 + 4 rounds": bridged("12 18", "2 4"),
@@ -66,7 +72,7 @@ VARIANTS = {
         "adapter_layers", "9 18", "4 2", *INT4, *RANK_2
     ),
 }
-SERVER_TEXTS = ("bridged",)
+SERVER_TEXTS = ("bridged", "distilled", "healed")
 COLUMNS = {
     "loss": (lambda run: run["metrics"]["eval_full_loss"], "{:.3f}"),
     "MB": (lambda run: run["totals"]["bytes"] / 1e6, "{:.1f}"),
