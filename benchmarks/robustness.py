@@ -116,7 +116,8 @@ def main() -> None:
     options = parser.parse_args()
     threads = options.threads or max(1, (multiprocessing.cpu_count() or 1) // options.workers)
     text = table(run_all(options.results, options.seeds, options.workers, threads))
-    text += ["", f"`python benchmarks/robustness.py`, {machine()}; exact match on 200 new tasks."]
+    seeds = ", ".join(map(str, options.seeds))
+    text += ["", f"`python benchmarks/robustness.py`, {machine()}; exact match on 200 new tasks, seeds {seeds}."]
     options.results.with_suffix(".md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
 
