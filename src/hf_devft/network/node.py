@@ -69,6 +69,9 @@ class DataArguments:
         default=None, metadata={"help": "Folder of what stays here. Default: outputs/ and the name."}
     )
     max_layers: int = field(default=0, metadata={"help": "Most layers that it can train; 0 for no limit."})
+    measure_layers: bool = field(
+        default=False, metadata={"help": "Find that number by a step with one layer and one with two, before the run."}
+    )
     keep_states: int = field(
         default=20, metadata={"help": "Of how many turns it keeps its state, for a server that goes back."}
     )
@@ -85,6 +88,8 @@ class DataArguments:
         """
         if (self.train_file is None) == (self.dataset_name is None):
             raise ValueError("give the participant's rows: --train_file or --dataset_name, one of them.")
+        if self.max_layers and self.measure_layers:
+            raise ValueError(f"max_layers={self.max_layers} is not to be measured: leave measure_layers out.")
         if self.task not in TASKS:
             raise ValueError(f"task={self.task!r} is unknown: choose one of {', '.join(TASKS)}.")
         to_columns = TASKS[self.task].to_columns
@@ -100,6 +105,7 @@ class DataArguments:
             rows=rows,
             folder=folder,
             max_layers=self.max_layers,
+            measures_layers=self.measure_layers,
             options=options,
             keep_states=self.keep_states,
             secure_only=self.secure_only,

@@ -21,6 +21,7 @@ from hf_devft.files import atomic_file
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.network.base_hash import hash_of_weights
 from hf_devft.network.client_state import ClientState, carry
+from hf_devft.network.dry_steps import measure_layers
 from hf_devft.network.messages import Joining, StageMessage, Turn, answer_to_record
 from hf_devft.network.secure_sum import SecureSumError, SummingClient, to_fixed
 from hf_devft.network.settings import read_settings
@@ -61,6 +62,7 @@ class Participant:
         name: its own. model: the base, as for `DevFTTrainer`. rows: its data, likewise.
         folder: where it keeps what it must find again.
         max_layers: most layers that it can train; 0 for no limit.
+        measures_layers: whether it finds that out itself when it is asked to join, see `measure_layers`.
         options: of its own `DevFTConfig`, such as `use_cpu`; what local training depends on comes from the server.
         keep_states: of how many of its turns it keeps the state, for servers that go back to a checkpoint.
         secure_only: whether its updates go into secure sums alone.
@@ -71,6 +73,7 @@ class Participant:
     rows: Dataset
     folder: Path
     max_layers: int = 0
+    measures_layers: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     keep_states: int = 20
     secure_only: bool = False
@@ -98,8 +101,16 @@ class Participant:
         self._sum = SummingClient(client)
         return self._sum.public
 
-    def join(self) -> Joining:
-        """Return what it says of itself."""
+    def join(self, settings: str) -> Joining:
+        """Return what it says of itself.
+
+        Args:
+            settings: of the run, as far as they are known; see `shared_settings`.
+        """
+        if self.measures_layers:
+            self.max_layers = measure_layers(self.model, settings, self.rows, self.options)
+            self.measures_layers = False
+            logger.info(f"{self.name} can train {self.max_layers or 'all'} layers")
         return Joining(self.name, len(self.rows), self.max_layers)
 
     def enter_stage(self, message: StageMessage) -> None:

@@ -83,14 +83,15 @@ class RemoteClients:
 
     # --- who is there ---------------------------------------------------------------------------------------
 
-    def wait_for(self, count: int, names: Sequence[str] = ()) -> ClientData:
+    def wait_for(self, count: int, names: Sequence[str] = (), settings: str = "") -> ClientData:
         """Wait until `count` clients have joined.
 
         Args:
+            settings: of the run to come, for clients that measure what they can train; see `shared_settings`.
             names: of all clients, where they are known: others are refused, and those that are missing may join later.
                 Without, the `count` clients are all, in the order of their names.
         """
-        self.names = list(names)
+        self.names, self._settings = list(names), settings
         said = -1
         while len(self._node_of) < count:
             self.greet(JOIN_TIMEOUT)
@@ -120,7 +121,7 @@ class RemoteClients:
         new = [node for node in present if node not in self._joinings]
         if not new:
             return
-        asked = {node: RecordDict({JOIN: ConfigRecord({})}) for node in new}
+        asked = {node: RecordDict({JOIN: ConfigRecord({"settings": self._settings})}) for node in new}
         for node, reply in self.ask(asked, f"{MessageType.QUERY}.{JOIN}", timeout):
             if isinstance(reply, ClientError):
                 continue  # it may be in the middle of a turn: it is asked again

@@ -36,7 +36,8 @@ def reply_to(participant: Participant, content: RecordDict) -> RecordDict:
     """
     try:
         if JOIN in content:
-            return RecordDict({JOIN: ConfigRecord(vars(participant.join()))})
+            settings = typed(content[JOIN], "settings", str)
+            return RecordDict({JOIN: ConfigRecord(vars(participant.join(settings)))})
         if KEYS in content:
             return RecordDict(
                 {KEYS: ConfigRecord({"public": participant.begin_sum(typed(content[KEYS], "client", int))})}

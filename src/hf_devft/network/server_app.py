@@ -16,6 +16,7 @@ from hf_devft.cli.recipe import make_trainer
 from hf_devft.cli.summary import closing
 from hf_devft.configuration import DevFTConfig, Setup, check_compatibility
 from hf_devft.network.remote_clients import RemoteClients
+from hf_devft.network.settings import shared_settings
 from hf_devft.run.report import table_rows
 from hf_devft.run.tables import GrowingTable
 from hf_devft.trainer.mixin import DevFTMixin
@@ -83,7 +84,7 @@ def main(grid: Grid, context: Context) -> None:
     count = int(asked["min-clients"]) or len(names) or args.num_clients
     check_before_waiting(recipe, args, names, count)
     clients = RemoteClients(grid, timeout=float(asked["timeout"]) or None)
-    who = clients.wait_for(count, names)
+    who = clients.wait_for(count, names, shared_settings(args, recipe.lora_config()))
     args.num_clients, args.disable_tqdm = len(who.names), True
     args.client_max_layers = args.client_max_layers or clients.max_layers
     trainer = make_trainer(recipe, args, clients, who)
