@@ -17,10 +17,13 @@ def main(runs: Sequence[str], plot: str) -> None:
         runs: output folders; the first is what the others are compared with. plot: where the curves are saved.
 
     Raises:
-        ValueError: fewer than two, or one whose loss is not known.
+        ValueError: fewer than two, one that is no folder, or one whose loss is not known.
     """
     if len(runs) < 2:
         raise ValueError(f"compare needs two runs or more, not {len(runs)}: give their output folders.")
+    for run in runs:
+        if not Path(run).is_dir():
+            raise ValueError(f"{run} is no folder: give the output folders of runs.")
     curves = {run: read_curve(run) for run in runs}
     loss = common_loss(list(curves.values()))
     first, rows = reached(curves[runs[0]], loss), []
@@ -31,6 +34,8 @@ def main(runs: Sequence[str], plot: str) -> None:
         numbers = (f"{point.megabytes:.2f}", f"{point.teraflops:.2f}", f"{point.seconds:.0f}", fewer)
         rows.append([run, f"{lowest:.3f}", str(point.rounds), *numbers])
     titles = ["run", "lowest\nloss", "rounds", "MB", "client\nTFLOPs", "seconds", "times\nfewer MB"]
-    Console().print(make_table(f"until an evaluation loss of {loss:.3f} at full depth", titles, rows))
+    Console().print(
+        make_table(f"until an evaluation loss of {loss:.3f} at full depth, against {runs[0]}", titles, rows)
+    )
     plot_curves(curves, loss).savefig(Path(plot), dpi=120)
     print(f"The curves are in {plot}")

@@ -8,7 +8,7 @@ from hf_devft.cli.arguments import packaged_configs
 _GROUPS = {
     "data and model": {
         "model_name_or_path": 'Hub name, folder, .gguf file, or "embedded"',
-        "train_file": "JSON(L), CSV, text, ...; of several, each a client",
+        "train_file": "JSON(L), CSV, text, ...: a file, a client",
         "dataset_name": "datasets of the Hub, or folders",
         "eval_file": "files to evaluate on; default: 10 % of the rows",
     },
@@ -54,5 +54,5 @@ def short_help() -> str:
     ]
     for title, flags in _GROUPS.items():
         lines += ["", f"{title}:"]
-        lines += [f"  --{name:<26}{text}" for name, text in flags.items()]
+        lines += [f"  --{name:<28} {text}" for name, text in flags.items()]
     return "\n".join([*lines, "", "--help-all lists every key of a config, TrainingArguments' among them."])

@@ -73,7 +73,8 @@ class _StopAtCheckpoint(TrainerCallback):
         for number, handler in self.default.items():
             signal.signal(number, handler)
         if _process() == "0":
-            print("stopping at the end of this round; once more to stop at once", file=sys.stderr, flush=True)
+            line = "\n" if sys.stderr.isatty() else ""  # below the bar
+            print(f"{line}stopping at the end of this round; once more to stop at once", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         asked = torch.tensor(float(self.asked), device=args.device)

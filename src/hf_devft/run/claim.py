@@ -60,8 +60,8 @@ def _refusal(lock: FileLock, folder: Path, is_new: bool, overwrite: bool) -> str
     if left and not overwrite:
         return (
             f"{folder} has {', '.join(sorted(path.name for path in left)[:3])} of another run: choose another "
-            '`output_dir`, go on with `resume_from_checkpoint="last"`, or delete them with '
-            "`overwrite_output_dir=True`."
+            "`--output_dir`, go on with `--resume_from_checkpoint last`, or delete them with "
+            "`--overwrite_output_dir true`."
         )
     for name in _ROOT if left else ():
         (folder / name).unlink(missing_ok=True)

@@ -124,7 +124,8 @@ def _broken_line(path: Path) -> str | None:
                 if line.strip() and not isinstance(json.loads(line), dict):
                     return f"line {number} is no JSON object"
             except ValueError as error:
-                return f"line {number} is no JSON: {error}"
+                what = error.msg if isinstance(error, json.JSONDecodeError) else error
+                return f"line {number} is no JSON: {what}"
     return None
 
 
