@@ -54,5 +54,5 @@ def short_help() -> str:
     ]
     for title, flags in _GROUPS.items():
         lines += ["", f"{title}:"]
-        lines += [f"  --{name:<28} {text}" for name, text in flags.items()]
+        lines += [f"  --{name:<27} {text}" for name, text in flags.items()]
     return "\n".join([*lines, "", "--help-all lists every key of a config, TrainingArguments' among them."])
