@@ -28,7 +28,7 @@ def closing(trainer: DevFTMixin) -> str:
         for key, (name, style) in _BROUGHT.items()
         if key in end
     ]
-    cost = f"{totals['bytes'] / 1e6:.2f} MB, {_minutes(totals['seconds'])}"
+    cost = f"{totals['bytes'] / 1e6:.2f} MB, {_minutes(totals['seconds'])} of rounds"
     brought = f"{', '.join(changes)} at full depth for {cost}" if changes else cost
     lines = [brought, f"Adapters, model card and plot are in {folder}/"]
     if "eval_full_loss" in end:
