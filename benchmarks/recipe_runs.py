@@ -133,8 +133,8 @@ def run_all(
 
 # What is kept of a run: what tables and plots need, rounded to as many digits as no table shows.
 _STAGE = ("eval_loss", "eval_full_loss", "eval_full_exact_match")
-_CURVE = ("rounds", "loss", "bytes", "client_flops", "flops", "seconds")
-_UNITS = {"flops": 1e9, "client_flops": 1e9}  # of numbers that would be long
+_CURVE = ("rounds", "loss", "bytes", "client_flops", "server_flops", "seconds")
+_UNITS = {"server_flops": 1e9, "client_flops": 1e9}  # of numbers that would be long
 _DIGITS = 6
 
 
@@ -153,7 +153,8 @@ def to_row(name: str, seed: int, run: dict) -> dict:
         ],
     }
     if "curve" in run:
-        row["curve"] = [[_in_units(key, point[key]) for key in _CURVE] for point in run["curve"]]
+        points = [point | {"server_flops": point["flops"] - point["client_flops"]} for point in run["curve"]]
+        row["curve"] = [[_in_units(key, point[key]) for key in _CURVE] for point in points]
     return row
 
 
@@ -180,6 +181,7 @@ def _from_row(row: dict) -> dict:
         {key: value * _UNITS.get(key, 1) for key, value in zip(_CURVE, point, strict=True)}
         for point in row.get("curve", [])
     ]
+    curve = [point | {"flops": point["client_flops"] + point["server_flops"]} for point in curve]
     return row | {"stages": stages, "metrics": stages[-1]["metrics"], "curve": curve}
 
 
