@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+_TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 # A spread of nothing, as of the bytes of three seeds.
 _CONSTANT = re.compile(r" ± 0(\.0+)?%?$")
 
@@ -64,14 +65,14 @@ def _renamed(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
 
 def _table(text: str, of: int) -> list[list[str]]:
     """Cells of a table of a Markdown file, without the line under its titles."""
-    lines = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)[of].splitlines()
+    lines = _TABLE.findall(text)[of].splitlines()
     cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
     return [cells[0], *cells[2:]]
 
 
 def _about(text: str, of: int) -> str:
     """What stands below the table; of all but the last also what stands at the end: command, day and machine."""
-    below = [part.strip() for part in re.split(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)[1:]]
+    below = [part.strip() for part in _TABLE.split(text)[1:]]
     return "\n\n".join(dict.fromkeys(part for part in (below[of], below[-1]) if part))
 
 

@@ -17,13 +17,10 @@ def main(runs: Sequence[str], plot: str) -> None:
         runs: output folders; the first is what the others are compared with. plot: where the curves are saved.
 
     Raises:
-        ValueError: fewer than two, one that is no folder, or one whose loss is not known.
+        ValueError: fewer than two, or one whose loss is not known.
     """
     if len(runs) < 2:
         raise ValueError(f"compare needs two runs or more, not {len(runs)}: give their output folders.")
-    for run in runs:
-        if not Path(run).is_dir():
-            raise ValueError(f"{run} is no folder: give the output folders of runs.")
     curves = {run: read_curve(run) for run in runs}
     loss = common_loss(list(curves.values()))
     first, rows = reached(curves[runs[0]], loss), []

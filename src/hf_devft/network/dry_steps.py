@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from hf_devft.network.settings import read_settings
+from hf_devft.network.settings import OWN_OPTIONS, read_settings
 from hf_devft.trainer.devft_trainer import DevFTTrainer
 
 
@@ -29,11 +29,9 @@ def measure_layers(model: str, settings: str, rows: Dataset, options: dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         dry = {
             "output_dir": folder, "initial_layers": 1, "growth_factor": 2.0, "stage_rounds": 1, "local_steps": 1,
-            "grouping": "even", "federated_method": "fedit", "federated_method_kwargs": None, "num_clients": 1,
-            "clients_per_round": 1, "save_strategy": "no", "eval_strategy": "no", "report_to": "none",
-            "disable_tqdm": True,
+            "grouping": "even", "federated_method": "fedit", "federated_method_kwargs": None,
         }  # fmt: skip
-        args, adapter = read_settings(settings, dry | options)
+        args, adapter = read_settings(settings, OWN_OPTIONS | dry | options)
         room = free_memory(args.device)
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
         longest = rows.select(sorted(range(len(rows)), key=lambda index: -len(str(rows[index])))[:batch])

@@ -24,7 +24,7 @@ from hf_devft.network.client_state import ClientState, carry
 from hf_devft.network.dry_steps import measure_layers
 from hf_devft.network.messages import Joining, StageMessage, Turn, answer_to_record
 from hf_devft.network.secure_sum import SecureSumError, SummingClient, to_fixed
-from hf_devft.network.settings import read_settings
+from hf_devft.network.settings import OWN_OPTIONS, read_settings
 from hf_devft.run.client_batches import make_sampler
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.devft_trainer import DevFTTrainer
@@ -216,11 +216,8 @@ class Participant:
         """Build the trainer of a run's settings, and load the base, unless that is done."""
         if self._session is None or self._settings != settings:
             disable_progress_bars()
-            own = {
-                "output_dir": str(self.folder), "num_clients": 1, "clients_per_round": 1, "clients_per_batch": 1,
-                "save_strategy": "no", "eval_strategy": "no", "report_to": "none", "disable_tqdm": True,
-            }  # fmt: skip
-            args, adapter = read_settings(settings, own | self.options)
+            own = OWN_OPTIONS | {"output_dir": str(self.folder)} | self.options
+            args, adapter = read_settings(settings, own)
             self._settings = self._trainer = self._session = self._stage = None  # one base at a time
             self._trainer = DevFTTrainer(self.model, args, peft_config=adapter, train_dataset=self.rows)
             trainer: Any = self._trainer

@@ -24,6 +24,11 @@ SHARED_MODEL_OPTIONS = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "attn_implementation": ("eager", "sdpa", "flash_attention_2", "flex_attention"),
 }
+# Of a client's own config: it is alone, and neither writes nor shows what a run does.
+OWN_OPTIONS = {
+    "num_clients": 1, "clients_per_round": 1, "clients_per_batch": 1, "save_strategy": "no", "eval_strategy": "no",
+    "report_to": "none", "disable_tqdm": True,
+}  # fmt: skip
 # Of an adapter's config; others name files or code, or are of adapters that no stage carries.
 _SHARED_ADAPTER_OPTIONS = (
     "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",

@@ -32,9 +32,11 @@ def read_curve(folder: str | Path) -> list[Point]:
     """Read how a run's loss at full depth fell, from its output folder.
 
     Raises:
-        ValueError: there is no finished stage, or nothing was evaluated.
+        ValueError: it is no folder, there is no finished stage, or nothing was evaluated.
     """
     folder = Path(folder)
+    if not folder.is_dir():  # nor is it asked for on the Hub
+        raise ValueError(f"{folder} is no folder: give the output folder of a run.")
     last = StageConfig.from_pretrained(folder)
     ledger = Ledger(read_record(folder / LEDGER, list[RoundRecord]))
     history = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history

@@ -38,7 +38,7 @@ def print_plan(plan: RunPlan) -> None:
     Console().print(
         "values: that a client trains; down, up: to and from it in a round;\n"
         "sent, FLOPs: by all in all rounds; client, server: peak memory, estimated,\n"
-        "above what Python and PyTorch take before there is a model (about 0.6 GB on a CPU).\n"
+        "above what Python and PyTorch take before there is a model.\n"
         f"none: as many rounds without stages: {plan.without_stages.bytes / plan.total.bytes:.2f}x the bytes, "
         f"{plan.without_stages.flops / plan.total.flops:.2f}x the FLOPs."
     )
