@@ -2,10 +2,20 @@
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_devft.embedded import BASE_PATH, task_dataset
-from hf_devft.tasks.data import tokenize
+from hf_devft.tasks.data import load_files, to_known_columns, tokenize
+
+
+MAX_LENGTH = 512
 
 
 def quickstart_base() -> PreTrainedModel:
@@ -48,5 +58,13 @@ def tokenizer():
 
 def rows(count: int) -> Dataset:
     """Made-up tasks as token ids, and nothing else."""
-    dataset = tokenize(task_dataset(count), tokenizer(), 512)
-    return dataset.select_columns(["input_ids", "labels"])
+    return _encoded(task_dataset(count), tokenizer())
+
+
+def rows_of_file(base: str, path: str, count: int) -> Dataset:
+    """The first prompts and answers of a file, likewise, for a base of another folder or name."""
+    return _encoded(load_files([path], to_known_columns).select(range(count)), AutoTokenizer.from_pretrained(base))
+
+
+def _encoded(dataset: Dataset, encoder: PreTrainedTokenizerBase) -> Dataset:
+    return tokenize(dataset, encoder, MAX_LENGTH).select_columns(["input_ids", "labels"])

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bases import lora
+from bases import lora, rows_of_file
 from datasets import Dataset
 from machine import mean_and_spread, parser, publish
 from peers import run_peer
@@ -38,10 +38,9 @@ from transformers import (
 )  # fmt: skip
 
 from hf_devft import DevFTConfig, DevFTTrainer
-from hf_devft.tasks.data import load_files, to_known_columns, tokenize
 
 
-ROWS, STEPS, BATCH, MAX_LENGTH = 100, 4, 4, 512
+ROWS, STEPS, BATCH = 100, 4, 4
 
 
 class AllLogits(DevFTTrainer):
@@ -52,8 +51,7 @@ class AllLogits(DevFTTrainer):
 
 
 def client_rows(base: str, data: str, clients: int) -> list[Dataset]:
-    rows = load_files([data], to_known_columns).select(range(ROWS * clients))
-    encoded = tokenize(rows, AutoTokenizer.from_pretrained(base), MAX_LENGTH).select_columns(["input_ids", "labels"])
+    encoded = rows_of_file(base, data, ROWS * clients)
     return [encoded.select(range(ROWS * client, ROWS * (client + 1))) for client in range(clients)]
 
 

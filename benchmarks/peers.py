@@ -29,11 +29,12 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 import torch
-from bases import BASES, lora, make_base, rows, size_of, tokenizer
+from bases import BASES, lora, make_base, rows, rows_of_file, size_of, tokenizer
 from datasets import Dataset
 from machine import mean_and_spread, parser, publish
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -45,36 +46,36 @@ from transformers import (
 )  # fmt: skip
 
 from hf_devft import DevFTConfig, DevFTTrainer
-from hf_devft.tasks.data import load_files, to_known_columns, tokenize
 
 
 CLIENTS, SAMPLED, RATE = 20, 2, 2e-3
-ROWS, MAX_LENGTH = 100 * CLIENTS, 512
+ROWS = 100 * CLIENTS
 State = dict[str, torch.Tensor]
 
 
 class Work(NamedTuple):
-    """What a peer is given: the folder of the base, its tokenizer and all rows; and how much to train."""
+    """What a peer is given: the folder of a base and its tokenizer, that of all rows, and how much to train."""
 
-    folder: str
+    base: str
+    data: str
     rounds: int
     steps: int
     batch: int
 
     def rows(self) -> Dataset:
-        return Dataset.load_from_disk(f"{self.folder}/rows")
+        return Dataset.load_from_disk(self.data)
 
     def client_rows(self) -> list[Dataset]:
         return [self.rows().shard(CLIENTS, client) for client in range(CLIENTS)]
 
     def model(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
 
     def with_adapter(self) -> PeftModel:
         return get_peft_model(self.model(), lora())
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.folder)
+        return AutoTokenizer.from_pretrained(self.base)
 
 
 def sampled(round_index: int) -> list[int]:
@@ -218,51 +219,47 @@ def proportional_memory(process: psutil.Process) -> int:
     return total
 
 
-def compare(
-    name: str, model: PreTrainedModel, stages: list[int], folder: str, options: argparse.Namespace
-) -> list[str]:
-    """A table's rows for one base, which lies in a folder."""
+def compare(about: str, stages: list[int], base: str, data: str, options: argparse.Namespace) -> list[str]:
+    """A table's rows for the base and the rows of two folders."""
     found: dict[str, list[tuple[dict, int]]] = {}
-    asked = [f"--{flag}={getattr(options, flag)}" for flag in ("rounds", "steps", "batch")]
+    given = ["--base", base, "--rows", data, "--stages", *map(str, stages)]
+    given += [f"--{flag}={getattr(options, flag)}" for flag in ("rounds", "steps", "batch")]
     for repeat in range(options.repeats):
         for index, (peer, run) in enumerate(peers(stages).items()):
-            if run is flower and find_spec("flwr") is None:
+            if run is flower and find_spec("ray") is None:  # which its simulation needs
                 print("Flower is left out: pip install 'hf-devft[simulation]'")
                 continue
-            command = ["--peer", str(index), "--folder", folder, "--stages", *map(str, stages), *asked]
-            found.setdefault(peer, []).append(run_peer(command))
-            print(f"{name}, repeat {repeat + 1}, {peer}: {sum(found[peer][-1][0]['seconds']):.1f} s", flush=True)
+            found.setdefault(peer, []).append(run_peer(["--peer", str(index), *given]))
+            print(f"{about}, repeat {repeat + 1}, {peer}: {sum(found[peer][-1][0]['seconds']):.1f} s", flush=True)
     lines = []
     for peer, runs in found.items():
         speeds = [60 * len(run["seconds"]) / sum(run["seconds"]) for run, _ in runs]
         speed = mean_and_spread(speeds, "{:.1f}")
         memory = statistics.median(peak for _, peak in runs)
         sent = runs[0][0]["bytes"] / options.rounds
-        lines.append(f"| {name}, {size_of(model)} | {peer} | {speed} | {memory / 1e9:.2f} | {sent / 1e6:.2f} |")
+        lines.append(f"| {about} | {peer} | {speed} | {memory / 1e9:.2f} | {sent / 1e6:.2f} |")
     return lines
 
 
 def compare_made(name: str, options: argparse.Namespace) -> list[str]:
     """A base that is made here, on the embedded tasks."""
-    model = make_base(name)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        tokenizer().save_pretrained(folder)
-        rows(ROWS).save_to_disk(f"{folder}/rows")
-        return compare(name, model, BASES[name][1], folder, options)
+    with tempfile.TemporaryDirectory() as base, tempfile.TemporaryDirectory() as data:
+        model = make_base(name)
+        model.save_pretrained(base)
+        tokenizer().save_pretrained(base)
+        rows(ROWS).save_to_disk(data)
+        return compare(f"{name}, {size_of(model)}", BASES[name][1], base, data, options)
 
 
-def compare_real(options: argparse.Namespace) -> list[str]:
+def compare_real(base: str, options: argparse.Namespace) -> list[str]:
     """A base of a folder, on the prompts and answers of a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        for path in Path(options.real_base).iterdir():
-            (Path(folder) / path.name).symlink_to(path.resolve())
-        dataset = load_files([options.data], to_known_columns).select(range(ROWS))
-        encoded = tokenize(dataset, AutoTokenizer.from_pretrained(folder), MAX_LENGTH)
-        encoded.select_columns(["input_ids", "labels"]).save_to_disk(f"{folder}/rows")
-        model = AutoModelForCausalLM.from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as data:
+        rows_of_file(base, options.data, ROWS).save_to_disk(data)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
         depth = model.config.num_hidden_layers
-        return compare(Path(options.real_base).name, model, [depth // 4, depth // 2, depth], folder, options)
+        about = f"{Path(base).name}, {size_of(model)}"
+        return compare(about, [depth // 4, depth // 2, depth], base, data, options)
 
 
 def main() -> None:
@@ -275,20 +272,20 @@ def main() -> None:
     command_line.add_argument("--real_base", help="a folder")
     command_line.add_argument("--data", help="a file of prompts and answers, for the real base")
     command_line.add_argument("--stages", type=int, nargs="+", help=argparse.SUPPRESS)
-    for internal in ("--peer", "--folder", "--out"):
+    for internal in ("--peer", "--base", "--rows", "--out"):
         command_line.add_argument(internal, help=argparse.SUPPRESS)
     options = command_line.parse_args()
     set_seed(0)
     if options.peer is not None:
         run = list(peers(options.stages).values())[int(options.peer)]
-        work = Work(options.folder, options.rounds, options.steps, options.batch)
+        work = Work(options.base, options.rows, options.rounds, options.steps, options.batch)
         Path(options.out).write_text(json.dumps(run(work)))
         return
     lines = ["| base | | rounds a minute | peak memory, GB | MB sent a round |", "|---|---|---:|---:|---:|"]
     for name in options.bases:
         lines += compare_made(name, options)
     if options.real_base:
-        lines += compare_real(options)
+        lines += compare_real(options.real_base, options)
     publish(options.results, lines, " ".join(["peers.py", *sys.argv[1:]]), "mean ± s.d. of the repeats")
 
 
