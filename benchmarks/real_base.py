@@ -20,7 +20,8 @@ EVERY_SECOND = ["--eval_steps", "2"]
 INT4 = ["--wire_dtype", "int4"]
 RANK_2 = ["--lora_r", "2"]
 FOUR_PARTS = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
-LINEAR_8 = ["--lr_scheduler_type", "linear", "--stage_rounds", "8"]
+LINEAR = ["--lr_scheduler_type", "linear"]
+LINEAR_8 = [*LINEAR, "--stage_rounds", "8"]
 DISTILLED = ["--calibration_samples", "192", "--distillation_steps", "60"]
 HEALED = ["--grouping", "even", "--healing_steps", "300", "--healing_learning_rate", "3e-4"]
 # After which loss: FedIT's after two rounds at its best rate, and after four.
@@ -70,6 +71,9 @@ VARIANTS = {
     ),
     "adapters on the last 9, then all, 4 + 2 rounds, int4, rank 2": stages(
         "adapter_layers", "9 18", "4 2", *INT4, *RANK_2
+    ),
+    "adapters on the last 9, then all, 4 + 4 rounds, linear, int4, rank 2, batches in four parts": stages(
+        "adapter_layers", "9 18", "4 4", *INT4, *RANK_2, *FOUR_PARTS, *LINEAR
     ),
 }
 SERVER_TEXTS = ("bridged", "distilled", "healed")

@@ -30,12 +30,20 @@ COLUMNS = {
 }
 
 
+Measure = Callable[[Path], dict[str, float]]
+
+
 def run_recipe(
-    script: list[str], config: str, overrides: list[str], environment: Mapping[str, str], curve: bool = False
+    script: list[str],
+    config: str,
+    overrides: list[str],
+    environment: Mapping[str, str],
+    curve: bool = False,
+    measure: Measure | None = None,
 ) -> dict:
     """One run of the recipe: the full-depth metrics of its last stage, the ledger's totals over all stages, the
-    process's wall time, with start-up, grouping, calibration and all evaluations, and, with `curve`, what every
-    evaluation at full depth found."""
+    process's wall time, with start-up, grouping, calibration and all evaluations; with `curve`, what every evaluation
+    at full depth found, and with `measure`, what that finds in the run's folder."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *script, "--config", str(RECIPES / "configs" / config)]
@@ -48,7 +56,9 @@ def run_recipe(
         if done.returncode:
             raise RuntimeError(f"{config} {' '.join(overrides)}:\n{done.stderr}")
         stages = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("stage-*/stage_config.json"))]
-        points = {"curve": read_curve(Path(folder) / f"stage-{len(stages)}", stages)} if curve else {}
+        more = {"curve": read_curve(Path(folder) / f"stage-{len(stages)}", stages)} if curve else {}
+        wall = time.perf_counter() - started
+        more |= {"measured": measure(Path(folder))} if measure else {}
     names = ("bytes", "flops", "seconds")
     totals = {name: sum(stage["totals"][name] for stage in stages) for name in names}
     totals["client_flops"] = totals["flops"]
@@ -56,8 +66,7 @@ def run_recipe(
     by_stage = [
         {"layers": s["num_layers"], "metrics": s["metrics"], "peak_memory": s["totals"]["peak_memory"]} for s in stages
     ]
-    wall = time.perf_counter() - started
-    return {"metrics": stages[-1]["metrics"], "totals": totals, "wall_seconds": wall, "stages": by_stage} | points
+    return {"metrics": stages[-1]["metrics"], "totals": totals, "wall_seconds": wall, "stages": by_stage} | more
 
 
 def read_curve(folder: Path, stages: list[dict]) -> list[dict]:
@@ -96,13 +105,14 @@ def run_all(
     options: argparse.Namespace,
     curve: bool = False,
     script: Callable[[str], list[str]] = lambda name: [str(RECIPE)],
+    measure: Measure | None = None,
 ) -> dict[str, dict[str, dict]]:
     """Every variant with every seed, {name: {seed: run}}; what is in the results already is not run again.
 
     Args:
         variants: name -> (config, overrides).
         options: see `arguments`; every run is a line of the results, added when it is over.
-        curve: see `run_recipe`.
+        curve, measure: see `run_recipe`.
         script: name -> what runs it, and its first arguments; default: the recipe.
     """
     path, workers = options.results, options.workers
@@ -116,7 +126,7 @@ def run_all(
         config, overrides = variants[name]
         flags = [*overrides, *base, "--seed", str(seed)]
         about = {"revision": commit, "machine": machine()}
-        result = run_recipe(script(name), config, flags, threads, curve) | about
+        result = run_recipe(script(name), config, flags, threads, curve, measure) | about
         with lock, path.open("a") as file:
             known.setdefault(name, {})[str(seed)] = result
             row = to_row(name, seed, result)
@@ -155,6 +165,8 @@ def to_row(name: str, seed: int, run: dict) -> dict:
     if "curve" in run:
         points = [point | {"server_flops": point["flops"] - point["client_flops"]} for point in run["curve"]]
         row["curve"] = [[_in_units(key, point[key]) for key in _CURVE] for point in points]
+    if "measured" in run:
+        row["measured"] = {key: _round(value) for key, value in run["measured"].items()}
     return row
 
 

@@ -12,8 +12,9 @@ from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from loopback import Loopback
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_devft.federation.rounds import QuorumError
 from hf_devft.network.messages import TRAINED, refusal
@@ -117,6 +118,25 @@ def test_a_run_over_a_network_ends_as_the_simulation_does(
     )
     assert told == moved, "the ledger counts what has travelled"
     assert trainer.remote_clients.traffic.up < told + 1000 * len(grid.replied)
+
+
+def test_what_a_participant_has_trained_alone_is_an_adapter_of_its_own(remote_run, participants, base, tmp_path):
+    grid = Loopback(participants)
+    remote_run(grid, federated_method="fedsa_lora", clients_per_round=3).train()
+    own = {
+        each.name: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), each.folder / "adapter")
+        for each in participants.values()
+    }
+    of_the_server = adapters(tmp_path / "run")
+    factors = {name: adapters(tmp_path / "nodes" / name / "adapter") for name in own}
+    key = next(key for key in of_the_server if "lora_B" in key)
+    assert not of_the_server[key].any(), "the server knows no B"
+    assert all(own[key].any() for own in factors.values())
+    assert not torch.equal(factors["org-a"][key], factors["org-b"][key])
+    prompt = torch.tensor([[5, 6, 7]])
+    answers = [model(prompt).logits for model in own.values()]
+    assert not torch.equal(answers[0], answers[1])
+    assert factors["org-a"].keys() == of_the_server.keys(), "at full depth"
 
 
 STATEFUL = {"federated_method": "scaffold", "wire_dtype": "int4"}

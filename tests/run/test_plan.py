@@ -101,8 +101,10 @@ def test_a_plan_is_printed_whole(tmp_path, capsys):
         tmp_path, stage_layers=[2, 4], stage_rounds=[75], num_clients=20, per_device_train_batch_size=16,
         distillation_steps=10,
     )  # fmt: skip
-    print_plan(plan_run(args, empty_base(str(tmp_path)), lora(r=32)))
+    print_plan(plan := plan_run(args, empty_base(str(tmp_path)), lora(r=32)))
     printed = capsys.readouterr().out
+    assert plan.stages[-1].bytes / 75 == pytest.approx(92.7e6, rel=1e-3)
+    assert "All clients of a round: up to 92.7MB" in printed
     assert "…" not in printed
     assert "not measured" in printed
     assert "on the server take" in printed

@@ -18,6 +18,7 @@ from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients, make_methods
 from hf_devft.federation.wire import Wire
 from hf_devft.files import atomic_file
+from hf_devft.models.adapter_files import save_adapter
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.network.base_hash import hash_of_weights
 from hf_devft.network.client_state import ClientState, carry
@@ -33,6 +34,9 @@ from hf_devft.trainer.stage_runner import StageRunner
 
 
 logger = logging.getLogger(__name__)
+
+
+OWN_ADAPTER = "adapter"  # folder of a participant's own, where a part of it stays there
 
 
 class UnknownStageError(ValueError):
@@ -168,10 +172,13 @@ class Participant:
         counts = _counts(side, turn.client)
         logger.info(f"round {turn.round_index + 1}: {self.name} trains {len(stage.active.layers)} layers")
         local = side.begin(turn.to_message(side.wire, *counts), self._batches(turn))
-        answer = side.end(local, stage.runner.train_client(turn.learning_rate, local))
-        if isinstance(answer, Exception):
-            raise answer
+        trained = stage.runner.train_client(turn.learning_rate, local)
+        answer = side.end(local, trained)
+        if isinstance(trained, Exception):
+            raise trained
         memory.commit()
+        if side.method.remembers and answer.adapter is not None:
+            self._save_own_adapter(stage, trained[1])
         state = memory.state_dict()
         if state:
             kept.save(turn.round_index, state, stage.message.records[-1].stage, needed=turn.state_round)
@@ -180,6 +187,13 @@ class Participant:
             change = answer.adapter.decoded - side.method.payload(turn.client, local.start)
             masked = self.sum.mask(to_fixed(change.cpu().numpy(), turn.weight), told).astype("<u4").tobytes()
         return answer_to_record(answer, trainer.args.wire_dtype, bool(state), masked)
+
+    def _save_own_adapter(self, stage: RunningStage, trained: torch.Tensor) -> None:
+        """Save the adapter that this participant has trained, of which a part never leaves it, as plain PEFT loads it
+        on the base."""
+        record, initial = stage.message.records[-1], self._session.run.adapter
+        own = initial.expand(stage.active.engine.layout.state(trained), record.groups, record.transfer)
+        save_adapter(self.folder / OWN_ADAPTER, *own.to_peft({}))
 
     def _side(self, stage: RunningStage, turn: Turn, state: dict, depth: int) -> tuple[ClientSide, Memory]:
         """Make the client's half of a round, with what this client remembers."""
