@@ -4,12 +4,12 @@
     python benchmarks/client_step.py --base build/gemma --data build/gsm8k/train.jsonl
 
 Clients with 100 rows each, one after another, 4 steps of 4 rows, LoRA on all layers, float32. Every variant runs in a
-process of its own, in turns with the others, `--repeats` times; the first client of each is not counted. Writes
-`results/client_step.md`.
+process of its own, in turns with the others, `--repeats` times; the first client of each is not counted, which compiles
+what is to be compiled. Writes `results/client_step.md`.
 
 - new Trainer: a new `Trainer` for every client on one model, as OpenFedLLM does it;
 - hf-devft, all logits: as `Trainer` computes the loss, in one trainer for all clients;
-- then each with all that stands above it.
+- logits where labels count: what a run does by default; then that with one change each.
 """
 
 import argparse
@@ -86,14 +86,23 @@ class RoundTimes(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
 
 
-def ours(base: str, data: str, clients: int, cls: type[DevFTTrainer] = DevFTTrainer, **options) -> list[float]:
-    model, times = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), RoundTimes()
-    rows = client_rows(base, data, clients)
+def ours(
+    base: str,
+    data: str,
+    clients: int,
+    cls: type[DevFTTrainer] = DevFTTrainer,
+    dtype: torch.dtype = torch.float32,
+    last: int | None = None,
+    **options,
+) -> list[float]:
+    """`last`: only so many of the last layers have an adapter."""
+    model, times = AutoModelForCausalLM.from_pretrained(base, dtype=dtype), RoundTimes()
+    rows, depth = client_rows(base, data, clients), model.config.num_hidden_layers
+    stages = {"stage_layers": [depth]} if last is None else {"adapter_layers": [last, depth]}
     with tempfile.TemporaryDirectory() as folder:
         args = DevFTConfig(
-            output_dir=folder, stage_layers=[model.config.num_hidden_layers], stage_rounds=[clients],
-            clients_per_round=1, local_steps=STEPS, per_device_train_batch_size=BATCH, save_strategy="no",
-            disable_tqdm=True, **options,
+            output_dir=folder, stage_rounds=[clients], max_steps=clients, clients_per_round=1, local_steps=STEPS,
+            per_device_train_batch_size=BATCH, save_strategy="no", disable_tqdm=True, **stages, **options,
         )  # fmt: skip
         trainer = cls(
             model,
@@ -110,8 +119,12 @@ def ours(base: str, data: str, clients: int, cls: type[DevFTTrainer] = DevFTTrai
 VARIANTS: dict[str, Callable[..., list[float]]] = {
     "new Trainer per client (OpenFedLLM)": new_trainer,
     "hf-devft, all logits": lambda *given: ours(*given, cls=AllLogits),
-    "+ logits where labels count, in pieces": ours,
-    "+ rows of like length in a batch": lambda *given: ours(*given, train_sampling_strategy="group_by_length"),
+    "logits where labels count, in pieces (default)": ours,
+    "default, rows of like length in a batch": lambda *given: ours(*given, train_sampling_strategy="group_by_length"),
+    "default, bfloat16": lambda *given: ours(*given, dtype=torch.bfloat16, bf16=True),
+    "default, adapters on the last 9 layers": lambda *given: ours(*given, last=9),
+    "default, activation checkpointing": lambda *given: ours(*given, activation_checkpointing=True),
+    "default, torch_compile": lambda *given: ours(*given, torch_compile=True),
 }
 
 

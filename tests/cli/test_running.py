@@ -1,6 +1,8 @@
 """Errors of one line, and an end between two rounds."""
 
 import signal
+import subprocess
+import sys
 
 import pytest
 from transformers import TrainerCallback
@@ -58,16 +60,21 @@ def test_a_run_that_is_told_to_stop_ends_its_round_and_can_be_resumed(make_train
     assert ends[0] == ends[1]
 
 
-@pytest.fixture
-def interruptible():
-    """SIGINT raises, as in a process of one's own: some that run tests ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+LONG = "--stage_layers 16 --stage_rounds 1 --eval_strategy no --eval_on_start no --save_strategy no".split()
 
 
-def test_the_second_time_it_ends_at_once(interruptible, make_trainer, tmp_path):
-    trainer = make_trainer(callbacks=[Signal(signal.SIGINT, times=2)])
-    with pytest.raises(KeyboardInterrupt), stopping_between_rounds(trainer):
-        trainer.train()
-    assert not list((tmp_path / "run").glob("checkpoint-*"))
+def wait_until(run, said):
+    so_far = ""
+    while said not in so_far:
+        assert (letter := run.stderr.read(1)), f"the run has ended: {so_far}"
+        so_far += letter
+
+
+def test_the_second_time_it_ends_at_once(tmp_path):
+    command = [sys.executable, "-m", "hf_devft", "train", "--config", "quickstart", *LONG, "--local_steps", "2000"]
+    run = subprocess.Popen([*command, "--output_dir", tmp_path], stderr=subprocess.PIPE, text=True)
+    wait_until(run, "round 0")
+    run.send_signal(signal.SIGINT)
+    wait_until(run, "once more to stop at once")
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=30) == -signal.SIGINT, "in a round of 4,000 steps"

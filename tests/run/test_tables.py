@@ -53,3 +53,15 @@ def test_columns_without_values_are_left_out():
     assert "exact\nmatch" not in titles
     assert len(rows) == 1
     assert len(rows[0]) == len(titles)
+
+
+def test_a_submodel_that_was_not_measured_has_a_dash_and_no_titles_again(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    first = stage_config(stage=1, num_layers=2, totals=TOTALS, metrics={"eval_full_loss": 2.4})
+    last = stage_config(stage=2, num_layers=4, totals=TOTALS, metrics={"eval_loss": 1.1, "eval_full_loss": 1.1})
+    table = GrowingTable()
+    table.show([first])
+    table.show([first, last])
+    printed = capsys.readouterr().out
+    assert printed.count("subm.") == 1
+    assert " - " in next(line for line in printed.splitlines() if "1/2" in line)

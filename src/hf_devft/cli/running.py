@@ -14,6 +14,7 @@ from hf_devft.federation.processes import add_up
 from hf_devft.trainer.mixin import DevFTMixin
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GO_ON = "go on with `--resume_from_checkpoint last`"
 
 
@@ -43,15 +44,14 @@ def one_line_errors(traceback: bool) -> Iterator[None]:
 @contextmanager
 def stopping_between_rounds(trainer: DevFTMixin) -> Iterator[None]:
     """Within this context, Ctrl-C and SIGTERM let the running round end, write its checkpoint, and end the run; at the
-    second one it ends at once. Several processes end after the same round, whichever of them is told.
+    second one the process is killed. Several processes end after the same round, whichever of them is told.
 
     Raises:
         KeyboardInterrupt: at that end.
     """
     stop = _StopAtCheckpoint()
     trainer.add_callback(stop)
-    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    stop.default = before
+    before = {number: signal.signal(number, stop.ask) for number in _SIGNALS}
     try:
         yield
     finally:
@@ -65,13 +65,13 @@ class _StopAtCheckpoint(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
-        self.default: dict[signal.Signals, Any] = {}
 
     def ask(self, *_: Any) -> None:
-        """Handle a signal; the next one does what it did before."""
+        """Handle a signal; the next one kills, as an exception would be lost where it falls into a finaliser. What is
+        half written then is under another name."""
         self.asked = True
-        for number, handler in self.default.items():
-            signal.signal(number, handler)
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         if _process() == "0":
             line = "\n" if sys.stderr.isatty() else ""  # below the bar
             print(f"{line}stopping at the end of this round; once more to stop at once", file=sys.stderr, flush=True)

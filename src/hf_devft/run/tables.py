@@ -18,7 +18,7 @@ _COLUMNS = {
     "layers": lambda stage: str(stage.num_layers),
     "with an\nadapter": lambda stage: stage.adapted and str(len(stage.adapted)),
     "rounds": lambda stage: str(stage.rounds_done),
-    "loss\nsubm.": lambda stage: _number(stage.metrics.get("eval_loss"), ".3f"),
+    "loss\nsubm.": lambda stage: _submodel_loss(stage),
     "loss\nfull": lambda stage: _number(stage.metrics.get("eval_full_loss"), ".3f"),
     "exact\nmatch": lambda stage: _number(stage.metrics.get("eval_full_exact_match"), ".1%"),
     "accu-\nracy": lambda stage: _number(stage.metrics.get("eval_full_accuracy"), ".1%"),
@@ -41,6 +41,12 @@ _CARD_ONLY = ("server\nTFLOPs", "set-up\ns", "base\nMB")  # so that a terminal o
 
 def _number(value: float | None, style: str) -> str | None:
     return None if value is None else format(value, style)
+
+
+def _submodel_loss(stage: StageConfig) -> str | None:
+    """A dash where a smaller stage's submodel was not measured at its end, so that the column is there from then on."""
+    not_measured = "eval_full_loss" in stage.metrics and stage.num_layers < stage.full_layers
+    return _number(stage.metrics.get("eval_loss"), ".3f") or ("-" if not_measured else None)
 
 
 def make_table(title: str, titles: list[str], rows: list[list[str]]) -> Table:
