@@ -4,8 +4,8 @@
     python benchmarks/client_step.py --base build/gemma --data build/gsm8k/train.jsonl
 
 Clients with 100 rows each, one after another, 4 steps of 4 rows, LoRA on all layers, float32. Every variant runs in a
-process of its own, in turns with the others, `--repeats` times; the first client of each is not counted, which compiles
-what is to be compiled. Writes `results/client_step.md`.
+process of its own, in turns with the others, `--repeats` times; the first client of each, which compiles what is to be
+compiled, is not counted. Writes `results/client_step.md`.
 
 - new Trainer: a new `Trainer` for every client on one model, as OpenFedLLM does it;
 - hf-devft, all logits: as `Trainer` computes the loss, in one trainer for all clients;

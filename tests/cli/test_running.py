@@ -66,7 +66,8 @@ LONG = "--stage_layers 16 --stage_rounds 1 --eval_strategy no --eval_on_start no
 def wait_until(run, said):
     so_far = ""
     while said not in so_far:
-        assert (letter := run.stderr.read(1)), f"the run has ended: {so_far}"
+        letter = run.stderr.read(1)
+        assert letter, f"the run has ended: {so_far}"
         so_far += letter
 
 

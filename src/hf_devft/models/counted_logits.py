@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -42,6 +42,23 @@ class ScoredTokens(ModelOutput):
     loss: torch.Tensor | None = None
     predicted: torch.Tensor | None = None
     nll: torch.Tensor | None = None
+
+
+@runtime_checkable
+class LossByRows(Protocol):
+    """A model's loss function where it is the sum of another's, of parts of a batch's rows."""
+
+    function: Callable[..., torch.Tensor]
+
+    def row_weights(self, counts: torch.Tensor) -> torch.Tensor:
+        """Return what the losses of a row's tokens are multiplied with: rows.
+
+        Args:
+            counts: whether a token's label counts, rows x (length - 1).
+        """
+
+    def note(self, row_losses: torch.Tensor) -> None:
+        """Take note of the losses of the rows, multiplied."""
 
 
 def count_logits(base: PreTrainedModel, is_active: Callable[[], bool] = lambda: True) -> list[RemovableHandle]:
@@ -105,12 +122,21 @@ class _CountedLogits:
         if (
             kwargs.get("labels") is None
             or kwargs.get("shift_labels") is not None
-            or base.loss_function is not ForCausalLMLoss
+            or not self._knows(base.loss_function)
             or not self.is_active()
         ):
             return None
         self.labels = kwargs["labels"]
         return args, kwargs | {"labels": None, "logits_to_keep": 1}
+
+    def _knows(self, loss_function: Callable) -> bool:
+        if isinstance(loss_function, LossByRows):
+            return loss_function.function is ForCausalLMLoss and not self._trains_head
+        return loss_function is ForCausalLMLoss
+
+    @property
+    def _trains_head(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.base.get_output_embeddings().parameters())
 
     def after_decoder(self, decoder: nn.Module, args: tuple, output: ModelOutput) -> None:
         """Keep the hidden states."""
@@ -127,6 +153,8 @@ class _CountedLogits:
         targets = labels[:, 1:].to(hidden.device)
         counts = targets != IGNORED
         chosen, tail = hidden[counts], partial(self._tail, decoded)
+        if isinstance(base.loss_function, LossByRows):
+            return CausalLMOutputWithPast(loss=self._loss_by_rows(tail, chosen, targets, counts))
         divisor = kwargs.get("num_items_in_batch")
         divisor = counts.sum() if divisor is None else torch.as_tensor(divisor, device=hidden.device)
         if not base.training:
@@ -137,9 +165,19 @@ class _CountedLogits:
 
     def _loss(self, tail: Tail, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum of the tokens' losses; in pieces, where gradients go to the hidden states alone."""
-        if any(parameter.requires_grad for parameter in self.base.get_output_embeddings().parameters()):
+        if self._trains_head:
             return _cross_entropy(tail(hidden), targets, "sum")
-        return _LossInPieces.apply(hidden, targets, tail, _tokens_a_piece(self.base))
+        weights = torch.ones_like(targets, dtype=torch.float32)
+        return _LossInPieces.apply(hidden, targets, weights, tail, _tokens_a_piece(self.base))[0]
+
+    def _loss_by_rows(
+        self, tail: Tail, hidden: torch.Tensor, targets: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        by_rows, (row, _) = self.base.loss_function, counts.nonzero(as_tuple=True)
+        weights = by_rows.row_weights(counts)[row].float()
+        loss, each = _LossInPieces.apply(hidden, targets[counts], weights, tail, _tokens_a_piece(self.base))
+        by_rows.note(each.new_zeros(len(counts)).index_add(0, row, each))
+        return loss
 
     def _scores(self, tail: Tail, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest tokens, and the targets' negative log-likelihoods."""
@@ -170,22 +208,28 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, reduction: str) 
 
 
 class _LossInPieces(torch.autograd.Function):
-    """Takes each piece's gradient while its logits are there, as the output embeddings are frozen: nothing is computed
-    twice, and no logits are kept (as Liger's and Cut Cross-Entropy's kernels do it on a GPU)."""
+    """The sum of the tokens' losses, each multiplied, and each alone. Takes each piece's gradient while its logits are
+    there, as the output embeddings are frozen: nothing is computed twice, and no logits are kept (as Liger's and Cut
+    Cross-Entropy's kernels do it on a GPU)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, tail: Tail, size: int) -> torch.Tensor:
-        total, gradient = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
-        for piece, target, own in zip(*(each.split(size) for each in (hidden, targets, gradient)), strict=True):
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, tail: Tail, size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses, gradient = torch.empty_like(weights), torch.empty_like(hidden)
+        pieces = (tensor.split(size) for tensor in (hidden, targets, weights, losses, gradient))
+        for piece, target, weight, own_losses, own_gradient in zip(*pieces, strict=True):
             with torch.enable_grad():
                 piece = piece.detach().requires_grad_()
-                loss = _cross_entropy(tail(piece), target, "sum")
-            own.copy_(torch.autograd.grad(loss, piece)[0])
-            total += loss.detach()
+                each = weight * _cross_entropy(tail(piece), target, "none")
+                total = each.sum()
+            own_gradient.copy_(torch.autograd.grad(total, piece)[0])
+            own_losses.copy_(each.detach())
         ctx.save_for_backward(gradient)
-        return total
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, outer: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer.to(gradient.dtype), None, None, None
+        return gradient * outer.to(gradient.dtype), None, None, None, None

@@ -44,7 +44,7 @@ def _number(value: float | None, style: str) -> str | None:
 
 
 def _submodel_loss(stage: StageConfig) -> str | None:
-    """A dash where a smaller stage's submodel was not measured at its end, so that the column is there from then on."""
+    """A dash where a submodel was not measured at its stage's end, so that the column is there from then on."""
     not_measured = "eval_full_loss" in stage.metrics and stage.num_layers < stage.full_layers
     return _number(stage.metrics.get("eval_loss"), ".3f") or ("-" if not_measured else None)
 

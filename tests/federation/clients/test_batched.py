@@ -1,7 +1,9 @@
 import pytest
 import torch
+from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_devft.federation.clients.batched import (
@@ -10,9 +12,12 @@ from hf_devft.federation.clients.batched import (
     ClientLinear,
     clip_each,
     join_batches,
+    stack_clients,
     stack_flat,
     unstack_flat,
 )
+from hf_devft.models import counted_logits
+from hf_devft.models.counted_logits import count_logits
 from hf_devft.models.layout import AdapterLayout
 
 
@@ -51,7 +56,7 @@ def test_each_client_is_clipped_by_its_own_norm(clients, max_norm, seed):
 
 
 def test_every_client_has_a_linear_layer_of_its_own():
-    axis = ClientAxis(clients=2, rows=6)
+    axis = ClientAxis(torch.mean, clients=2, rows=6)
     layer = ClientLinear(nn.Linear(4, 5, bias=False), 3, axis)
     with torch.no_grad():
         layer.weight.normal_()
@@ -64,13 +69,12 @@ def test_every_client_has_a_linear_layer_of_its_own():
 
 
 def test_the_loss_is_the_sum_of_the_clients_own():
-    axis = ClientAxis(clients=2, rows=4, items=[2, None])
-
     def loss_function(logits, labels, num_items_in_batch=None):
         return (logits - labels).sum() / num_items_in_batch if num_items_in_batch else (logits - labels).mean()
 
+    axis = ClientAxis(loss_function, clients=2, rows=4, items=[2, None])
     logits, labels = torch.tensor([1.0, 2.0, 3.0, 5.0]), torch.zeros(4)
-    assert axis.loss(loss_function, logits, labels=labels, num_items_in_batch=None) == 1.5 + 4
+    assert axis(logits, labels=labels, num_items_in_batch=None) == 1.5 + 4
     assert axis.losses.tolist() == [1.5, 4]
 
 
@@ -103,6 +107,28 @@ def test_batches_of_other_forms_are_refused(other):
 
 
 def test_a_loss_of_flattened_rows_is_refused():
-    axis = ClientAxis(clients=2, rows=4, items=[None, None])
+    axis = ClientAxis(torch.mean, clients=2, rows=4, items=[None, None])
     with pytest.raises(CannotStackError, match="a batch of 4 rows"):
-        axis.loss(torch.mean, torch.ones(8))
+        axis(torch.ones(8))
+
+
+@pytest.mark.parametrize("items", [[None, None], [torch.tensor(7), torch.tensor(3)]], ids=["mean", "num_items"])
+def test_logits_where_labels_count_are_enough(items, monkeypatch):
+    monkeypatch.setattr(counted_logits, "_PIECE", 2048 * 4)  # four tokens at a time
+    ids = torch.randint(5, 2048, (4, 9), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "labels": ids.clone(), "num_items_in_batch": items[0]}
+    inputs["labels"][:, :4] = inputs["labels"][1] = -100
+
+    def losses_and_gradients(counted):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        model, axis = stack_clients(get_peft_model(tiny_llama(), config), 2)
+        axis.clients, axis.rows, axis.items = 2, 4, items
+        assert not counted or count_logits(model.get_base_model())
+        output = model.train()(**inputs)
+        assert (output.logits is None) == counted
+        output.loss.backward()
+        own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return own | {"loss": output.loss.detach(), "losses": axis.losses}
+
+    torch.testing.assert_close(losses_and_gradients(True), losses_and_gradients(False), rtol=1e-4, atol=1e-6)

@@ -37,31 +37,45 @@ class CannotStackError(ValueError):
 
 @dataclass
 class ClientAxis:
-    """The clients that share a batch, whose rows are theirs in turn, the same number each.
+    """The clients that share a batch, whose rows are theirs in turn, the same number each; and their model's loss
+    function. It is also a `LossByRows`.
 
     Attributes:
+        function: the loss function of one client's model.
         clients: how many they are; rows: of the batch.
         items: what each one's loss is divided by (`num_items_in_batch`), None where the model takes a mean.
         losses: theirs, after a forward pass.
     """
 
+    function: Callable[..., torch.Tensor]
     clients: int = 0
     rows: int = 0
     items: list = field(default_factory=list)
     losses: torch.Tensor | None = None
 
-    def loss(self, loss_function: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:
-        """The sum of the clients' losses, each by the model's own function on its own rows."""
+    def __call__(self, *args, **kwargs) -> torch.Tensor:
+        """The sum of the clients' losses, each by the function on its own rows."""
         losses = []
         for client in range(self.clients):
             own = partial(self._rows_of, client)
             given = {name: own(value) for name, value in kwargs.items()}
             if self.items[client] is not None and "num_items_in_batch" in given:
                 given["num_items_in_batch"] = self.items[client]
-            losses.append(loss_function(*map(own, args), **given))
+            losses.append(self.function(*map(own, args), **given))
         each = torch.stack(losses)
         self.losses = each.detach()
         return each.sum()
+
+    def row_weights(self, counts: torch.Tensor) -> torch.Tensor:
+        """See `LossByRows`."""
+        own = counts.sum(1).view(self.clients, -1).sum(1).tolist()
+        divisors = [count if items is None else items for count, items in zip(own, self.items, strict=True)]
+        each = torch.stack([1 / torch.as_tensor(divisor, device=counts.device) for divisor in divisors])
+        return each.repeat_interleave(self.rows // self.clients)
+
+    def note(self, row_losses: torch.Tensor) -> None:
+        """See `LossByRows`."""
+        self.losses = row_losses.view(self.clients, -1).sum(1)
 
     def _rows_of(self, client: int, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
@@ -92,16 +106,15 @@ class ClientLinear(nn.Module):
 
 def stack_clients(model: PeftModel, count: int) -> tuple[PeftModel, ClientAxis]:
     """A second model that shares the base's tensors with `model` and has the adapters of `count` clients."""
-    axis = ClientAxis()
     memo = {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
     stacked = copy.deepcopy(model, memo)
+    base = stacked.get_base_model()
+    base.loss_function = axis = ClientAxis(base.loss_function)
     for module in stacked.modules():
         if isinstance(module, LoraLayer):
             for factors in (module.lora_A, module.lora_B):
                 for name, linear in factors.items():
                     factors[name] = ClientLinear(linear, count, axis)
-    base = stacked.get_base_model()
-    base.loss_function = partial(axis.loss, base.loss_function)
     return stacked, axis
 
 
