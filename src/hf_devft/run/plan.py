@@ -7,6 +7,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -375,6 +376,13 @@ def _total(plans: Sequence[StagePlan]) -> StagePlan:
     )
 
 
+@dataclass(eq=False)
+class _Kept:
+    """A tensor that is kept for the backward pass, for as long as it is."""
+
+    tensor: torch.Tensor
+
+
 def activations(
     model: PeftModel, rows: int, length: int, checkpointing: bool = False, all_logits: bool = True
 ) -> tuple[int, list[int]]:
@@ -395,23 +403,25 @@ def activations(
     if not all_logits and counts_logits(base):
         after, moment = memory_of_loss(base, rows * length)
         example = {"input_ids": example["input_ids"], "logits_to_keep": 1}
-    kept: dict[int, torch.Tensor] = {}
+    kept: WeakSet[_Kept] = WeakSet()  # not what nothing needs any more, such as inputs of layers without gradient
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if (storage := tensor.untyped_storage())._cdata not in ours:
-            kept[storage._cdata] = tensor  # held, so that no other storage gets its address
-        return tensor
+    def pack(tensor: torch.Tensor) -> _Kept:
+        kept.add(saved := _Kept(tensor))
+        return saved
 
     # Not on the meta device, where attention takes a slower path that keeps its scores.
-    with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(pack, lambda tensor: tensor):
+    with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(pack, lambda saved: saved.tensor):
         model = model.to_empty(device="cpu").train()
         ours = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         model.config.use_cache = False  # as `Trainer` has it
         if checkpointing:
             base.activation_checkpointing_enable()
+            base.disable_input_require_grads()  # as a run has it, see `ModelInUse`
         lengths, _ = watch_lengths(base)
-        model(**example)
-    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+        output = model(**example)
+        storages = {saved.tensor.untyped_storage() for saved in kept}
+        sizes = [size for key, size in {s._cdata: s.nbytes() for s in storages}.items() if key not in ours]
+        del output
     return sum(sizes) + after + max(moment, *sizes, 0), lengths
 
 
