@@ -52,6 +52,7 @@ def main() -> None:
                 "overrides": f"{flags} {options.flags}".strip(),
                 "clients": " ".join(NAMES),
                 "min-clients": len(NAMES),
+                "keys": str(federation.authority.parent),
             },
         )
         for line in run.stdout:

@@ -58,7 +58,7 @@ def test_it_is_measured_once_before_it_joins(tasks, tmp_path, tokenizer, monkeyp
     monkeypatch.setattr(dry_steps, "layers_that_fit", lambda *given: 3)
     own = {"measures_layers": True, "options": {"use_cpu": True}}
     participant = Participant("org-a", str(tmp_path / "base"), tasks, tmp_path / "own", **own)
-    assert participant.join(settings).max_layers == 3
+    assert participant.join(settings, b"").max_layers == 3
     monkeypatch.setattr(dry_steps, "layers_that_fit", lambda *given: 2)
-    assert participant.join(settings).max_layers == 3
+    assert participant.join(settings, b"").max_layers == 3
     assert not list((tmp_path).glob("own/stage-*"))

@@ -64,10 +64,14 @@ def node_flags(folder, name):
 
 def start(federation, output_dir, timeout=0.0, **overrides):
     flags = " ".join(f"--{name} {value}" for name, value in overrides.items())
-    options = {"config": f"{federation.folder}/config.yaml", "clients": " ".join(NAMES), "timeout": timeout}
-    return federation.run(
-        RECIPES / "federation", options | {"overrides": f"--output_dir {federation.folder}/{output_dir} {flags}"}
-    )
+    options = {
+        "config": f"{federation.folder}/config.yaml",
+        "overrides": f"--output_dir {federation.folder}/{output_dir} {flags}",
+        "clients": " ".join(NAMES),
+        "keys": str(federation.authority.parent),
+        "timeout": timeout,
+    }
+    return federation.run(RECIPES / "federation", options)
 
 
 def ended(run) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ANCHORS, CopyAtSaves, lora, tiny_llama
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
@@ -288,6 +289,20 @@ def test_a_name_has_one_client(participants, caplog):
     clients.wait_for(2)
     assert clients.names == ["org-a", "org-c"]
     assert "'org-c' is here already, on another node" in caplog.text
+
+
+def test_a_name_that_is_not_signed_by_its_key_cannot_join(participants, caplog):
+    keys = {name: ec.generate_private_key(ec.SECP384R1()) for name in ("org-a", "org-b", "org-c")}
+    for participant in participants.values():
+        participant.key = keys[participant.name]
+    participants[13].name = "org-b"  # org-a, which has been admitted, under the name of another
+    participants[14] = Participant("stock", "", participants[11].rows, participants[11].folder)  # has no key
+    public = {name: key.public_key() for name, key in keys.items()}
+    clients = RemoteClients(Loopback(participants), timeout=60, keys=public)
+    clients.wait_for(2)
+    assert clients.names == ["org-b", "org-c"]
+    assert "calls itself 'org-b', but has not signed that with the key of 'org-b'" in caplog.text
+    assert "there is no key of 'stock'" in caplog.text
 
 
 def test_without_any_client_the_first_reason_is_the_cause(remote_run, participants):

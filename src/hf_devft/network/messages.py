@@ -40,11 +40,13 @@ class Joining:
 
     Attributes:
         name: its own. examples: how many rows it has. max_layers: most layers that it can train; 0 for no limit.
+        signature: of its name, see `sign_name`; empty where it has no key.
     """
 
     name: str
     examples: int
     max_layers: int = 0
+    signature: bytes = b""
 
 
 @dataclass(frozen=True)

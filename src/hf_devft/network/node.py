@@ -241,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         participant = data.participant()
         connection.check()
+        participant.key = connection.keys and connection.keys[0]
         with connect(connection) as place:
             ours.info(f"{data.name}, {len(participant.rows)} rows, is connected to {connection.superlink}")
             serve(place, participant)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
 from datasets import Dataset, disable_progress_bars
 from flwr.app import ConfigRecord
 
@@ -24,6 +25,7 @@ from hf_devft.network.base_hash import hash_of_weights
 from hf_devft.network.client_state import ClientState, carry
 from hf_devft.network.dry_steps import measure_layers
 from hf_devft.network.messages import Joining, StageMessage, Turn, answer_to_record
+from hf_devft.network.names import sign_name
 from hf_devft.network.secure_sum import SecureSumError, SummingClient, to_fixed
 from hf_devft.network.settings import OWN_OPTIONS, read_settings
 from hf_devft.run.client_batches import make_sampler
@@ -70,6 +72,7 @@ class Participant:
         options: of its own `DevFTConfig`, such as `use_cpu`; what local training depends on comes from the server.
         keep_states: of how many of its turns it keeps the state, for servers that go back to a checkpoint.
         secure_only: whether its updates go into secure sums alone.
+        key: by which it signs its name.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Participant:
     options: dict[str, Any] = field(default_factory=dict)
     keep_states: int = 20
     secure_only: bool = False
+    key: ec.EllipticCurvePrivateKey | None = None
 
     def __post_init__(self):
         self._settings: str | None = None
@@ -105,17 +109,19 @@ class Participant:
         self._sum = SummingClient(client)
         return self._sum.public
 
-    def join(self, settings: str) -> Joining:
+    def join(self, settings: str, challenge: bytes) -> Joining:
         """Return what it says of itself.
 
         Args:
             settings: of the run, as far as they are known; see `shared_settings`.
+            challenge: what the server has drawn, for the signature of its name.
         """
         if self.measures_layers:
             self.max_layers = measure_layers(self.model, settings, self.rows, self.options)
             self.measures_layers = False
             logger.info(f"{self.name} can train {self.max_layers or 'all'} layers")
-        return Joining(self.name, len(self.rows), self.max_layers)
+        signature = b"" if self.key is None else sign_name(self.key, self.name, challenge)
+        return Joining(self.name, len(self.rows), self.max_layers, signature)
 
     def enter_stage(self, message: StageMessage) -> None:
         """Build a stage's submodel, or go on with it.

@@ -4,11 +4,12 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import DEFAULT_TTL, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
@@ -33,6 +34,7 @@ from hf_devft.network.messages import (
     record_of,
     why_refused,
 )
+from hf_devft.network.names import is_signed
 from hf_devft.network.secure_exchange import sum_securely
 from hf_devft.network.settings import shared_settings
 from hf_devft.trainer.active_stage import ActiveStage
@@ -66,12 +68,14 @@ class RemoteClients:
     Attributes:
         grid: Flower's, of the run.
         timeout: seconds that a turn may take before its client is left out; None for no limit.
+        keys: the clients' public keys, by name, by which each must have signed its name; None asks for no signature.
         names: of the clients, by number, once they are known; see `wait_for`.
         traffic: what has gone over the network.
     """
 
     grid: Grid
     timeout: float | None = None
+    keys: Mapping[str, ec.EllipticCurvePublicKey] | None = None
     names: list[str] = field(default_factory=list)
     traffic: Traffic = field(default_factory=Traffic)
 
@@ -121,14 +125,15 @@ class RemoteClients:
         new = [node for node in present if node not in self._joinings]
         if not new:
             return
-        asked = {node: RecordDict({JOIN: ConfigRecord({"settings": self._settings})}) for node in new}
+        challenge = os.urandom(32)
+        question = ConfigRecord({"settings": self._settings, "challenge": challenge})
+        asked = {node: RecordDict({JOIN: question}) for node in new}
         for node, reply in self.ask(asked, f"{MessageType.QUERY}.{JOIN}", timeout):
             if isinstance(reply, ClientError):
                 continue  # it may be in the middle of a turn: it is asked again
             try:
                 joining = joining_from_record(record_of(reply, JOIN))
-                if self.names and joining.name not in self.names:
-                    raise ValueError(f"{joining.name!r} is none of the clients {', '.join(self.names)}")
+                self._check(joining, challenge)
             except ValueError as error:
                 logger.warning(f"node {node} cannot join: {error}.")
                 self._joinings[node] = None
@@ -139,6 +144,22 @@ class RemoteClients:
                 self._waiting.add(node)
                 continue
             self._joinings[node], self._node_of[joining.name] = joining, node
+
+    def _check(self, joining: Joining, challenge: bytes) -> None:
+        """Refuse who is none of the clients, or not the one that it says.
+
+        Raises:
+            ValueError: the name is unknown, or not signed by its key.
+        """
+        name = joining.name
+        if self.names and name not in self.names:
+            raise ValueError(f"{name!r} is none of the clients {', '.join(self.names)}")
+        if self.keys is None:
+            return
+        if name not in self.keys:
+            raise ValueError(f"there is no key of {name!r}")
+        if not is_signed(self.keys[name], name, challenge, joining.signature):
+            raise ValueError(f"it calls itself {name!r}, but has not signed that with the key of {name!r}")
 
     def _note_examples(self) -> None:
         for joining in filter(None, self._joinings.values()):

@@ -36,8 +36,8 @@ def reply_to(participant: Participant, content: RecordDict) -> RecordDict:
     """
     try:
         if JOIN in content:
-            settings = typed(content[JOIN], "settings", str)
-            return RecordDict({JOIN: ConfigRecord(vars(participant.join(settings)))})
+            settings, challenge = typed(content[JOIN], "settings", str), typed(content[JOIN], "challenge", bytes)
+            return RecordDict({JOIN: ConfigRecord(vars(participant.join(settings, challenge)))})
         if KEYS in content:
             return RecordDict(
                 {KEYS: ConfigRecord({"public": participant.begin_sum(typed(content[KEYS], "client", int))})}

@@ -15,6 +15,7 @@ from hf_devft.cli.arguments import RecipeArguments, parse_arguments
 from hf_devft.cli.recipe import make_trainer
 from hf_devft.cli.summary import closing
 from hf_devft.configuration import DevFTConfig, Setup, check_compatibility
+from hf_devft.network.names import read_public_keys
 from hf_devft.network.remote_clients import RemoteClients
 from hf_devft.network.settings import shared_settings
 from hf_devft.run.report import table_rows
@@ -68,7 +69,8 @@ def main(grid: Grid, context: Context) -> None:
 
     Its keys: `config`, the path of a YAML file as for `recipes/devft.py`; `overrides`, flags as there; `clients`, the
     names of all clients, where they are known; `min-clients`, how many the run waits for (default: `num_clients`, or
-    all of `clients`); `timeout`, seconds that a turn may take.
+    all of `clients`); `timeout`, seconds that a turn may take; `keys`, a folder of the clients' public keys, `NAME.key.pub`,
+    with which each must have signed its name (default: none has to).
 
     Raises:
         ValueError: a config, data or options that cannot be trained over a network.
@@ -83,7 +85,8 @@ def main(grid: Grid, context: Context) -> None:
     names = str(asked["clients"]).split()
     count = int(asked["min-clients"]) or len(names) or args.num_clients
     check_before_waiting(recipe, args, names, count)
-    clients = RemoteClients(grid, timeout=float(asked["timeout"]) or None)
+    keys = read_public_keys(Path(str(asked["keys"])), names) if asked["keys"] else None
+    clients = RemoteClients(grid, timeout=float(asked["timeout"]) or None, keys=keys)
     who = clients.wait_for(count, names, shared_settings(args, recipe.lora_config()))
     args.num_clients, args.disable_tqdm = len(who.names), True
     args.client_max_layers = args.client_max_layers or clients.max_layers
