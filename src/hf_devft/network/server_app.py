@@ -69,8 +69,8 @@ def main(grid: Grid, context: Context) -> None:
 
     Its keys: `config`, the path of a YAML file as for `recipes/devft.py`; `overrides`, flags as there; `clients`, the
     names of all clients, where they are known; `min-clients`, how many the run waits for (default: `num_clients`, or
-    all of `clients`); `timeout`, seconds that a turn may take; `keys`, a folder of the clients' public keys, `NAME.key.pub`,
-    with which each must have signed its name (default: none has to).
+    all of `clients`); `timeout`, seconds that a turn may take; `keys`, a folder of the clients' public keys,
+    `NAME.key.pub`, with which each must have signed its name (default: none has to).
 
     Raises:
         ValueError: a config, data or options that cannot be trained over a network.
