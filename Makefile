@@ -30,13 +30,11 @@ $(TESTABLE): $(INSTALLED)
 quickstart: install  ## Run the main job: federated tuning in stages on the embedded base
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/devft.py
 
-# Flower, which only a federation over a network needs.
-FEDERATED := $(BIN)/.hf-devft-federated
-$(FEDERATED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[flower]'
-	@touch $@
-
-federation: $(FEDERATED)  ## Run a federation over a network: four nodes with TLS, all on this machine
+# Needs Flower; an environment that has it, and the package, stays as it is.
+federation:  ## Run a federation over a network: four nodes with TLS, all on this machine
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(BIN)/..
+	@$(BIN)/python -c 'from importlib.util import find_spec as f; exit(not (f("hf_devft") and f("flwr")))' || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[flower]'
 	$(BIN)/python examples/federation.py
 
 # Each takes about 2 GB; many tests start two processes more, and those over a network wait for most of their time.

@@ -57,7 +57,7 @@ def push(
     from hf_devft.cli.running import one_line_errors
     from hf_devft.hub.push import push_run
 
-    with one_line_errors(traceback=False):
+    with one_line_errors():
         push_run(run, repository, revision, private)
 
 
@@ -70,7 +70,7 @@ def compare(
     from hf_devft.cli.compare import main as run
     from hf_devft.cli.running import one_line_errors
 
-    with one_line_errors(traceback=False):
+    with one_line_errors():
         run(runs, plot)
 
 

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from hf_devft.__main__ import app
 from hf_devft.cli.arguments import find_config, packaged_configs, parse_arguments
-from hf_devft.run.comparison import Point, common_loss, reached
 
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -65,11 +64,3 @@ def test_files_of_ones_own_are_clients_and_are_compared(tmp_path, monkeypatch):
     assert "one" in said
     assert Path("curves.png").stat().st_size > 10_000
     assert "error: compare needs two runs or more" in run("compare", "one", code=1)
-
-
-def test_runs_are_compared_at_a_loss_that_all_have_reached():
-    curves = [
-        [Point(loss, index, 10.0 * index, 0, 0) for index, loss in enumerate(run)] for run in ([3, 2, 1], [3, 2])
-    ]
-    assert common_loss(curves) == 2
-    assert reached(curves[0], 2).megabytes == 10

@@ -45,6 +45,16 @@ def test_whatever_is_trained_can_be_said(make_trainer, options):
         assert megabytes == pytest.approx(trainer.ledger.bytes / 1e6, rel=0.02)
 
 
+def test_what_the_server_took_is_said_where_it_is_much(make_trainer):
+    trainer = make_trainer(stage_rounds=[1])
+    trainer.train()
+    for stage in trainer.stages:
+        stage.totals["setup_seconds"] = 0.0
+    assert "of the server's" not in closing(trainer)
+    trainer.stages[1].totals["setup_seconds"] = 90.0
+    assert "of rounds and 1.5 minutes of the server's between them\n" in closing(trainer)
+
+
 def test_without_evaluation_it_says_what_it_cost(make_trainer):
     trainer = make_trainer(stage_rounds=[1])
     assert "2 → 4 layers, 1 rounds each" in opening(trainer)

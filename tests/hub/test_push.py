@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from server import TOKEN, Fault, serve
 from transformers import TrainerCallback
 
-from hf_devft.hub.push import HubPusher, finished_stages, left_over, stage_push
+from hf_devft.hub.push import HubPusher, finished_stages, left_over, push_run, stage_push
 from hf_devft.run.benchmarks import Score, push_scores
 
 
@@ -105,6 +105,12 @@ def test_what_never_gets_there_is_told_with_the_command_that_pushes_it(hub, outp
     message = left_over(pushing, output)
     assert "Not on the Hub: Stage 1, Stage 2" in message
     assert f"devft push {output} me/run --private --revision try" in message
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(hub, output, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(ConnectionError, match=r"cannot be reached .*: nothing is lost, push again later"):
+        push_run(str(output), "me/run", None, None)
 
 
 def test_by_hand(hub, make_trainer, monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import init_empty_weights
-from conftest import config, lora
+from conftest import config, lora, tiny_llama
 from launching import environment
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -119,6 +119,12 @@ def test_the_recipe_plans_without_weights(tmp_path, tokenizer):
     plan = json.loads(subprocess.check_output(command, text=True, timeout=300))
     assert [stage["num_layers"] for stage in plan["stages"]] == [4, 8, 16]
     assert plan["measured"]
+
+
+def test_a_plan_without_stages_is_one_row(tmp_path, capsys):
+    print_plan(plan_run(config(tmp_path, stage_layers=[4]), tiny_llama(), lora()))
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line.split()[:1] in (["all"], ["none"], ["none:"])]
 
 
 def test_checkpointing_keeps_less(tmp_path):

@@ -10,6 +10,10 @@ from hf_devft.run.plots import plot_curves
 from hf_devft.run.tables import make_table
 
 
+# Losses before any round that differ by more are of other rows or another base (our choice; rounding is far less).
+SAME_START = 1.01
+
+
 def main(runs: Sequence[str], plot: str) -> None:
     """Print what each run took until the lowest loss that all have reached, and save their curves.
 
@@ -28,11 +32,15 @@ def main(runs: Sequence[str], plot: str) -> None:
         point = reached(curve, loss)
         fewer = f"{first.megabytes / point.megabytes:.2f}" if point.megabytes else ""
         lowest = min(each.loss for each in curve)
-        numbers = (f"{point.megabytes:.2f}", f"{point.teraflops:.2f}", f"{point.seconds:.0f}", fewer)
-        rows.append([run, f"{lowest:.3f}", str(point.rounds), *numbers])
-    titles = ["run", "lowest\nloss", "rounds", "MB", "client\nTFLOPs", "seconds", "times\nfewer MB"]
+        work = (f"{point.teraflops:.2f}", f"{point.server_teraflops:.2f}", f"{point.seconds:.0f}")
+        rows.append([run, f"{lowest:.3f}", str(point.rounds), f"{point.megabytes:.2f}", *work, fewer])
+    titles = ["run", "lowest\nloss", "rounds", "MB", "client\nTFLOPs", "server\nTFLOPs", "seconds", "times\nfewer MB"]
     Console().print(
         make_table(f"until an evaluation loss of {loss:.3f} at full depth, against {runs[0]}", titles, rows)
     )
+    starts = [curve[0].loss for curve in curves.values() if curve[0].rounds == 0]
+    if starts and max(starts) > SAME_START * min(starts):
+        losses = ", ".join(f"{loss:.3f}" for loss in starts)
+        print(f"Before any round their losses were {losses}: they have other rows or another base, and say little.")
     plot_curves(curves, loss).savefig(Path(plot), dpi=120)
     print(f"The curves are in {plot}")

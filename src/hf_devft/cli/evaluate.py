@@ -25,6 +25,7 @@ from hf_devft.run.benchmarks import (
     load_stage,
     push_scores,
     read_questions,
+    require_lm_eval,
     run_tasks,
     write_answers,
 )
@@ -52,7 +53,7 @@ class EvaluationArguments:
 
 def main(argv: Sequence[str]) -> None:
     """Measure what the flags say; see `EvaluationArguments`."""
-    with one_line_errors(traceback=False):
+    with one_line_errors():
         parser = HfArgumentParser(EvaluationArguments, prog="devft evaluate")
         evaluate(parser.parse_args_into_dataclasses(list(argv))[0])
 
@@ -65,6 +66,8 @@ def evaluate(options: EvaluationArguments) -> None:
     """
     if not options.tasks and not options.questions:
         raise ValueError("nothing to do: give `--tasks`, `--questions` or both.")
+    if options.tasks:
+        require_lm_eval()  # before anything is loaded
     local = Path(options.run).is_dir()
     if options.push_to_hub and local:
         raise ValueError(f"push_to_hub needs a repository, but {options.run} is a folder: give its name as `--run`.")

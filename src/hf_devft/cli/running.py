@@ -19,11 +19,11 @@ GO_ON = "go on with `--resume_from_checkpoint last`"
 
 
 @contextmanager
-def one_line_errors(traceback: bool) -> Iterator[None]:
+def one_line_errors(traceback: bool | None = None) -> Iterator[None]:
     """Within this context, what is wrong with a config, with data, files or the machine ends the process in one line.
 
     Args:
-        traceback: whether to show where it comes from instead.
+        traceback: whether to show where it comes from instead; None where the command has no flag to ask for that.
     """
     try:
         yield
@@ -31,13 +31,14 @@ def one_line_errors(traceback: bool) -> Iterator[None]:
         if traceback:
             raise
         if _process() == "0":
-            print(str(interrupt) or f"stopped: {GO_ON}.", file=sys.stderr)
+            print(f"{_below_the_bar()}{str(interrupt) or f'stopped: {GO_ON}.'}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if traceback:
             raise
         who = "error" if _process() == "0" else f"error on process {_process()}"
-        where = "" if isinstance(error, (ValueError, ImportError)) else " (`--traceback` shows where)"
+        is_said = traceback is None or isinstance(error, (ValueError, ImportError))
+        where = "" if is_said else " (`--traceback` shows where)"
         sys.exit(f"{who}: {' '.join(str(error).split()) or type(error).__name__}{where}")
 
 
@@ -73,8 +74,8 @@ class _StopAtCheckpoint(TrainerCallback):
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         if _process() == "0":
-            line = "\n" if sys.stderr.isatty() else ""  # below the bar
-            print(f"{line}stopping at the end of this round; once more to stop at once", file=sys.stderr, flush=True)
+            said = "stopping at the end of this round; once more to stop at once"
+            print(f"{_below_the_bar()}{said}", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         asked = torch.tensor(float(self.asked), device=args.device)
@@ -85,6 +86,10 @@ class _StopAtCheckpoint(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if self.asked:
             raise KeyboardInterrupt(f"stopped after round {state.global_step}: {GO_ON}.")
+
+
+def _below_the_bar() -> str:
+    return "\n" if sys.stderr.isatty() else ""
 
 
 def _process() -> str:

@@ -29,12 +29,17 @@ def closing(trainer: DevFTMixin) -> str:
         if key in end
     ]
     cost = f"{totals['bytes'] / 1e6:.2f} MB, {_minutes(totals['seconds'])} of rounds"
+    setup = sum(stage.totals.get("setup_seconds", 0.0) for stage in run.stages)
+    if setup > _WORTH_SAYING * totals["seconds"]:
+        cost += f" and {_minutes(setup)} of the server's between them"
     brought = f"{', '.join(changes)} at full depth for {cost}" if changes else cost
     lines = [brought, f"Adapters, model card and plot are in {folder}/"]
     if "eval_full_loss" in end:
         lines.append(f"Next: devft compare {folder} OTHER_RUN")
     return "\n".join(lines)
 
+
+_WORTH_SAYING = 0.1  # part of the rounds' seconds (our choice)
 
 # Of the last stage and the start: what each is called.
 _BROUGHT = {

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,12 @@ def load_stage(
     return model.merge_and_unload().eval().to(device)
 
 
+def require_lm_eval() -> None:
+    """Raise an ImportError that says what to install, where lm-eval is missing."""
+    if find_spec("lm_eval") is None:
+        raise ImportError("lm-eval is not installed: pip install 'hf-devft[benchmarks]'")
+
+
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -94,12 +101,11 @@ def run_tasks(
         ImportError: lm-eval is missing.
         ValueError: it does not know a task.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError("lm-eval is not installed: pip install 'hf-devft[benchmarks]'") from error
+    require_lm_eval()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path=include_path)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(

@@ -18,7 +18,10 @@ class Point:
     """The full model's evaluation after a round.
 
     Attributes:
-        loss: of the evaluation rows. rounds, megabytes, seconds: until then; teraflops: the clients'.
+        loss: of the evaluation rows.
+        rounds, megabytes, teraflops, seconds: until then; FLOPs are the clients', seconds also the server's, which has
+            set stages up.
+        server_teraflops: of teaching, on the server.
     """
 
     loss: float
@@ -26,6 +29,7 @@ class Point:
     megabytes: float
     teraflops: float
     seconds: float
+    server_teraflops: float = 0.0
 
 
 def read_curve(folder: str | Path) -> list[Point]:
@@ -38,6 +42,7 @@ def read_curve(folder: str | Path) -> list[Point]:
     if not folder.is_dir():  # nor is it asked for on the Hub
         raise ValueError(f"{folder} is no folder: give the output folder of a run.")
     last = StageConfig.from_pretrained(folder)
+    stages = [StageConfig.from_pretrained(folder, f"stage-{stage}") for stage in range(1, last.stage + 1)]
     ledger = Ledger(read_record(folder / LEDGER, list[RoundRecord]))
     history = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
     losses: dict[int, float] = {}
@@ -51,16 +56,22 @@ def read_curve(folder: str | Path) -> list[Point]:
     points = []
     for step, loss in sorted(losses.items()):
         rounds = ledger.rounds[:step]
+        begun = stages[: rounds[-1].stage] if rounds else []
         points.append(
             Point(
                 loss=loss,
                 rounds=step,
                 megabytes=ledger.bytes_until(step) / 1e6,
                 teraflops=sum(record.flops for record in rounds) / 1e12,
-                seconds=sum(record.seconds for record in rounds),
+                seconds=sum(record.seconds for record in rounds) + _total(begun, "setup_seconds"),
+                server_teraflops=_total(begun, "setup_flops") / 1e12,
             )
         )
     return points
+
+
+def _total(stages: Sequence[StageConfig], name: str) -> float:
+    return sum(stage.totals.get(name, 0.0) for stage in stages)
 
 
 def common_loss(curves: Sequence[Sequence[Point]]) -> float:

@@ -33,17 +33,21 @@ def _si(value: float) -> str:
 
 def print_plan(plan: RunPlan) -> None:
     """Print what a run will cost."""
-    rows: list[StagePlan] = [*plan.stages, plan.total, plan.without_stages]
+    has_stages = len(plan.stages) > 1
+    rows: list[StagePlan] = [*plan.stages, plan.total, plan.without_stages] if has_stages else plan.stages
     round_bytes = max(stage.bytes / stage.rounds for stage in plan.stages)
     Console().print(make_table("plan", list(_PLANNED), [[value(row) for value in _PLANNED.values()] for row in rows]))
     Console().print(
         "values: that a client trains; down, up: to and from it in a round;\n"
         "sent, FLOPs: by all in all rounds; client, server: peak memory, estimated,\n"
         "above what Python and PyTorch take before there is a model.\n"
-        f"All clients of a round: up to {_si(round_bytes)}B, which over a network the server holds.\n"
-        f"none: as many rounds without stages: {plan.without_stages.bytes / plan.total.bytes:.2f}x the bytes, "
-        f"{plan.without_stages.flops / plan.total.flops:.2f}x the FLOPs."
+        f"All clients of a round: up to {_si(round_bytes)}B, which over a network the server holds."
     )
+    if has_stages:
+        Console().print(
+            f"none: as many rounds without stages: {plan.without_stages.bytes / plan.total.bytes:.2f}x the bytes, "
+            f"{plan.without_stages.flops / plan.total.flops:.2f}x the FLOPs."
+        )
     if plan.total.setup_flops:
         Console().print(
             f"Bridges, healing and distillation on the server take about {_si(plan.total.setup_flops)} FLOPs more."

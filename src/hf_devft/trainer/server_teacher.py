@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import RandomSampler, Sampler
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_devft.configuration import DevFTConfig, StageConfig
@@ -155,7 +156,7 @@ class ServerTeacher:
             teacher,
             submodel.to(args.device),
             layers,
-            self._batches(self._base_answers, args.healing_steps, args.seed + stage),
+            self._batches(self._base_answers, args.healing_steps, args.seed + stage, "healing"),
             args.healing_steps,
             args.healing_learning_rate,
             self._precision_of(builder),
@@ -176,7 +177,7 @@ class ServerTeacher:
             positions = distil(
                 teacher,
                 student.to(self.args.device),
-                self._batches(rows, self.args.distillation_steps, self.args.seed + record.stage),
+                self._batches(rows, self.args.distillation_steps, self.args.seed + record.stage, "distilling"),
                 self.args.distillation_steps,
                 self.args.learning_rate,
                 self.autocast,
@@ -191,12 +192,13 @@ class ServerTeacher:
         """The precision of training, or that of weights that are in bfloat16 already."""
         return torch.autocast(self.args.device.type, torch.bfloat16) if is_half else self.autocast()
 
-    def _batches(self, rows: Dataset, steps: int, seed: int) -> Iterable[Inputs]:
-        """Draw as many batches as `steps`, without labels."""
+    def _batches(self, rows: Dataset, steps: int, seed: int, what: str) -> Iterable[Inputs]:
+        """Draw as many batches as `steps`, without labels, under a bar that says what they are for."""
         size = self.args.train_batch_size
         generator = torch.Generator().manual_seed(seed)
         sampler = RandomSampler(rows, num_samples=steps * size, generator=generator)
-        return map(_without_labels, self.batches_of(rows, size, sampler))
+        batches = map(_without_labels, self.batches_of(rows, size, sampler))
+        return tqdm(batches, desc=what, total=steps, leave=False, disable=self.args.disable_tqdm)
 
     def _answered(self, teacher: PreTrainedModel | PeftModel) -> tuple[Dataset, float]:
         """Let the teacher answer the server's prompts; returns the rows with its answers, and the FLOPs."""

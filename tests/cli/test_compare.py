@@ -1,0 +1,21 @@
+"""`devft compare`."""
+
+import pytest
+
+from hf_devft.cli.compare import main
+
+
+@pytest.mark.parametrize("same_rows", [True, False])
+def test_runs_on_other_rows_are_compared_with_a_word_of_warning(
+    make_trainer, eval_tasks, tmp_path, capsys, monkeypatch, same_rows
+):
+    monkeypatch.chdir(tmp_path)
+    options = {"eval_on_start": True, "stage_layers": [4], "stage_rounds": [1]}
+    rows = {"one": eval_tasks, "two": eval_tasks if same_rows else eval_tasks.select([0])}
+    for name, own in rows.items():
+        make_trainer(output_dir=tmp_path / name, eval_dataset=own, **options).train()
+    main(list(rows), "compare.png")
+    said = capsys.readouterr().out
+    assert ("they have other rows or another base" in said) != same_rows
+    assert "server" in said
+    assert (tmp_path / "compare.png").exists()
