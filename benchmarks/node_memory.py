@@ -4,8 +4,8 @@
     python benchmarks/node_memory.py --base build/gemma-gsm8k --data build/gsm8k --layers 2 4 9 18
 
 One round of one client in each stage, rows of `train.jsonl` in the folder of data (see `real_base.py`). The base is
-read from its files as far as a stage needs it. A plan counts what comes on top of Python and PyTorch, where rows are as
-long as the longest of the client. Writes `results/node_memory.md`.
+read from its files as far as a stage needs it. A plan counts what comes on top of Python and PyTorch, for rows as
+long as the longest that the client has. Writes `results/node_memory.md`.
 """
 
 import argparse
