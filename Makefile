@@ -1,5 +1,5 @@
 # Every target works on a fresh machine: it makes .venv where no virtual environment is active.
-.PHONY: help install quickstart federation test benchmark docs docs-site quality style
+.PHONY: help install quickstart federated federation test benchmark docs docs-site quality style
 
 ifdef VIRTUAL_ENV
 BIN := $(VIRTUAL_ENV)/bin
@@ -30,11 +30,19 @@ $(TESTABLE): $(INSTALLED)
 quickstart: install  ## Run the main job: federated tuning in stages on the embedded base
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/devft.py
 
-# Needs Flower; an environment that has it, and the package, stays as it is.
-federation:  ## Run a federation over a network: four nodes with TLS, all on this machine
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(BIN)/..
+# Flower, which only a federation over a network needs. An environment of one's own stays as it is.
+ifdef VIRTUAL_ENV
+federated:
 	@$(BIN)/python -c 'from importlib.util import find_spec as f; exit(not (f("hf_devft") and f("flwr")))' || \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[flower]'
+		{ echo "This environment lacks Flower, or the package: pip install -c constraints.txt '.[flower]'"; exit 1; }
+else
+federated: $(BIN)/.hf-devft-federated
+$(BIN)/.hf-devft-federated: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[flower]'
+	@touch $@
+endif
+
+federation: federated  ## Run a federation over a network: four nodes with TLS, all on this machine
 	$(BIN)/python examples/federation.py
 
 # Each takes about 2 GB; many tests start two processes more, and those over a network wait for most of their time.

@@ -16,6 +16,8 @@ from threading import Lock
 from machine import RESULTS, machine, mean_and_spread
 from matplotlib.figure import Figure
 
+from hf_devft.run.comparison import Point, read_curve
+
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
@@ -56,7 +58,7 @@ def run_recipe(
         if done.returncode:
             raise RuntimeError(f"{config} {' '.join(overrides)}:\n{done.stderr}")
         stages = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("stage-*/stage_config.json"))]
-        more = {"curve": read_curve(Path(folder) / f"stage-{len(stages)}", stages)} if curve else {}
+        more = {"curve": [_until(point) for point in read_curve(folder) if point.rounds]} if curve else {}
         wall = time.perf_counter() - started
         more |= {"measured": measure(Path(folder))} if measure else {}
     names = ("bytes", "flops", "seconds")
@@ -69,29 +71,10 @@ def run_recipe(
     return {"metrics": stages[-1]["metrics"], "totals": totals, "wall_seconds": wall, "stages": by_stage} | more
 
 
-def read_curve(folder: Path, stages: list[dict]) -> list[dict]:
-    """Every evaluation at full depth in a run whose last stage is in `folder`: the loss, and the rounds, bytes, FLOPs
-    and seconds that the run has taken until then, in rounds and in setting stages up."""
-    rounds = json.loads((folder / "ledger.json").read_text())
-    losses = {}
-    for row in json.loads((folder / "trainer_state.json").read_text())["log_history"]:
-        done = row["step"]
-        deep = done > 0 and stages[rounds[done - 1]["stage"] - 1]["num_layers"] == stages[-1]["full_layers"]
-        loss = row.get("eval_full_loss", row.get("eval_loss") if deep else None)
-        if loss is not None:
-            losses[done] = loss
-    points = []
-    for done, loss in sorted(losses.items()):
-        begun = max((each["stage"] for each in rounds[:done]), default=0)
-        setup = {of: sum(stage["totals"][f"setup_{of}"] for stage in stages[:begun]) for of in ("seconds", "flops")}
-        until = {
-            "bytes": sum(each["bytes_down"] + each["bytes_up"] for each in rounds[:done]),
-            "client_flops": (flops := sum(each["flops"] for each in rounds[:done])),
-            "flops": flops + setup["flops"],
-            "seconds": setup["seconds"] + sum(each["seconds"] for each in rounds[:done]),
-        }
-        points.append({"rounds": done, "loss": loss} | until)
-    return points
+def _until(point: Point) -> dict:
+    """What a run has taken until an evaluation at full depth."""
+    until = {"client_flops": point.flops, "flops": point.flops + point.server_flops, "seconds": point.seconds}
+    return {"rounds": point.rounds, "loss": point.loss, "bytes": point.bytes} | until
 
 
 def revision() -> str:
@@ -232,7 +215,7 @@ def note(options: argparse.Namespace) -> str:
     newest = [run["machine"] for runs in known.values() for run in runs.values()][-1]
     seeds = f"{min(counts)} to {max(counts)} seeds" if min(counts) < max(counts) else f"{max(counts)} seeds"
     measured = "one seed" if max(counts) == 1 else f"mean ± s.d. of {seeds}"
-    base = f" --base {options.base}" if options.base else ""
+    base = f" --base {os.path.relpath(options.base, HERE.parent)}" if options.base else ""
     return f"`python benchmarks/{options.name}.py{base}`, {newest}; {measured}.\n"
 
 

@@ -16,6 +16,6 @@ def test_runs_on_other_rows_are_compared_with_a_word_of_warning(
         make_trainer(output_dir=tmp_path / name, eval_dataset=own, **options).train()
     main(list(rows), "compare.png")
     said = capsys.readouterr().out
-    assert ("they have other rows or another base" in said) != same_rows
+    assert ("their losses cannot be compared" in said) != same_rows
     assert "server" in said
     assert (tmp_path / "compare.png").exists()

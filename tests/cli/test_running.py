@@ -31,13 +31,12 @@ def test_an_error_is_one_line(error, line):
 class Signal(TrainerCallback):
     """Sends this process a signal within a round."""
 
-    def __init__(self, number: int, times: int = 1):
-        self.number, self.times = number, times
+    def __init__(self, number: int):
+        self.number = number
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:
-            for _ in range(self.times):
-                signal.raise_signal(self.number)
+            signal.raise_signal(self.number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -74,8 +73,21 @@ def wait_until(run, said):
 def test_the_second_time_it_ends_at_once(tmp_path):
     command = [sys.executable, "-m", "hf_devft", "train", "--config", "quickstart", *LONG, "--local_steps", "2000"]
     run = subprocess.Popen([*command, "--output_dir", tmp_path], stderr=subprocess.PIPE, text=True)
-    wait_until(run, "round 0")
-    run.send_signal(signal.SIGINT)
-    wait_until(run, "once more to stop at once")
-    run.send_signal(signal.SIGINT)
-    assert run.wait(timeout=30) == -signal.SIGINT, "in a round of 4,000 steps"
+    try:
+        wait_until(run, "round 0")
+        run.send_signal(signal.SIGINT)
+        wait_until(run, "once more to stop at once")
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=30) == -signal.SIGINT, "in a round of 4,000 steps"
+    finally:
+        run.kill()
+        run.communicate()
+
+
+def test_a_command_without_traces_does_not_name_them(capsys):
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        raise OSError("no network")
+    assert stopped.value.code == "error: no network"
+    with pytest.raises(SystemExit), one_line_errors():
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "stopped.\n"

@@ -50,9 +50,9 @@ def test_what_the_server_took_is_said_where_it_is_much(make_trainer):
     trainer.train()
     for stage in trainer.stages:
         stage.totals["setup_seconds"] = 0.0
-    assert "of the server's" not in closing(trainer)
+    assert "setting stages up" not in closing(trainer)
     trainer.stages[1].totals["setup_seconds"] = 90.0
-    assert "of rounds and 1.5 minutes of the server's between them\n" in closing(trainer)
+    assert "of rounds and 1.5 minutes of setting stages up\n" in closing(trainer)
 
 
 def test_without_evaluation_it_says_what_it_cost(make_trainer):

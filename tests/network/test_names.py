@@ -34,11 +34,9 @@ def test_keys_are_read_as_the_command_writes_them(tmp_path):
     ("files", "message"),
     [
         ({}, "lacks org-a.key.pub, org-b.key.pub: put the participants' public keys there"),
-        ({"org-a.key.pub": "?", "org-b.key.pub": "?"}, "org-a.key.pub cannot be read as a public key"),
-        (
-            {"org-a.key.pub": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDL2CaCeV3OtDj+sqgv8VoHiJJQqIzNUT2cZ1pbXlUvR"},
-            "lacks org-b.key.pub",
-        ),
+        ({"org-a.key.pub": "?"}, "lacks org-b.key.pub: put"),
+        ({"org-a.key.pub": "?", "org-b.key.pub": "?"}, "org-a.key.pub is no public key in OpenSSH's form"),
+        ({"org-a.key.pub": "-----BEGIN PUBLIC KEY-----\n", "org-b.key.pub": "?"}, "org-a.key.pub is no public key"),
     ],
 )
 def test_keys_that_are_missing_or_broken_are_refused(tmp_path, files, message):

@@ -6,6 +6,7 @@ from conftest import lora, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from hf_devft import DevFTTrainer
+from hf_devft.models.counted_logits import _CountedLogits
 from hf_devft.trainer import stage_runner
 
 
@@ -32,6 +33,24 @@ def trained_together(trainer, monkeypatch) -> list[int]:
 
     monkeypatch.setattr(stage_runner, "train_together", watched)
     return seen
+
+
+def test_clients_in_one_batch_leave_logits_out(make_trainer, tmp_path, monkeypatch):
+    """Neither they nor a client alone gives the output embeddings a token without a label."""
+    most = {}
+    for count in (1, 2):
+        trainer = make_trainer(output_dir=tmp_path / str(count), clients_per_batch=count, **OPTIONS)
+        tokens, tail = [], _CountedLogits._tail
+
+        def watched(counted, decoded, hidden, tokens=tokens, tail=tail):
+            tokens.append(len(hidden))
+            return tail(counted, decoded, hidden)
+
+        monkeypatch.setattr(_CountedLogits, "_tail", watched)
+        trainer.train()
+        monkeypatch.undo()
+        most[count] = sum(tokens)
+    assert most[1] == most[2] > 0
 
 
 @pytest.mark.parametrize(

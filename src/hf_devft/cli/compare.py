@@ -10,7 +10,7 @@ from hf_devft.run.plots import plot_curves
 from hf_devft.run.tables import make_table
 
 
-# Losses before any round that differ by more are of other rows or another base (our choice; rounding is far less).
+# Losses before any round that differ by more are of different things (our choice; rounding is far less).
 SAME_START = 1.01
 
 
@@ -30,17 +30,20 @@ def main(runs: Sequence[str], plot: str) -> None:
     first, rows = reached(curves[runs[0]], loss), []
     for run, curve in curves.items():
         point = reached(curve, loss)
-        fewer = f"{first.megabytes / point.megabytes:.2f}" if point.megabytes else ""
+        fewer = f"{first.bytes / point.bytes:.2f}" if point.bytes else ""
         lowest = min(each.loss for each in curve)
-        work = (f"{point.teraflops:.2f}", f"{point.server_teraflops:.2f}", f"{point.seconds:.0f}")
-        rows.append([run, f"{lowest:.3f}", str(point.rounds), f"{point.megabytes:.2f}", *work, fewer])
+        work = (f"{point.flops / 1e12:.2f}", f"{point.server_flops / 1e12:.2f}", f"{point.seconds:.0f}")
+        rows.append([run, f"{lowest:.3f}", str(point.rounds), f"{point.bytes / 1e6:.2f}", *work, fewer])
     titles = ["run", "lowest\nloss", "rounds", "MB", "client\nTFLOPs", "server\nTFLOPs", "seconds", "times\nfewer MB"]
     Console().print(
         make_table(f"until an evaluation loss of {loss:.3f} at full depth, against {runs[0]}", titles, rows)
     )
-    starts = [curve[0].loss for curve in curves.values() if curve[0].rounds == 0]
-    if starts and max(starts) > SAME_START * min(starts):
-        losses = ", ".join(f"{loss:.3f}" for loss in starts)
-        print(f"Before any round their losses were {losses}: they have other rows or another base, and say little.")
+    starts = {run: curve[0].loss for run, curve in curves.items() if curve[0].rounds == 0}
+    if starts and max(starts.values()) > SAME_START * min(starts.values()):
+        losses = ", ".join(f"{run} {loss:.3f}" for run, loss in starts.items())
+        print(
+            f"Losses before any round: {losses}. These runs differ in evaluation rows, base or initial adapter, so "
+            "that their losses cannot be compared."
+        )
     plot_curves(curves, loss).savefig(Path(plot), dpi=120)
     print(f"The curves are in {plot}")

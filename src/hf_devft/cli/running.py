@@ -31,14 +31,15 @@ def one_line_errors(traceback: bool | None = None) -> Iterator[None]:
         if traceback:
             raise
         if _process() == "0":
-            print(f"{_below_the_bar()}{str(interrupt) or f'stopped: {GO_ON}.'}", file=sys.stderr)
+            said = "stopped." if traceback is None else str(interrupt) or f"stopped: {GO_ON}."
+            print(f"{_below_the_bar()}{said}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if traceback:
             raise
         who = "error" if _process() == "0" else f"error on process {_process()}"
-        is_said = traceback is None or isinstance(error, (ValueError, ImportError))
-        where = "" if is_said else " (`--traceback` shows where)"
+        needs_trace = traceback is not None and not isinstance(error, (ValueError, ImportError))
+        where = " (`--traceback` shows where)" if needs_trace else ""
         sys.exit(f"{who}: {' '.join(str(error).split()) or type(error).__name__}{where}")
 
 

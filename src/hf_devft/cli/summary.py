@@ -30,8 +30,8 @@ def closing(trainer: DevFTMixin) -> str:
     ]
     cost = f"{totals['bytes'] / 1e6:.2f} MB, {_minutes(totals['seconds'])} of rounds"
     setup = sum(stage.totals.get("setup_seconds", 0.0) for stage in run.stages)
-    if setup > _WORTH_SAYING * totals["seconds"]:
-        cost += f" and {_minutes(setup)} of the server's between them"
+    if setup > max(_WORTH_SAYING * totals["seconds"], 1.0):
+        cost += f" and {_minutes(setup)} of setting stages up"
     brought = f"{', '.join(changes)} at full depth for {cost}" if changes else cost
     lines = [brought, f"Adapters, model card and plot are in {folder}/"]
     if "eval_full_loss" in end:

@@ -7,15 +7,14 @@ import hashlib
 import logging
 import re
 import shlex
-import sys
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_session
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from hf_devft.configuration import STAGE_CONFIG_NAME, StageConfig
 from hf_devft.configuration.stage_folder import FEDERATION, SUBMODEL
@@ -222,9 +221,10 @@ def push_run(output_dir: str, repo_id: str, revision: str | None, private: bool 
     """
     if not finished_stages(output_dir):
         raise ValueError(f"{output_dir} holds no finished stage of a run.")
-    http = sys.modules[type(get_session()).__module__]  # the client that huggingface_hub has: httpx, or httpx2
     try:
         commits = push_stages(HubPusher(repo_id, HfApi(), private, revision), output_dir)
-    except http.TransportError as error:
+    except HfHubHTTPError:
+        raise
+    except HTTPError as error:
         raise ConnectionError(f"the Hub cannot be reached ({error}): nothing is lost, push again later.") from error
     print(*([commit.commit_url for commit in commits] or ["Everything is on the Hub already."]), sep="\n")

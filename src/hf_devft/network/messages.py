@@ -229,7 +229,8 @@ def joining_from_record(record: Mapping[str, Any]) -> Joining:
     """
     joining = Joining(**{name: typed(record, name, kind) for name, kind in Joining.__annotations__.items()})
     if not 0 < len(joining.name) <= 100 or not 0 < joining.examples <= _MOST or not 0 <= joining.max_layers <= _MOST:
-        raise ValueError(f"{joining} needs a name, an example or more, and no negative number of layers")
+        said = f"name={joining.name[:100]!r}, examples={joining.examples}, max_layers={joining.max_layers}"
+        raise ValueError(f"{said}: it needs a name, an example or more, and no negative number of layers")
     return joining
 
 

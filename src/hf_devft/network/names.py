@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
@@ -47,8 +47,11 @@ def read_public_keys(folder: Path, names: Sequence[str] = ()) -> dict[str, ec.El
     for name, path in paths.items():
         try:
             keys[name] = load_ssh_public_key(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as a public key: {error}. Ask {name} for it again.") from error
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
+            raise ValueError(
+                f"{path} is no public key in OpenSSH's form, as `devft federation certificates --nodes {name}` writes "
+                f"it: {error}."
+            ) from error
         if not isinstance(keys[name], ec.EllipticCurvePublicKey):
             raise ValueError(f"{path} is no key of an elliptic curve, as Flower's nodes have: ask {name} for that.")
     return keys

@@ -180,11 +180,9 @@ class Participant:
         local = side.begin(turn.to_message(side.wire, *counts), self._batches(turn))
         trained = stage.runner.train_client(turn.learning_rate, local)
         answer = side.end(local, trained)
-        if isinstance(trained, Exception):
-            raise trained
+        if isinstance(answer, Exception):
+            raise answer
         memory.commit()
-        if side.method.remembers and answer.adapter is not None:
-            self._save_own_adapter(stage, trained[1])
         state = memory.state_dict()
         if state:
             kept.save(turn.round_index, state, stage.message.records[-1].stage, needed=turn.state_round)
@@ -192,6 +190,8 @@ class Participant:
         if told is not None and answer.adapter is not None:
             change = answer.adapter.decoded - side.method.payload(turn.client, local.start)
             masked = self.sum.mask(to_fixed(change.cpu().numpy(), turn.weight), told).astype("<u4").tobytes()
+        if side.method.remembers and answer.adapter is not None:
+            self._save_own_adapter(stage, trained[1])
         return answer_to_record(answer, trainer.args.wire_dtype, bool(state), masked)
 
     def _save_own_adapter(self, stage: RunningStage, trained: torch.Tensor) -> None:
@@ -199,7 +199,10 @@ class Participant:
         on the base."""
         record, initial = stage.message.records[-1], self._session.run.adapter
         own = initial.expand(stage.active.engine.layout.state(trained), record.groups, record.transfer)
-        save_adapter(self.folder / OWN_ADAPTER, *own.to_peft({}))
+        try:
+            save_adapter(self.folder / OWN_ADAPTER, *own.to_peft({}))
+        except OSError as error:  # nothing that the federation needs
+            logger.warning(f"{self.name}'s own adapter could not be saved: {error}")
 
     def _side(self, stage: RunningStage, turn: Turn, state: dict, depth: int) -> tuple[ClientSide, Memory]:
         """Make the client's half of a round, with what this client remembers."""

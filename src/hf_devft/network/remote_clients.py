@@ -49,6 +49,8 @@ POLL = 0.1
 # Seconds for an answer to who a node is, before a run (Flower's own SuperNode starts a process for it) and between two
 # rounds, which wait for it; a node that is busy is asked again.
 JOIN_TIMEOUT, LATE_JOIN_TIMEOUT = 60.0, 5.0
+# Seconds before a node that was refused is asked again: what it costs a round is little then.
+REFUSED_FOR = 60.0
 # Under which the server remembers in which round a client has counted last, and which run this is.
 _COUNTED, _RUN = "counted", "run"
 
@@ -81,8 +83,9 @@ class RemoteClients:
 
     def __post_init__(self):
         self._node_of: dict[str, int] = {}  # name -> Flower's number of its node
-        self._joinings: dict[int, Joining | None] = {}  # of nodes that have answered; None for one that is refused
-        self._waiting: set[int] = set()  # nodes whose name another one has
+        self._joinings: dict[int, Joining] = {}  # of nodes that take part
+        self._refused: dict[int, str] = {}  # nodes that do not, and why
+        self._asked_again: dict[int, float] = {}  # when they are, as they may have been mended
         self._has_stage: dict[int, str] = {}  # node -> key of the stage that it was sent last
 
     # --- who is there ---------------------------------------------------------------------------------------
@@ -112,7 +115,7 @@ class RemoteClients:
     @property
     def max_layers(self) -> list[int] | None:
         """Most layers that each client can train, by number; None where no client says a limit."""
-        known = {joining.name: joining.max_layers for joining in self._joinings.values() if joining is not None}
+        known = {joining.name: joining.max_layers for joining in self._joinings.values()}
         limits = [known.get(name, 0) for name in self.names]
         return [limit or 10**6 for limit in limits] if any(limits) else None
 
@@ -122,7 +125,8 @@ class RemoteClients:
         for node in set(self._joinings) - present:
             del self._joinings[node]
         self._node_of = {name: node for name, node in self._node_of.items() if node in present}
-        new = [node for node in present if node not in self._joinings]
+        now = time.monotonic()
+        new = [node for node in present - self._joinings.keys() if self._asked_again.get(node, now) <= now]
         if not new:
             return
         challenge = os.urandom(32)
@@ -135,13 +139,10 @@ class RemoteClients:
                 joining = joining_from_record(record_of(reply, JOIN))
                 self._check(joining, challenge)
             except ValueError as error:
-                logger.warning(f"node {node} cannot join: {error}.")
-                self._joinings[node] = None
+                self._refuse(node, str(error), REFUSED_FOR)
                 continue
-            if joining.name in self._node_of:  # perhaps what is left of it before it was killed: it is asked again
-                if node not in self._waiting:
-                    logger.warning(f"node {node} waits: {joining.name!r} is here already, on another node.")
-                self._waiting.add(node)
+            if joining.name in self._node_of:  # perhaps what is left of it before it was killed
+                self._refuse(node, f"{joining.name!r} is here already, on another node", 0.0)
                 continue
             self._joinings[node], self._node_of[joining.name] = joining, node
 
@@ -158,11 +159,19 @@ class RemoteClients:
             return
         if name not in self.keys:
             raise ValueError(f"there is no key of {name!r}")
+        if not joining.signature:
+            raise ValueError(f"{name!r} has no key to sign with, as Flower's own SuperNodes and --insecure have none")
         if not is_signed(self.keys[name], name, challenge, joining.signature):
             raise ValueError(f"it calls itself {name!r}, but has not signed that with the key of {name!r}")
 
+    def _refuse(self, node: int, why: str, seconds: float) -> None:
+        """Do without a node for some seconds."""
+        if self._refused.get(node) != why:
+            logger.warning(f"node {node} cannot join: {why}.")
+        self._refused[node], self._asked_again[node] = why, time.monotonic() + seconds
+
     def _note_examples(self) -> None:
-        for joining in filter(None, self._joinings.values()):
+        for joining in self._joinings.values():
             if joining.name in self.names:
                 self.clients.elsewhere[self.names.index(joining.name)] = joining.examples
 

@@ -28,6 +28,15 @@ _SHOWN = {"bytes", "flops", "seconds", "peak_memory"}  # in the table of stages
 _SCHEDULE_0_1 = "scheduler.pt"  # pickled, and not read
 
 
+def read_stages(folder: Path) -> list[StageConfig]:
+    """Read the records of all stages of a run, as they stand in its folder, or in that of a checkpoint or a stage.
+
+    Raises:
+        OSError: there are none. ValueError: they are broken.
+    """
+    return read_record(folder / RUN_STATE, _RunFile).stages
+
+
 def save_federation(folder: Path, state: State) -> None:
     """Write what outlives a round, where there is anything."""
     if state:

@@ -11,6 +11,7 @@ from hf_devft.configuration import StageConfig
 from hf_devft.configuration.stage_folder import LEDGER
 from hf_devft.federation.ledger import Ledger, RoundRecord
 from hf_devft.files.reading import read_record
+from hf_devft.run.checkpoint import read_stages
 
 
 @dataclass(frozen=True)
@@ -19,21 +20,21 @@ class Point:
 
     Attributes:
         loss: of the evaluation rows.
-        rounds, megabytes, teraflops, seconds: until then; FLOPs are the clients', seconds also the server's, which has
-            set stages up.
-        server_teraflops: of teaching, on the server.
+        rounds, bytes, flops, seconds: until then; FLOPs are the clients', seconds also the server's, which has set
+            stages up.
+        server_flops: of teaching, on the server.
     """
 
     loss: float
     rounds: int
-    megabytes: float
-    teraflops: float
+    bytes: int
+    flops: float
     seconds: float
-    server_teraflops: float = 0.0
+    server_flops: float = 0.0
 
 
 def read_curve(folder: str | Path) -> list[Point]:
-    """Read how a run's loss at full depth fell, from its output folder.
+    """Read how a run's loss at full depth fell, from its output folder or that of a stage.
 
     Raises:
         ValueError: it is no folder, there is no finished stage, or nothing was evaluated.
@@ -41,37 +42,32 @@ def read_curve(folder: str | Path) -> list[Point]:
     folder = Path(folder)
     if not folder.is_dir():  # nor is it asked for on the Hub
         raise ValueError(f"{folder} is no folder: give the output folder of a run.")
-    last = StageConfig.from_pretrained(folder)
-    stages = [StageConfig.from_pretrained(folder, f"stage-{stage}") for stage in range(1, last.stage + 1)]
+    last, stages = StageConfig.from_pretrained(folder), read_stages(folder)
     ledger = Ledger(read_record(folder / LEDGER, list[RoundRecord]))
     history = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
     losses: dict[int, float] = {}
     for row in history:
-        # A submodel's own loss is another model's; the last stage's has all layers.
-        is_whole = row["step"] == 0 or row.get("stage") == last.num_stages
+        # A submodel's own loss is another model's.
+        is_whole = row["step"] == 0 or stages[row.get("stage", 1) - 1].num_layers == last.full_layers
         if "eval_full_loss" in row or ("eval_loss" in row and is_whole):
             losses[row["step"]] = row.get("eval_full_loss", row.get("eval_loss"))
     if not losses:
         raise ValueError(f"{folder} has no evaluation at full depth: train with `eval_strategy` and evaluation rows.")
-    points = []
-    for step, loss in sorted(losses.items()):
-        rounds = ledger.rounds[:step]
-        begun = stages[: rounds[-1].stage] if rounds else []
-        points.append(
-            Point(
-                loss=loss,
-                rounds=step,
-                megabytes=ledger.bytes_until(step) / 1e6,
-                teraflops=sum(record.flops for record in rounds) / 1e12,
-                seconds=sum(record.seconds for record in rounds) + _total(begun, "setup_seconds"),
-                server_teraflops=_total(begun, "setup_flops") / 1e12,
-            )
-        )
-    return points
+    return [_point(loss, ledger, step, stages) for step, loss in sorted(losses.items())]
 
 
-def _total(stages: Sequence[StageConfig], name: str) -> float:
-    return sum(stage.totals.get(name, 0.0) for stage in stages)
+def _point(loss: float, ledger: Ledger, step: int, stages: Sequence[StageConfig]) -> Point:
+    rounds = ledger.rounds[:step]
+    begun = stages[: rounds[-1].stage] if rounds else []
+    setup = {of: sum(stage.totals.get(f"setup_{of}", 0.0) for stage in begun) for of in ("seconds", "flops")}
+    return Point(
+        loss=loss,
+        rounds=step,
+        bytes=ledger.bytes_until(step),
+        flops=sum(record.flops for record in rounds),
+        seconds=sum(record.seconds for record in rounds) + setup["seconds"],
+        server_flops=setup["flops"],
+    )
 
 
 def common_loss(curves: Sequence[Sequence[Point]]) -> float:

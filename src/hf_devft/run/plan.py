@@ -416,7 +416,7 @@ def activations(
         model.config.use_cache = False  # as `Trainer` has it
         if checkpointing:
             base.activation_checkpointing_enable()
-            base.disable_input_require_grads()  # as a run has it, see `ModelInUse`
+            base.disable_input_require_grads()  # as in a run, but for reentrant checkpointing
         lengths, _ = watch_lengths(base)
         output = model(**example)
         storages = {saved.tensor.untyped_storage() for saved in kept}

@@ -60,7 +60,7 @@ def plot_curves(curves: Mapping[str, Sequence[Point]], loss: float) -> Figure:
 
 def megabytes_and_losses(curve: Sequence[Point]) -> tuple[list[float], list[float]]:
     """The megabytes and the losses of a curve."""
-    return [point.megabytes for point in curve], [point.loss for point in curve]
+    return [point.bytes / 1e6 for point in curve], [point.loss for point in curve]
 
 
 def in_logarithms(axes: Axes) -> None:

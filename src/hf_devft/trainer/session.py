@@ -128,10 +128,12 @@ class TrainingSession:
         self.models.use(active.engine)
         if checkpoint is not None:
             active.done, active.is_over = checkpoint.run.done, checkpoint.run.stage_over
+        took = time.perf_counter() - started
+        record.totals["setup_seconds"] = record.totals.get("setup_seconds", 0.0) + took  # in a run that goes on, too
         active.setup = {
-            "setup_seconds": time.perf_counter() - started,
+            "setup_seconds": record.totals["setup_seconds"],
             "setup_peak_memory": self.peak_memory.read(),
-            "setup_flops": record.totals.get("setup_flops", 0.0),  # of before, in a run that goes on
+            "setup_flops": record.totals.get("setup_flops", 0.0),
             "base_bytes": active.base_bytes,
         }
         self._begin_rounds(active)

@@ -68,7 +68,7 @@ class ClientAxis:
 
     def row_weights(self, counts: torch.Tensor) -> torch.Tensor:
         """See `LossByRows`."""
-        own = counts.sum(1).view(self.clients, -1).sum(1).tolist()
+        own = counts.sum(1).view(self.clients, -1).sum(1)
         divisors = [count if items is None else items for count, items in zip(own, self.items, strict=True)]
         each = torch.stack([1 / torch.as_tensor(divisor, device=counts.device) for divisor in divisors])
         return each.repeat_interleave(self.rows // self.clients)
@@ -241,7 +241,8 @@ def train_together(
         axis.clients, axis.rows = count, len(inputs["labels"])
         axis.items, axis.losses = [items for _, items, _ in samples], None
         random = _random_state(args.device) if step == 0 else None
-        with engine.gradient_sync(last=True):  # `axis.loss` puts each client's own divisor in the place of the first's
+        # The axis puts each client's own divisor in the place of the first's.
+        with engine.gradient_sync(last=True), hooks.leaving_logits_out():
             loss = hooks.training_step(model, inputs, axis.items[0])
         if random is not None:
             _check_step(axis, loss, torch.equal(random, _random_state(args.device)))
