@@ -96,7 +96,7 @@ def main() -> None:
         for name in RUNS
     }
     results = run_all(variants, options, curve=True, measure=partial(measure, test, tokenizer))
-    base = measured(AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32), tokenizer, test)
+    base = measured(AutoModelForCausalLM.from_pretrained(options.base), tokenizer, test)
     before = ", ".join(f"{name} {base[name]:.3f}" for name in DOMAINS)
     publish_runs(options, f"{table(results, columns())}\nBefore: {before}; {base['right']:.1%} right.\n")
 
