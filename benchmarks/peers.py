@@ -234,7 +234,7 @@ def compare(about: str, stages: list[int], base: str, data: str, options: argpar
     lines = []
     for peer, runs in found.items():
         speeds = [60 * len(run["seconds"]) / sum(run["seconds"]) for run, _ in runs]
-        speed = mean_and_spread(speeds, "{:.1f}")
+        speed = mean_and_spread(speeds, "{:.3g}")
         memory = statistics.median(peak for _, peak in runs)
         sent = runs[0][0]["bytes"] / options.rounds
         lines.append(f"| {about} | {peer} | {speed} | {memory / 1e9:.2f} | {sent / 1e6:.2f} |")
