@@ -303,17 +303,17 @@ def test_a_name_that_is_not_signed_by_its_key_cannot_join(participants, caplog):
     assert clients.names == ["org-b", "org-c"]
     assert "calls itself 'org-b', but has not signed that with the key of 'org-b'" in caplog.text
     assert "there is no key of 'stock'" in caplog.text
-    participants[14].name = "org-a"
-    clients._asked_again.clear()  # a minute later
-    clients.names = []
-    clients.greet(1.0)
+    there = clients.attendance
+    there.names, participants[14].name = [], "org-a"
+    there._asked_again.clear()  # a minute later
+    there.greet(1.0)
     assert "'org-a' has no key to sign with, as Flower's own SuperNodes and --insecure have none" in caplog.text
     participants[14].key = keys["org-a"]
-    clients.greet(1.0)
-    assert "org-a" not in clients._node_of, "it is not asked at once"
-    clients._asked_again.clear()
-    clients.greet(1.0)
-    assert clients._node_of["org-a"] == 14
+    there.greet(1.0)
+    assert "org-a" not in there.node_of, "it is not asked at once"
+    there._asked_again.clear()
+    there.greet(1.0)
+    assert there.node_of["org-a"] == 14
 
 
 def test_without_any_client_the_first_reason_is_the_cause(remote_run, participants):

@@ -10,31 +10,28 @@ from functools import partial
 
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import DEFAULT_TTL, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import DEFAULT_TTL, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from hf_devft.federation.client_side import Answer, Exchange, ToClient
 from hf_devft.federation.memory import SERVER
 from hf_devft.federation.partition import ClientData, clients_elsewhere
 from hf_devft.federation.rounds import Federation
+from hf_devft.network.attendance import Attendance
 from hf_devft.network.base_hash import hash_of_weights
 from hf_devft.network.messages import (
-    JOIN,
     NO_STAGE,
     STAGE,
     TRAIN,
     TRAINED,
     ClientError,
-    Joining,
     Reply,
     StageMessage,
     Turn,
     answer_from_record,
-    joining_from_record,
     record_of,
     why_refused,
 )
-from hf_devft.network.names import is_signed
 from hf_devft.network.secure_exchange import sum_securely
 from hf_devft.network.settings import shared_settings
 from hf_devft.trainer.active_stage import ActiveStage
@@ -49,8 +46,6 @@ POLL = 0.1
 # Seconds for an answer to who a node is, before a run (Flower's own SuperNode starts a process for it) and between two
 # rounds, which wait for it; a node that is busy is asked again.
 JOIN_TIMEOUT, LATE_JOIN_TIMEOUT = 60.0, 5.0
-# Seconds before a node that was refused is asked again: what it costs a round is little then.
-REFUSED_FOR = 60.0
 # Under which the server remembers in which round a client has counted last, and which run this is.
 _COUNTED, _RUN = "counted", "run"
 
@@ -70,7 +65,7 @@ class RemoteClients:
     Attributes:
         grid: Flower's, of the run.
         timeout: seconds that a turn may take before its client is left out; None for no limit.
-        keys: the clients' public keys, by name, by which each must have signed its name; None asks for no signature.
+        keys: see `Attendance`.
         names: of the clients, by number, once they are known; see `wait_for`.
         traffic: what has gone over the network.
     """
@@ -82,10 +77,7 @@ class RemoteClients:
     traffic: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self):
-        self._node_of: dict[str, int] = {}  # name -> Flower's number of its node
-        self._joinings: dict[int, Joining] = {}  # of nodes that take part
-        self._refused: dict[int, str] = {}  # nodes that do not, and why
-        self._asked_again: dict[int, float] = {}  # when they are, as they may have been mended
+        self.attendance = Attendance(self.grid.get_node_ids, self.ask, self.keys)
         self._has_stage: dict[int, str] = {}  # node -> key of the stage that it was sent last
 
     # --- who is there ---------------------------------------------------------------------------------------
@@ -98,16 +90,16 @@ class RemoteClients:
             names: of all clients, where they are known: others are refused, and those that are missing may join later.
                 Without, the `count` clients are all, in the order of their names.
         """
-        self.names, self._settings = list(names), settings
-        said = -1
-        while len(self._node_of) < count:
-            self.greet(JOIN_TIMEOUT)
-            if len(self._node_of) != said:
-                said = len(self._node_of)
-                logger.info(f"{said} of {count} clients have joined: {', '.join(sorted(self._node_of)) or 'none'}.")
+        there, said = self.attendance, -1
+        there.names, there.settings = list(names), settings
+        while len(there.node_of) < count:
+            there.greet(JOIN_TIMEOUT)
+            if len(there.node_of) != said:
+                said = len(there.node_of)
+                logger.info(f"{said} of {count} clients have joined: {', '.join(sorted(there.node_of)) or 'none'}.")
             if said < count:
                 time.sleep(POLL)
-        self.names = self.names or sorted(self._node_of)[:count]
+        self.names = there.names = there.names or sorted(there.node_of)[:count]
         self.clients = clients_elsewhere(self.names)
         self._note_examples()
         return self.clients
@@ -115,65 +107,14 @@ class RemoteClients:
     @property
     def max_layers(self) -> list[int] | None:
         """Most layers that each client can train, by number; None where no client says a limit."""
-        known = {joining.name: joining.max_layers for joining in self._joinings.values()}
-        limits = [known.get(name, 0) for name in self.names]
+        joined = self.attendance.joined
+        limits = [joined[name].max_layers if name in joined else 0 for name in self.names]
         return [limit or 10**6 for limit in limits] if any(limits) else None
 
-    def greet(self, timeout: float) -> None:
-        """Ask nodes that are new who they are, and wait for answers for some seconds."""
-        present = set(self.grid.get_node_ids())
-        for node in set(self._joinings) - present:
-            del self._joinings[node]
-        self._node_of = {name: node for name, node in self._node_of.items() if node in present}
-        now = time.monotonic()
-        new = [node for node in present - self._joinings.keys() if self._asked_again.get(node, now) <= now]
-        if not new:
-            return
-        challenge = os.urandom(32)
-        question = ConfigRecord({"settings": self._settings, "challenge": challenge})
-        asked = {node: RecordDict({JOIN: question}) for node in new}
-        for node, reply in self.ask(asked, f"{MessageType.QUERY}.{JOIN}", timeout):
-            if isinstance(reply, ClientError):
-                continue  # it may be in the middle of a turn: it is asked again
-            try:
-                joining = joining_from_record(record_of(reply, JOIN))
-                self._check(joining, challenge)
-            except ValueError as error:
-                self._refuse(node, str(error), REFUSED_FOR)
-                continue
-            if joining.name in self._node_of:  # perhaps what is left of it before it was killed
-                self._refuse(node, f"{joining.name!r} is here already, on another node", 0.0)
-                continue
-            self._joinings[node], self._node_of[joining.name] = joining, node
-
-    def _check(self, joining: Joining, challenge: bytes) -> None:
-        """Refuse who is none of the clients, or not the one that it says.
-
-        Raises:
-            ValueError: the name is unknown, or not signed by its key.
-        """
-        name = joining.name
-        if self.names and name not in self.names:
-            raise ValueError(f"{name!r} is none of the clients {', '.join(self.names)}")
-        if self.keys is None:
-            return
-        if name not in self.keys:
-            raise ValueError(f"there is no key of {name!r}")
-        if not joining.signature:
-            raise ValueError(f"{name!r} has no key to sign with, as Flower's own SuperNodes and --insecure have none")
-        if not is_signed(self.keys[name], name, challenge, joining.signature):
-            raise ValueError(f"it calls itself {name!r}, but has not signed that with the key of {name!r}")
-
-    def _refuse(self, node: int, why: str, seconds: float) -> None:
-        """Do without a node for some seconds."""
-        if self._refused.get(node) != why:
-            logger.warning(f"node {node} cannot join: {why}.")
-        self._refused[node], self._asked_again[node] = why, time.monotonic() + seconds
-
     def _note_examples(self) -> None:
-        for joining in self._joinings.values():
-            if joining.name in self.names:
-                self.clients.elsewhere[self.names.index(joining.name)] = joining.examples
+        for name, joining in self.attendance.joined.items():
+            if name in self.names:
+                self.clients.elsewhere[self.names.index(name)] = joining.examples
 
     # --- a run, its stages ----------------------------------------------------------------------------------
 
@@ -184,7 +125,7 @@ class RemoteClients:
             number = int.from_bytes(os.urandom(7), "big")
             federation.memory.put(SERVER, _RUN, {"number": torch.tensor(number)})
             federation.memory.commit()
-        self._settings = shared_settings(run.args, run.adapter.config)
+        self.attendance.settings = shared_settings(run.args, run.adapter.config)
         self._has_stage.clear()
 
     def begin_stage(self, active: ActiveStage, rounds: range) -> None:
@@ -199,7 +140,7 @@ class RemoteClients:
         message = StageMessage(
             key="",
             run=f"{int(self._federation.memory.get(SERVER, _RUN)['number']):014x}",
-            settings=self._settings,
+            settings=self.attendance.settings,
             records=self._run.stages[: active.record.stage],
             num_clients=len(self.names),
             places=list(places),
@@ -223,12 +164,12 @@ class RemoteClients:
     def _exchange(
         self, learning_rate: float, round_index: int, attempt: int, messages: Iterator[ToClient]
     ) -> Iterator[tuple[ToClient, Answer]]:
-        self.greet(LATE_JOIN_TIMEOUT)
+        self.attendance.greet(LATE_JOIN_TIMEOUT)
         self._note_examples()
         asked: dict[int, ToClient] = {}
         for message in messages:
             name = self.names[message.client]
-            if (node := self._node_of.get(name)) is None:
+            if (node := self.attendance.node_of.get(name)) is None:
                 yield message, ClientError("it is not connected")
             else:
                 asked[node] = message

@@ -1,0 +1,104 @@
+"""Who of a federation's clients is there, and on which node."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import ConfigRecord, MessageType, RecordDict
+
+from hf_devft.network.messages import JOIN, ClientError, Joining, Reply, joining_from_record, record_of
+from hf_devft.network.names import is_signed
+
+
+logger = logging.getLogger(__name__)
+
+# Seconds before a node that was refused is asked again: what it costs a round is little then.
+REFUSED_FOR = 60.0
+
+
+@dataclass
+class Attendance:
+    """Asks nodes who they are, and knows who has joined.
+
+    Attributes:
+        present: () -> the nodes that are connected.
+        ask: (records by node, kind of message, seconds) -> each node's reply, or why there is none.
+        keys: the clients' public keys, by name, by which each must have signed its name; None asks for no signature.
+        names: of all clients that may join; any, while it is empty.
+        settings: of the run, for clients that measure what they can train; see `shared_settings`.
+        node_of: name -> node, of those that are there.
+    """
+
+    present: Callable[[], Iterable[int]]
+    ask: Callable[[dict[int, RecordDict], str, float], Iterator[tuple[int, Reply]]]
+    keys: Mapping[str, ec.EllipticCurvePublicKey] | None = None
+    names: list[str] = field(default_factory=list)
+    settings: str = ""
+    node_of: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._joinings: dict[int, Joining] = {}  # of nodes that take part
+        self._refused: dict[int, str] = {}  # nodes that do not, and why
+        self._asked_again: dict[int, float] = {}  # when they are, as they may have been mended
+
+    @property
+    def joined(self) -> dict[str, Joining]:
+        """What the clients that are there have said of themselves, by name."""
+        return {joining.name: joining for joining in self._joinings.values()}
+
+    def greet(self, timeout: float) -> None:
+        """Ask nodes that are new who they are, and wait for answers for some seconds."""
+        present = set(self.present())
+        for node in set(self._joinings) - present:
+            del self._joinings[node]
+        self.node_of = {name: node for name, node in self.node_of.items() if node in present}
+        now = time.monotonic()
+        new = [node for node in present - self._joinings.keys() if self._asked_again.get(node, now) <= now]
+        if not new:
+            return
+        challenge = os.urandom(32)
+        question = ConfigRecord({"settings": self.settings, "challenge": challenge})
+        asked = {node: RecordDict({JOIN: question}) for node in new}
+        for node, reply in self.ask(asked, f"{MessageType.QUERY}.{JOIN}", timeout):
+            if not isinstance(reply, ClientError):  # it may be in the middle of a turn: it is asked again
+                self._note(node, reply, challenge)
+
+    def _note(self, node: int, reply: RecordDict, challenge: bytes) -> None:
+        """Take note of who a node says that it is."""
+        try:
+            joining = joining_from_record(record_of(reply, JOIN))
+            self._check(joining, challenge)
+        except ValueError as error:
+            self._refuse(node, str(error), REFUSED_FOR)
+            return
+        if joining.name in self.node_of:  # perhaps what is left of it before it was killed
+            self._refuse(node, f"{joining.name!r} is here already, on another node", 0.0)
+            return
+        self._joinings[node], self.node_of[joining.name] = joining, node
+
+    def _check(self, joining: Joining, challenge: bytes) -> None:
+        """Refuse who is none of the clients, or not the one that it says.
+
+        Raises:
+            ValueError: the name is unknown, or not signed by its key.
+        """
+        name = joining.name
+        if self.names and name not in self.names:
+            raise ValueError(f"{name!r} is none of the clients {', '.join(self.names)}")
+        if self.keys is None:
+            return
+        if name not in self.keys:
+            raise ValueError(f"there is no key of {name!r}")
+        if not joining.signature:
+            raise ValueError(f"{name!r} has no key to sign with, as Flower's own SuperNodes and --insecure have none")
+        if not is_signed(self.keys[name], name, challenge, joining.signature):
+            raise ValueError(f"it calls itself {name!r}, but has not signed that with the key of {name!r}")
+
+    def _refuse(self, node: int, why: str, seconds: float) -> None:
+        """Do without a node for some seconds."""
+        if self._refused.get(node) != why:
+            logger.warning(f"node {node} cannot join: {why}.")
+        self._refused[node], self._asked_again[node] = why, time.monotonic() + seconds
