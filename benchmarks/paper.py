@@ -130,7 +130,7 @@ def main() -> None:
         "",
         "What arXiv 2508.00041 claims, and what this package has measured on two CPU cores: on the embedded base",
         "(3 M parameters, grown by copying layers, which favours the method; three seeds unless it says one), and on",
-        "Gemma 3 270M with GSM8K (one seed, FedIT three). Scores are exact match of eight made-up task families, not",
+        "Gemma 3 270M with GSM8K (three seeds). Scores are exact match of eight made-up task families, not",
         "the paper's benchmarks, which need its models. `python benchmarks/paper.py`, from",
         "[results](../benchmarks/results).",
         "",
