@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from real_base import COLUMNS, EVERY_SECOND, SERVER_TEXTS, VARIANTS, data_flag
+from real_base import COLUMNS, data_flag, runs_on
 from recipe_runs import arguments, publish_runs, run_all, table
 from transformers import (
     AutoModelForCausalLM,
@@ -86,15 +86,7 @@ def main() -> None:
     options = arguments("domains", __doc__, data_flag)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     test = tokenize(load_files([f"{options.data}/test.jsonl"]), tokenizer, MAX_LENGTH)
-    files = ["--train_file", f"{options.data}/train.jsonl", "--eval_file", f"{options.data}/test.jsonl", *CLIENTS]
-    server = ["--calibration_file", f"{options.data}/server.jsonl"]
-    variants = {
-        name: (
-            "gemma3-270m.yaml",
-            [*files, *EVERY_SECOND, *(server if name.startswith(SERVER_TEXTS) else []), *VARIANTS[name]],
-        )
-        for name in RUNS
-    }
+    variants = runs_on(options.data, RUNS, CLIENTS)
     results = run_all(variants, options, curve=True, measure=partial(measure, test, tokenizer))
     base = measured(AutoModelForCausalLM.from_pretrained(options.base), tokenizer, test)
     before = ", ".join(f"{name} {base[name]:.3f}" for name in DOMAINS)

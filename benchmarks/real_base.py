@@ -10,6 +10,7 @@ there is not repeated, so that a benchmark that was stopped goes on.
 """
 
 import argparse
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from recipe_runs import arguments, publish_runs, run_all, spread
@@ -118,17 +119,18 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 def main() -> None:
     options = arguments("real_base", __doc__, data_flag)
-    files = ["--train_file", f"{options.data}/train.jsonl", "--eval_file", f"{options.data}/test.jsonl"]
-    server = ["--calibration_file", f"{options.data}/server.jsonl"]
-    variants = {
-        name: (
-            "gemma3-270m.yaml",
-            [*files, *EVERY_SECOND, *(server if name.startswith(SERVER_TEXTS) else []), *overrides],
-        )
-        for name, overrides in VARIANTS.items()
-    }
-    results = run_all(variants, options, curve=True)
+    results = run_all(runs_on(options.data, VARIANTS), options, curve=True)
     publish_runs(options, table(results))
+
+
+def runs_on(data: Path, names: Iterable[str], flags: Sequence[str] = ()) -> dict[str, tuple[str, list[str]]]:
+    """Variants on the files of a folder, and with further flags, as `run_all` takes them."""
+    files = ["--train_file", f"{data}/train.jsonl", "--eval_file", f"{data}/test.jsonl", *flags, *EVERY_SECOND]
+    server = ["--calibration_file", f"{data}/server.jsonl"]
+    return {
+        name: ("gemma3-270m.yaml", [*files, *(server if name.startswith(SERVER_TEXTS) else []), *VARIANTS[name]])
+        for name in names
+    }
 
 
 def data_flag(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,6 @@ class Attendance:
         keys: the clients' public keys, by name, by which each must have signed its name; None asks for no signature.
         names: of all clients that may join; any, while it is empty.
         settings: of the run, for clients that measure what they can train; see `shared_settings`.
-        node_of: name -> node, of those that are there.
     """
 
     present: Callable[[], Iterable[int]]
@@ -37,7 +36,6 @@ class Attendance:
     keys: Mapping[str, ec.EllipticCurvePublicKey] | None = None
     names: list[str] = field(default_factory=list)
     settings: str = ""
-    node_of: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         self._joinings: dict[int, Joining] = {}  # of nodes that take part
@@ -49,12 +47,16 @@ class Attendance:
         """What the clients that are there have said of themselves, by name."""
         return {joining.name: joining for joining in self._joinings.values()}
 
+    @property
+    def node_of(self) -> dict[str, int]:
+        """The nodes of the clients that are there, by name."""
+        return {joining.name: node for node, joining in self._joinings.items()}
+
     def greet(self, timeout: float) -> None:
         """Ask nodes that are new who they are, and wait for answers for some seconds."""
         present = set(self.present())
         for node in set(self._joinings) - present:
             del self._joinings[node]
-        self.node_of = {name: node for name, node in self.node_of.items() if node in present}
         now = time.monotonic()
         new = [node for node in present - self._joinings.keys() if self._asked_again.get(node, now) <= now]
         if not new:
@@ -77,7 +79,7 @@ class Attendance:
         if joining.name in self.node_of:  # perhaps what is left of it before it was killed
             self._refuse(node, f"{joining.name!r} is here already, on another node", 0.0)
             return
-        self._joinings[node], self.node_of[joining.name] = joining, node
+        self._joinings[node] = joining
 
     def _check(self, joining: Joining, challenge: bytes) -> None:
         """Refuse who is none of the clients, or not the one that it says.

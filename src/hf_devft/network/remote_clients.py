@@ -66,14 +66,12 @@ class RemoteClients:
         grid: Flower's, of the run.
         timeout: seconds that a turn may take before its client is left out; None for no limit.
         keys: see `Attendance`.
-        names: of the clients, by number, once they are known; see `wait_for`.
         traffic: what has gone over the network.
     """
 
     grid: Grid
     timeout: float | None = None
     keys: Mapping[str, ec.EllipticCurvePublicKey] | None = None
-    names: list[str] = field(default_factory=list)
     traffic: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self):
@@ -99,10 +97,15 @@ class RemoteClients:
                 logger.info(f"{said} of {count} clients have joined: {', '.join(sorted(there.node_of)) or 'none'}.")
             if said < count:
                 time.sleep(POLL)
-        self.names = there.names = there.names or sorted(there.node_of)[:count]
+        there.names = there.names or sorted(there.node_of)[:count]
         self.clients = clients_elsewhere(self.names)
         self._note_examples()
         return self.clients
+
+    @property
+    def names(self) -> list[str]:
+        """The clients, by number, once they are known; see `wait_for`."""
+        return self.attendance.names
 
     @property
     def max_layers(self) -> list[int] | None:

@@ -419,8 +419,8 @@ def activations(
             base.disable_input_require_grads()  # as in a run, but for reentrant checkpointing
         lengths, _ = watch_lengths(base)
         output = model(**example)
-        storages = {saved.tensor.untyped_storage() for saved in kept}
-        sizes = [size for key, size in {s._cdata: s.nbytes() for s in storages}.items() if key not in ours]
+        sizes_of = {(storage := saved.tensor.untyped_storage())._cdata: storage.nbytes() for saved in kept}
+        sizes = [size for key, size in sizes_of.items() if key not in ours]
         del output
     return sum(sizes) + after + max(moment, *sizes, 0), lengths
 
