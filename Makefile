@@ -24,7 +24,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 # The extras for the tests alone: where they are installed, they greet every run with lines of their own.
 $(TESTABLE): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,quantization,gguf,benchmarks,flower,privacy]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,quantization,gguf,benchmarks,simulation,privacy]'
 	@touch $@
 
 quickstart: install  ## Run the main job: federated tuning in stages on the embedded base

@@ -29,7 +29,7 @@ def quickstart(context: typer.Context) -> None:
 @app.command(context_settings=_PASSED_ON)
 def train(context: typer.Context) -> None:
     """Train by a config, or on your own files: `devft train --train_file a.jsonl b.jsonl`."""
-    _train(context.args)
+    _train(context.args or ["--help"])
 
 
 @app.command(context_settings=_PASSED_ON)

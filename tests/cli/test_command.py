@@ -30,6 +30,7 @@ def test_the_help_is_one_screen_and_does_not_wait_for_torch():
         lines = run(*command, "--help").splitlines()
         assert len(lines) < 50
         assert all(len(line) <= 80 for line in lines), [line for line in lines if len(line) > 80]
+    assert run("train") == run("train", "--help")  # trains nothing that was not asked for
     assert "--warmup_steps" in run("train", "--help-all")
 
 

@@ -82,7 +82,16 @@ def _split(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
 
 def load_server_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset | None, Dataset | None]:
     """Load the (evaluation, calibration) rows of a server whose clients have theirs themselves: of files, or made-up
-    tasks for the embedded base; either may be missing."""
+    tasks for the embedded base; either may be missing.
+
+    Raises:
+        ValueError: files that cannot be read, or rows to train on.
+    """
+    if recipe.train_file or recipe.dataset_name:
+        raise ValueError(
+            "the clients have their rows themselves: leave `train_file` and `dataset_name` out, and give the server's "
+            "own as `eval_file` and `calibration_file`."
+        )
     evaluation, calibration = None, _calibration_rows(recipe, args)
     if recipe.eval_file:
         evaluation = load_files(recipe.eval_file, TASKS[args.task or "text-generation"].to_columns)
@@ -141,12 +150,13 @@ def make_trainer(
     recipe: RecipeArguments,
     args: DevFTConfig,
     remote_clients: ClientLink | None = None,
-    clients: ClientData | None = None,
+    data: tuple[Dataset | ClientData, Dataset | None, Dataset | None] | None = None,
 ) -> DevFTMixin:
     """Make the trainer of a run.
 
     Args:
-        remote_clients, clients: the way to clients on other machines, and who they are; default: all is here.
+        remote_clients: the way to clients that are elsewhere.
+        data: rows to train on, or who has them, to evaluate on, and of the server; default: see `load_data`.
 
     Raises:
         ValueError: arguments or data that cannot be trained; before any work is spent.
@@ -159,17 +169,10 @@ def make_trainer(
             f"early_stopping_patience={patience} ends a stage after its best round: give 1 or more, and set "
             "`load_best_model_at_end`, and `save_strategy` as `eval_strategy`."
         )
-    if clients is not None and (recipe.train_file or recipe.dataset_name):
-        raise ValueError(
-            "the clients have their rows themselves: leave `train_file` and `dataset_name` out, and give the server's "
-            "own as `eval_file` and `calibration_file`."
-        )
-    train, evaluation, calibration = (
-        load_data(recipe, args) if clients is None else (clients, *load_server_data(recipe, args))
-    )
-    data = {"train_dataset": train, "eval_dataset": evaluation, "calibration_dataset": calibration}
+    train, evaluation, calibration = load_data(recipe, args) if data is None else data
+    given = {"train_dataset": train, "eval_dataset": evaluation, "calibration_dataset": calibration}
     if patience is not None:
-        data["callbacks"] = [EarlyStoppingCallback(patience)]
+        given["callbacks"] = [EarlyStoppingCallback(patience)]
     if recipe.trainer != "devft":
         if recipe.adapter_name_or_path:
             raise ValueError(
@@ -177,7 +180,7 @@ def make_trainer(
                 "base (examples/merge_and_save.py), and give that as `model_name_or_path`."
             )
         trainer = getattr(hf_devft, f"{TRAINERS[recipe.trainer]}Trainer")
-        return trainer(recipe.model_name_or_path, args, peft_config=recipe.lora_config(args.task), **data)
+        return trainer(recipe.model_name_or_path, args, peft_config=recipe.lora_config(args.task), **given)
     task = TASKS[args.task or "text-generation"]
     return DevFTTrainer(
         recipe.model_name_or_path,
@@ -186,5 +189,5 @@ def make_trainer(
         compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.preprocess_logits,
         remote_clients=remote_clients,
-        **data,
+        **given,
     )

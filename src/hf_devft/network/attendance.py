@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -104,3 +104,8 @@ class Attendance:
         if self._refused.get(node) != why:
             logger.warning(f"node {node} cannot join: {why}.")
         self._refused[node], self._asked_again[node] = why, time.monotonic() + seconds
+
+
+def some_of(names: Sequence[str], shown: int = 20) -> str:
+    """Return names as text, the first ones of many."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "") or "none"

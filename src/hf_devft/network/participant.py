@@ -67,6 +67,7 @@ class Participant:
     Attributes:
         name: its own. model: the base, as for `DevFTTrainer`. rows: its data, likewise.
         folder: where it keeps what it must find again.
+        own: which of the rows are its own; default: all.
         max_layers: most layers that it can train; 0 for no limit.
         measures_layers: whether it finds that out itself when it is asked to join, see `measure_layers`.
         options: of its own `DevFTConfig`, such as `use_cpu`; what local training depends on comes from the server.
@@ -85,6 +86,7 @@ class Participant:
     keep_states: int = 20
     secure_only: bool = False
     key: ec.EllipticCurvePrivateKey | None = None
+    own: np.ndarray | None = None
 
     def __post_init__(self):
         self._settings: str | None = None
@@ -92,6 +94,11 @@ class Participant:
         self._session: TrainingSession | None = None
         self._stage: RunningStage | None = None
         self._sum: SummingClient | None = None
+
+    @property
+    def examples(self) -> int:
+        """How many rows are its own."""
+        return len(self.rows if self.own is None else self.own)
 
     @property
     def sum(self) -> SummingClient:
@@ -121,7 +128,7 @@ class Participant:
             self.measures_layers = False
             logger.info(f"{self.name} can train {self.max_layers or 'all'} layers")
         signature = b"" if self.key is None else sign_name(self.key, self.name, challenge)
-        return Joining(self.name, len(self.rows), self.max_layers, signature)
+        return Joining(self.name, self.examples, self.max_layers, signature)
 
     def enter_stage(self, message: StageMessage) -> None:
         """Build a stage's submodel, or go on with it.
@@ -215,7 +222,7 @@ class Participant:
         examples = [0] * stage.message.num_clients
         if not 0 <= turn.client < len(examples):
             raise ValueError(f"client {turn.client} is none of {len(examples)}")
-        examples[turn.client] = len(self.rows)
+        examples[turn.client] = self.examples
         everyone = Clients(examples=examples, seed=args.seed, memory=memory)
         method.begin_run(everyone)
         method.begin_stage(layout, stage.known)
@@ -230,9 +237,11 @@ class Participant:
 
     def _batches(self, turn: Turn) -> Iterable:
         """Make the batches of a turn: those that a simulation would have of these rows."""
-        trainer, own = self._trainer, {turn.client: np.arange(len(self.rows))}
+        trainer, own = self._trainer, np.arange(len(self.rows)) if self.own is None else self.own
         rows, collator = trainer.client_rows()
-        sampler = make_sampler(trainer.args, rows, own, [(turn.round_index, turn.client)], trainer.placement)
+        sampler = make_sampler(
+            trainer.args, rows, {turn.client: own}, [(turn.round_index, turn.client)], trainer.placement
+        )
         return client_loader(rows, collator, sampler, trainer.args).next_client()
 
     def _session_with(self, settings: str) -> TrainingSession:

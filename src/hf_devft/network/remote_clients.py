@@ -17,7 +17,7 @@ from hf_devft.federation.client_side import Answer, Exchange, ToClient
 from hf_devft.federation.memory import SERVER
 from hf_devft.federation.partition import ClientData, clients_elsewhere
 from hf_devft.federation.rounds import Federation
-from hf_devft.network.attendance import Attendance
+from hf_devft.network.attendance import Attendance, some_of
 from hf_devft.network.base_hash import hash_of_weights
 from hf_devft.network.messages import (
     NO_STAGE,
@@ -94,7 +94,7 @@ class RemoteClients:
             there.greet(JOIN_TIMEOUT)
             if len(there.node_of) != said:
                 said = len(there.node_of)
-                logger.info(f"{said} of {count} clients have joined: {', '.join(sorted(there.node_of)) or 'none'}.")
+                logger.info(f"{said} of {count} clients have joined: {some_of(sorted(there.node_of))}.")
             if said < count:
                 time.sleep(POLL)
         there.names = there.names or sorted(there.node_of)[:count]

@@ -3,7 +3,9 @@
 import json
 import logging
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 from flwr.app import Context
@@ -12,12 +14,14 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from hf_devft.cli.arguments import RecipeArguments, parse_arguments
-from hf_devft.cli.recipe import make_trainer
+from hf_devft.cli.recipe import load_server_data, make_trainer
 from hf_devft.cli.summary import closing
 from hf_devft.configuration import DevFTConfig, Setup, check_compatibility
+from hf_devft.network.attendance import some_of
 from hf_devft.network.names import read_public_keys
 from hf_devft.network.remote_clients import RemoteClients
 from hf_devft.network.settings import shared_settings
+from hf_devft.run.claim import why_taken
 from hf_devft.run.report import table_rows
 from hf_devft.run.tables import GrowingTable
 from hf_devft.trainer.mixin import DevFTMixin
@@ -32,7 +36,7 @@ def check_before_waiting(recipe: RecipeArguments, args: DevFTConfig, names: list
     """Refuse what no client could change, before any is waited for.
 
     Raises:
-        ValueError: clients that cannot be counted, or a run that no network can have.
+        ValueError: clients that cannot be counted, or what `check_run` refuses.
     """
     if not count:
         raise ValueError("how many clients there are is not known: give `num_clients`, or their names as `clients`.")
@@ -40,7 +44,19 @@ def check_before_waiting(recipe: RecipeArguments, args: DevFTConfig, names: list
         raise ValueError(
             f"clients={names}, min-clients={count}: give each name once, and wait for no more than those."
         )
+    check_run(recipe, args)
+
+
+def check_run(recipe: RecipeArguments, args: DevFTConfig) -> None:
+    """Refuse a run that no network can have, or whose folder has another one's results.
+
+    Raises:
+        ValueError: says why.
+    """
     check_compatibility(Setup(args, trainer=recipe.trainer, network=True))
+    taken = why_taken(Path(args.output_dir), args.overwrite_output_dir)
+    if args.resume_from_checkpoint is None and taken is not None:
+        raise ValueError(taken)
 
 
 class RoundLog(TrainerCallback):
@@ -55,7 +71,7 @@ class RoundLog(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         record, stages = self._trainer.ledger.rounds[-1], self._trainer.stages
-        answered = ", ".join(client for client in record.clients if client not in record.dropped)
+        answered = some_of([client for client in record.clients if client not in record.dropped])
         came_to = f"ε {record.epsilon:.2f}" if record.loss is None else f"loss {record.loss:.3f} of {answered}"
         logger.info(
             f"round {record.round}/{state.max_steps}, stage {record.stage}/{len(stages)} "
@@ -67,30 +83,50 @@ class RoundLog(TrainerCallback):
 def main(grid: Grid, context: Context) -> None:
     """Run what the run config says.
 
-    Its keys: `config`, the path of a YAML file as for `recipes/devft.py`; `overrides`, flags as there; `clients`, the
-    names of all clients, where they are known; `min-clients`, how many the run waits for (default: `num_clients`, or
-    all of `clients`); `timeout`, seconds that a turn may take; `keys`, a folder of the clients' public keys,
-    `NAME.key.pub`, with which each must have signed its name (default: none has to).
+    Its keys: `config`, a YAML file's path, or a packaged one's name, as for `recipes/devft.py`; `overrides`, flags as
+    there; `clients`, the names of all clients, where they are known; `min-clients`, how many the run waits for
+    (default: `num_clients`, or all of `clients`); `timeout`, seconds that a turn may take; `keys`, a folder of the
+    clients' public keys, `NAME.key.pub`, with which each must have signed its name (default: none has to).
 
     Raises:
         ValueError: a config, data or options that cannot be trained over a network.
     """
-    logger.setLevel(logging.INFO)
-    logger.addHandler(logging.StreamHandler())
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    log_openly()
     asked = context.run_config
-    config = Path(str(asked["config"]))
-    recipe, args = parse_arguments(shlex.split(str(asked["overrides"])), config)
+    recipe, args = asked_run(asked)
     names = str(asked["clients"]).split()
     count = int(asked["min-clients"]) or len(names) or args.num_clients
     check_before_waiting(recipe, args, names, count)
     keys = read_public_keys(Path(str(asked["keys"])), names) if asked["keys"] else None
     clients = RemoteClients(grid, timeout=float(asked["timeout"]) or None, keys=keys)
+    data = load_server_data(recipe, args)
     who = clients.wait_for(count, names, shared_settings(args, recipe.lora_config()))
-    args.num_clients, args.disable_tqdm = len(who.names), True
+    args.num_clients = len(who.names)
     args.client_max_layers = args.client_max_layers or clients.max_layers
-    trainer = make_trainer(recipe, args, clients, who)
+    train(recipe, args, clients, (who, *data))
+
+
+def asked_run(run_config: Mapping[str, Any]) -> tuple[RecipeArguments, DevFTConfig]:
+    """Read the run that a run config asks for."""
+    return parse_arguments(["--config", str(run_config["config"]), *shlex.split(str(run_config["overrides"]))])
+
+
+def log_openly() -> None:
+    """Say what happens as lines of a log, which Flower passes on; bars would be many lines there."""
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler())
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def train(recipe: RecipeArguments, args: DevFTConfig, clients: RemoteClients, data: tuple) -> None:
+    """Train, with a line for each round, and the table at the end.
+
+    Args:
+        data: see `make_trainer`.
+    """
+    args.disable_tqdm = True
+    trainer = make_trainer(recipe, args, clients, data)
     trainer.add_callback(RoundLog(trainer))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     traffic = {"bytes_down": clients.traffic.down, "bytes_up": clients.traffic.up}

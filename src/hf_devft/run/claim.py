@@ -56,14 +56,25 @@ def _refusal(lock: FileLock, folder: Path, is_new: bool, overwrite: bool) -> str
         lock.acquire()
     except Timeout:
         return f"another run is at work in {folder}: wait until it is over, or choose another `output_dir`."
-    left = [*folder.glob("stage-*/"), *folder.glob("checkpoint-*/")] if is_new else []
-    if left and not overwrite:
-        return (
-            f"{folder} has {', '.join(sorted(path.name for path in left)[:3])} of another run: choose another "
-            "`--output_dir`, go on with `--resume_from_checkpoint last`, or delete them with "
-            "`--overwrite_output_dir true`."
-        )
+    left = _left_in(folder) if is_new else []
+    if is_new and (refusal := why_taken(folder, overwrite)) is not None:
+        return refusal
     for name in _ROOT if left else ():
         (folder / name).unlink(missing_ok=True)
     delete_folders(left, leftovers=[])
     return None
+
+
+def why_taken(folder: Path, overwrite: bool) -> str | None:
+    """Return why a new run cannot write to a folder, where another one has left stages or checkpoints there."""
+    if overwrite or not (left := _left_in(folder)):
+        return None
+    return (
+        f"{folder} has {', '.join(sorted(path.name for path in left)[:3])} of another run: choose another "
+        "`--output_dir`, go on with `--resume_from_checkpoint last`, or delete them with "
+        "`--overwrite_output_dir true`."
+    )
+
+
+def _left_in(folder: Path) -> list[Path]:
+    return [*folder.glob("stage-*/"), *folder.glob("checkpoint-*/")]
