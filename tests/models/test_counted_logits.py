@@ -92,7 +92,7 @@ def test_no_more_than_a_piece_is_held(model):
     with torch.no_grad():
         model.eval()(**inputs)
     assert max(most) == 4
-    assert sum(most) == 2 * ((inputs["labels"][:, 1:] != IGNORED).sum() + 4), "and the last of each row"
+    assert sum(most) == 2 * (inputs["labels"][:, 1:] != IGNORED).sum()
     assert torch.isfinite(with_loss.loss)
 
 

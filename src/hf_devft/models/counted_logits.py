@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -22,9 +23,9 @@ from transformers.utils import ModelOutput
 from hf_devft.tasks.metrics import IGNORED
 
 
-# Tokens x vocabulary that are held at a time: 128 MiB in float32, three times that with probabilities and gradient
-# (our choice).
-_PIECE = 2**25
+# Tokens x vocabulary that are held at a time: 256 MiB in float32; fewer read the output embeddings more often
+# (our choice, by measurement).
+_PIECE = 2**26
 
 Tail = Callable[[torch.Tensor], torch.Tensor]  # hidden states, tokens x hidden size -> logits
 
@@ -84,10 +85,10 @@ def count_logits(base: PreTrainedModel, is_active: Callable[[], bool] = lambda: 
 
 
 def memory_of_loss(base: PreTrainedModel, tokens: int) -> tuple[int, int]:
-    """Return the bytes that a training step's loss keeps, and those that it takes for a moment, in float32, where all
-    of a batch's tokens count: hidden states and their gradient; a piece's logits, probabilities and gradient."""
+    """Return the bytes that a training step's loss keeps, and those that it takes for a moment, where all of a batch's
+    tokens count: hidden states and their gradient; a piece's logits, in half precision those and their float32."""
     piece = min(tokens, _tokens_a_piece(base))
-    return 4 * 2 * tokens * base.config.hidden_size, 4 * 3 * piece * base.config.vocab_size
+    return 4 * 2 * tokens * base.config.hidden_size, (4 if base.dtype == torch.float32 else 8) * piece * base.config.vocab_size
 
 
 def _tokens_a_piece(base: PreTrainedModel) -> int:
@@ -117,7 +118,7 @@ class _CountedLogits:
         self.decoded: ModelOutput | None = None
 
     def before(self, base: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """Ask for the logits of the last token alone."""
+        """Ask for no logits."""
         self.labels = None  # of a pass that has failed
         if (
             kwargs.get("labels") is None
@@ -127,7 +128,8 @@ class _CountedLogits:
         ):
             return None
         self.labels = kwargs["labels"]
-        return args, kwargs | {"labels": None, "logits_to_keep": 1}
+        none = torch.empty(0, dtype=torch.long, device=self.labels.device)
+        return args, kwargs | {"labels": None, "logits_to_keep": none}
 
     def _knows(self, loss_function: Callable) -> bool:
         if isinstance(loss_function, LossByRows):
@@ -166,7 +168,7 @@ class _CountedLogits:
     def _loss(self, tail: Tail, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum of the tokens' losses; in pieces, where gradients go to the hidden states alone."""
         if self._trains_head:
-            return _cross_entropy(tail(hidden), targets, "sum")
+            return nn.functional.cross_entropy(tail(hidden).float(), targets, reduction="sum")
         weights = torch.ones_like(targets, dtype=torch.float32)
         return _LossInPieces.apply(hidden, targets, weights, tail, _tokens_a_piece(self.base))[0]
 
@@ -184,7 +186,7 @@ class _CountedLogits:
         scores = []
         for piece, target in zip(*(each.split(_tokens_a_piece(self.base)) for each in (hidden, targets)), strict=True):
             logits = tail(piece)
-            scores.append((logits.argmax(-1), _cross_entropy(logits, target, "none")))
+            scores.append((logits.argmax(-1), _losses_into_exponentials(logits.float(), target)[0]))
         predicted, nll = zip(*scores, strict=True)
         return torch.cat(predicted), torch.cat(nll)
 
@@ -196,15 +198,23 @@ class _CountedLogits:
         decoder.forward = lambda *args, **kwargs: output
         try:
             tokens = torch.zeros(hidden[None].shape[:2], dtype=torch.long, device=hidden.device)
-            return type(self.base).forward(self.base, input_ids=tokens).logits[0]
+            return type(self.base).forward(self.base, input_ids=tokens).logits.flatten(0, 1)
         finally:
             del decoder.forward
             if forward is not None:
                 decoder.forward = forward
 
 
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits.float(), targets, reduction=reduction)
+def _losses_into_exponentials(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens' losses, and the sums of their logits' exponentials, which take the logits' place: at this
+    size, a new tensor costs more than what is computed in it.
+
+    Args:
+        logits: tokens x vocabulary, float32. targets: tokens.
+    """
+    own, largest = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)
+    totals = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    return (totals.log() + largest - own)[:, 0], totals
 
 
 class _LossInPieces(torch.autograd.Function):
@@ -221,10 +231,13 @@ class _LossInPieces(torch.autograd.Function):
         for piece, target, weight, own_losses, own_gradient in zip(*pieces, strict=True):
             with torch.enable_grad():
                 piece = piece.detach().requires_grad_()
-                each = weight * _cross_entropy(tail(piece), target, "none")
-                total = each.sum()
-            own_gradient.copy_(torch.autograd.grad(total, piece)[0])
-            own_losses.copy_(each.detach())
+                logits = tail(piece)
+                way_back = get_gradient_edge(logits)  # before another value is written into them
+            slopes = logits.detach().float()  # in the logits' own memory where they are float32
+            each, totals = _losses_into_exponentials(slopes, target)
+            slopes.mul_(weight[:, None] / totals).scatter_add_(1, target[:, None], -weight[:, None])
+            own_losses.copy_(weight * each)
+            own_gradient.copy_(torch.autograd.grad(way_back, piece, slopes.to(logits.dtype))[0])
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
