@@ -48,6 +48,7 @@ federation: federated  ## Run a federation over a network: four nodes with TLS, 
 # Each takes about 2 GB; many tests start two processes more, and those over a network wait for most of their time.
 TEST_PROCESSES ?= 3
 test: $(TESTABLE)  ## Run the tests
+	@$(BIN)/python -m compileall -q src  # once, not by each of the processes that tests start
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 SHORT := outputs/benchmark

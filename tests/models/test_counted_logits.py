@@ -7,7 +7,7 @@ import torch
 from architectures import ARCHITECTURES, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GraniteConfig, GraniteForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hf_devft.models import counted_logits
 from hf_devft.models.counted_logits import count_logits
@@ -130,3 +130,43 @@ def test_what_is_no_usual_decoder_is_left_alone():
     sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
     assert count_logits(T5ForConditionalGeneration(T5Config(**sizes))) == []
     assert count_logits(nn.Identity()) == []
+
+
+def test_large_logits_lose_no_small_loss():
+    """The loss of a sure and right token is as small as the logits say, however large they are."""
+    logits = torch.tensor([[1e4, 1e4 - 10, 0.0], [3.0, -2.0, 1.0]])
+    targets = torch.tensor([0, 1])
+    expected = nn.functional.cross_entropy(logits, targets, reduction="none")
+    found, _ = counted_logits._losses_into_exponentials(logits.clone(), targets)
+    assert 0 < expected[0] < 1e-4
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=0)
+
+
+def scaled(dtype):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    return GraniteForCausalLM(GraniteConfig(vocab_size=64, logits_scaling=0.3, pad_token_id=0, **sizes)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_logits_and_half_precision(dtype):
+    """Where logits are not what the output embeddings give, and not what the loss is computed in."""
+    every, counted = with_adapter(scaled(dtype)), with_adapter(scaled(dtype))
+    count_logits(counted.get_base_model())
+    expected, gradients = loss_and_gradients(every, **batch())
+    loss, own = loss_and_gradients(counted, **batch())
+    exact = dtype == torch.float32
+    torch.testing.assert_close(loss.float(), expected.float(), rtol=1e-5 if exact else 0.01, atol=0)
+    for name in gradients:
+        size = gradients[name].abs().max().item()
+        torch.testing.assert_close(own[name], gradients[name], rtol=0, atol=(1e-4 if exact else 0.05) * size)
+
+
+def test_an_evaluation_without_labels_to_count_has_no_scores(model):
+    inputs = batch()
+    inputs["labels"][:] = IGNORED
+    count_logits(model)
+    scored = model(**inputs)
+    assert scored.loss.isnan()  # as with all logits
+    assert not scored.nll.any()
+    assert scored.predicted.shape == (4, 10)

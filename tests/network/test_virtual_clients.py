@@ -86,18 +86,17 @@ def test_another_number_of_virtual_nodes_is_refused(superlink):
 def test_a_process_stands_for_each_client_in_turn(superlink):
     flags = f"--output_dir {superlink.folder}/clients-of-a-process"
     clients = virtual_clients(str(superlink.folder / "config.yaml"), flags)
-    taken = [clients.take_place(number) for number in range(3)]
-    assert taken[0] is taken[2]  # one base, one submodel
-    assert taken[2].name == "client-2"
-    assert taken[2].folder.name == "client-2"
-    counts = [clients.take_place(number).examples for number in range(3)]
-    assert counts == [20, 20, 20]
-    assert len(taken[0].rows) == 60
+    taken = [(clients.take_place(number), clients.participant.own, clients.participant.name) for number in range(3)]
+    assert taken[0][0] is taken[2][0]  # one base, one submodel
+    assert [name for *_, name in taken] == clients.data.names
+    assert all(own is clients.data.rows[name] for _, own, name in taken)
+    assert clients.participant.folder == superlink.folder / "clients-of-a-process" / "clients" / "client-2"
+    assert clients.participant.examples == 20  # of 60
 
 
 def run(superlink, output_dir, nodes):
     options = f'config="{superlink.folder}/config.yaml" overrides="--output_dir {superlink.folder}/{output_dir}"'
-    federation = f"num-supernodes={nodes}"  # and a process of Ray's for two cores
+    federation = f"num-supernodes={nodes} client-resources-num-cpus=1"
     done = subprocess.run(
         [program("flwr"), "run", str(RECIPE), APP, "--stream"]
         + ["--federation-config", federation, "--run-config", options],

@@ -10,9 +10,10 @@ from launching import environment
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_devft.federation.partition import ClientData
+from hf_devft.models.activations import activations
 from hf_devft.models.adapter import new_adapter
 from hf_devft.models.streaming import empty_base
-from hf_devft.run.plan import activations, plan_run
+from hf_devft.run.plan import plan_run
 from hf_devft.run.plan_table import print_plan
 
 
@@ -127,7 +128,7 @@ def test_a_plan_without_stages_is_one_row(tmp_path, capsys):
     assert not [line for line in lines if line.split()[:1] in (["all"], ["none"], ["none:"])]
 
 
-def test_checkpointing_keeps_less(tmp_path):
+def test_checkpointing_keeps_less(tmp_path, capsys):
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 2}
     with init_empty_weights():
         base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
@@ -137,6 +138,12 @@ def test_checkpointing_keeps_less(tmp_path):
     ]
     assert plans[1].total.client_memory < 0.5 * plans[0].total.client_memory
     assert plans[1].total.flops == plans[0].total.flops
+    print_plan(plans[0])
+    said = capsys.readouterr().out
+    print_plan(plans[1])
+    assert plans[0].total.client_memory_checkpointed == plans[1].total.client_memory
+    assert "--activation_checkpointing true" in said  # told to who may need it, and not to who has it
+    assert "--activation_checkpointing" not in capsys.readouterr().out
 
 
 def test_checkpointing_keeps_nothing_below_the_lowest_adapter(tmp_path):

@@ -156,7 +156,8 @@ def make_trainer(
 
     Args:
         remote_clients: the way to clients that are elsewhere.
-        data: rows to train on, or who has them, to evaluate on, and of the server; default: see `load_data`.
+        data: (rows to train on, or `ClientData` of who has them; rows to evaluate on; the server's own rows); default:
+            see `load_data`.
 
     Raises:
         ValueError: arguments or data that cannot be trained; before any work is spent.

@@ -84,11 +84,16 @@ def count_logits(base: PreTrainedModel, is_active: Callable[[], bool] = lambda: 
     ]
 
 
-def memory_of_loss(base: PreTrainedModel, tokens: int) -> tuple[int, int]:
+def memory_of_loss(base: PreTrainedModel, tokens: int, half: bool) -> tuple[int, int]:
     """Return the bytes that a training step's loss keeps, and those that it takes for a moment, where all of a batch's
-    tokens count: hidden states and their gradient; a piece's logits, in half precision those and their float32."""
-    piece = min(tokens, _tokens_a_piece(base))
-    return 4 * 2 * tokens * base.config.hidden_size, (4 if base.dtype == torch.float32 else 8) * piece * base.config.vocab_size
+    tokens count: hidden states and their gradient; a piece's logits.
+
+    Args:
+        half: whether logits are computed in half precision; then there are their float32 and half a gradient, too.
+    """
+    piece, size = min(tokens, _tokens_a_piece(base)), 8 if half else 4
+    size += 2 * size if getattr(base.config, "final_logit_softcapping", None) else 0  # before and within tanh
+    return 4 * 2 * tokens * base.config.hidden_size, size * piece * base.config.vocab_size
 
 
 def _tokens_a_piece(base: PreTrainedModel) -> int:
@@ -109,26 +114,45 @@ def counts_logits(base: PreTrainedModel) -> bool:
     )
 
 
+class _CountedTokens:
+    """The tokens of a batch whose labels count.
+
+    Args:
+        labels: rows x (length - 1), of each token the next one.
+    """
+
+    def __init__(self, labels: torch.Tensor):
+        self.labels = labels
+        self.places = (labels != IGNORED).nonzero(as_tuple=True)  # rows, and places in them
+        self.targets = labels[self.places]
+
+    def to(self, device: torch.device) -> None:
+        """Move them to where the hidden states are."""
+        self.labels, self.targets = self.labels.to(device), self.targets.to(device)
+        self.places = tuple(place.to(device) for place in self.places)
+
+
 class _CountedLogits:
     """The hooks of one model, and what they pass on within one forward pass."""
 
     def __init__(self, base: PreTrainedModel, is_active: Callable[[], bool]):
         self.base, self.is_active = base, is_active
-        self.labels: torch.Tensor | None = None
+        self.counted: _CountedTokens | None = None
         self.decoded: ModelOutput | None = None
 
     def before(self, base: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """Ask for no logits."""
-        self.labels = None  # of a pass that has failed
+        """Ask for no logits. Finds which labels count before the forward pass: a GPU is waited for until it knows."""
+        self.counted = None  # of a pass that has failed
+        labels = kwargs.get("labels")
         if (
-            kwargs.get("labels") is None
+            labels is None
             or kwargs.get("shift_labels") is not None
             or not self._knows(base.loss_function)
             or not self.is_active()
         ):
             return None
-        self.labels = kwargs["labels"]
-        none = torch.empty(0, dtype=torch.long, device=self.labels.device)
+        self.counted = _CountedTokens(labels[:, 1:])
+        none = torch.empty(0, dtype=torch.long, device=labels.device)
         return args, kwargs | {"labels": None, "logits_to_keep": none}
 
     def _knows(self, loss_function: Callable) -> bool:
@@ -142,28 +166,29 @@ class _CountedLogits:
 
     def after_decoder(self, decoder: nn.Module, args: tuple, output: ModelOutput) -> None:
         """Keep the hidden states."""
-        if self.labels is not None:
+        if self.counted is not None:
             self.decoded = output
 
     def after(self, base: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: ModelOutput) -> Any:
         """Compute the loss of the hidden states."""
-        if self.labels is None:
+        if self.counted is None:
             return None
-        labels, decoded = self.labels, self.decoded
-        self.labels = self.decoded = None
+        counted, decoded = self.counted, self.decoded
+        self.counted = self.decoded = None
         hidden = decoded.last_hidden_state[:, :-1]
-        targets = labels[:, 1:].to(hidden.device)
-        counts = targets != IGNORED
-        chosen, tail = hidden[counts], partial(self._tail, decoded)
+        counted.to(hidden.device)
+        chosen, tail = hidden[counted.places], partial(self._tail, decoded)
         if isinstance(base.loss_function, LossByRows):
-            return CausalLMOutputWithPast(loss=self._loss_by_rows(tail, chosen, targets, counts))
+            return CausalLMOutputWithPast(loss=self._loss_by_rows(tail, chosen, counted))
         divisor = kwargs.get("num_items_in_batch")
-        divisor = counts.sum() if divisor is None else torch.as_tensor(divisor, device=hidden.device)
+        divisor = len(counted.targets) if divisor is None else torch.as_tensor(divisor, device=hidden.device)
         if not base.training:
-            predicted, nll = (torch.zeros_like(targets, dtype=dtype) for dtype in (torch.long, torch.float32))
-            predicted[counts], nll[counts] = self._scores(tail, chosen, targets[counts])
+            predicted, nll = (
+                counted.labels.new_zeros(counted.labels.shape, dtype=t) for t in (torch.long, torch.float32)
+            )
+            predicted[counted.places], nll[counted.places] = self._scores(tail, chosen, counted.targets)
             return ScoredTokens(loss=nll.sum() / divisor, predicted=predicted, nll=nll)
-        return CausalLMOutputWithPast(loss=self._loss(tail, chosen, targets[counts]) / divisor)
+        return CausalLMOutputWithPast(loss=self._loss(tail, chosen, counted.targets) / divisor)
 
     def _loss(self, tail: Tail, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum of the tokens' losses; in pieces, where gradients go to the hidden states alone."""
@@ -172,15 +197,14 @@ class _CountedLogits:
         weights = torch.ones_like(targets, dtype=torch.float32)
         return _LossInPieces.apply(hidden, targets, weights, tail, _tokens_a_piece(self.base))[0]
 
-    def _loss_by_rows(
-        self, tail: Tail, hidden: torch.Tensor, targets: torch.Tensor, counts: torch.Tensor
-    ) -> torch.Tensor:
-        by_rows, (row, _) = self.base.loss_function, counts.nonzero(as_tuple=True)
-        weights = by_rows.row_weights(counts)[row].float()
-        loss, each = _LossInPieces.apply(hidden, targets[counts], weights, tail, _tokens_a_piece(self.base))
-        by_rows.note(each.new_zeros(len(counts)).index_add(0, row, each))
+    def _loss_by_rows(self, tail: Tail, hidden: torch.Tensor, counted: _CountedTokens) -> torch.Tensor:
+        by_rows, (row, _) = self.base.loss_function, counted.places
+        weights = by_rows.row_weights(counted.labels != IGNORED)[row].float()
+        loss, each = _LossInPieces.apply(hidden, counted.targets, weights, tail, _tokens_a_piece(self.base))
+        by_rows.note(each.new_zeros(len(counted.labels)).index_add(0, row, each))
         return loss
 
+    @torch.no_grad()
     def _scores(self, tail: Tail, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest tokens, and the targets' negative log-likelihoods."""
         scores = []
@@ -214,7 +238,7 @@ def _losses_into_exponentials(logits: torch.Tensor, targets: torch.Tensor) -> tu
     """
     own, largest = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)
     totals = logits.sub_(largest).exp_().sum(1, keepdim=True)
-    return (totals.log() + largest - own)[:, 0], totals
+    return (totals.log() + (largest - own))[:, 0], totals  # in this order, large logits lose no small loss
 
 
 class _LossInPieces(torch.autograd.Function):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, MessageType, RecordDict
 
-from hf_devft.network.messages import JOIN, ClientError, Joining, Reply, joining_from_record, record_of
+from hf_devft.network.messages import JOIN, ClientError, Joining, Reply, joining_from_record, record_of, why_refused
 from hf_devft.network.names import is_signed
 
 
@@ -17,6 +17,14 @@ logger = logging.getLogger(__name__)
 
 # Seconds before a node that was refused is asked again: what it costs a round is little then.
 REFUSED_FOR = 60.0
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a node does not take part, and when it is asked again, as it may have been mended."""
+
+    why: str
+    until: float
 
 
 @dataclass
@@ -32,15 +40,14 @@ class Attendance:
     """
 
     present: Callable[[], Iterable[int]]
-    ask: Callable[[dict[int, RecordDict], str, float], Iterator[tuple[int, Reply]]]
+    ask: Callable[[dict[int, RecordDict], str, float | None], Iterator[tuple[int, Reply]]]
     keys: Mapping[str, ec.EllipticCurvePublicKey] | None = None
     names: list[str] = field(default_factory=list)
     settings: str = ""
 
     def __post_init__(self):
         self._joinings: dict[int, Joining] = {}  # of nodes that take part
-        self._refused: dict[int, str] = {}  # nodes that do not, and why
-        self._asked_again: dict[int, float] = {}  # when they are, as they may have been mended
+        self._refusals: dict[int, _Refusal] = {}  # of nodes that do not
 
     @property
     def joined(self) -> dict[str, Joining]:
@@ -52,24 +59,34 @@ class Attendance:
         """The nodes of the clients that are there, by name."""
         return {joining.name: node for node, joining in self._joinings.items()}
 
-    def greet(self, timeout: float) -> None:
-        """Ask nodes that are new who they are, and wait for answers for some seconds."""
+    @property
+    def refusals(self) -> list[str]:
+        """Why nodes have not joined that have been asked."""
+        return [refusal.why for refusal in self._refusals.values()]
+
+    def greet(self, timeout: float | None) -> None:
+        """Ask nodes that are new who they are, and wait for answers: some seconds, or for all (None)."""
         present = set(self.present())
         for node in set(self._joinings) - present:
             del self._joinings[node]
         now = time.monotonic()
-        new = [node for node in present - self._joinings.keys() if self._asked_again.get(node, now) <= now]
+        new = [node for node in present - self._joinings.keys() if not self._is_refused(node, now)]
         if not new:
             return
         challenge = os.urandom(32)
         question = ConfigRecord({"settings": self.settings, "challenge": challenge})
         asked = {node: RecordDict({JOIN: question}) for node in new}
         for node, reply in self.ask(asked, f"{MessageType.QUERY}.{JOIN}", timeout):
-            if not isinstance(reply, ClientError):  # it may be in the middle of a turn: it is asked again
+            if isinstance(reply, ClientError):  # it may be in the middle of a turn: it is asked again
+                self._refusals[node] = _Refusal(str(reply), 0.0)
+            else:
                 self._note(node, reply, challenge)
 
     def _note(self, node: int, reply: RecordDict, challenge: bytes) -> None:
         """Take note of who a node says that it is."""
+        if (why := why_refused(reply)) is not None:
+            self._refuse(node, why, REFUSED_FOR)
+            return
         try:
             joining = joining_from_record(record_of(reply, JOIN))
             self._check(joining, challenge)
@@ -80,6 +97,7 @@ class Attendance:
             self._refuse(node, f"{joining.name!r} is here already, on another node", 0.0)
             return
         self._joinings[node] = joining
+        self._refusals.pop(node, None)
 
     def _check(self, joining: Joining, challenge: bytes) -> None:
         """Refuse who is none of the clients, or not the one that it says.
@@ -89,7 +107,7 @@ class Attendance:
         """
         name = joining.name
         if self.names and name not in self.names:
-            raise ValueError(f"{name!r} is none of the clients {', '.join(self.names)}")
+            raise ValueError(f"{name!r} is none of the clients {some_of(self.names)}")
         if self.keys is None:
             return
         if name not in self.keys:
@@ -101,9 +119,13 @@ class Attendance:
 
     def _refuse(self, node: int, why: str, seconds: float) -> None:
         """Do without a node for some seconds."""
-        if self._refused.get(node) != why:
+        before = self._refusals.get(node)
+        if before is None or before.why != why:
             logger.warning(f"node {node} cannot join: {why}.")
-        self._refused[node], self._asked_again[node] = why, time.monotonic() + seconds
+        self._refusals[node] = _Refusal(why, time.monotonic() + seconds)
+
+    def _is_refused(self, node: int, now: float) -> bool:
+        return node in self._refusals and now < self._refusals[node].until
 
 
 def some_of(names: Sequence[str], shown: int = 20) -> str:

@@ -80,21 +80,33 @@ class RemoteClients:
 
     # --- who is there ---------------------------------------------------------------------------------------
 
-    def wait_for(self, count: int, names: Sequence[str] = (), settings: str = "") -> ClientData:
+    def wait_for(
+        self,
+        count: int,
+        names: Sequence[str] = (),
+        settings: str = "",
+        timeout: float | None = JOIN_TIMEOUT,
+    ) -> ClientData:
         """Wait until `count` clients have joined.
 
         Args:
             settings: of the run to come, for clients that measure what they can train; see `shared_settings`.
             names: of all clients, where they are known: others are refused, and those that are missing may join later.
                 Without, the `count` clients are all, in the order of their names.
+            timeout: seconds for a node's answer, after which it is asked again; None asks once, and waits for all.
+
+        Raises:
+            ValueError: all have been asked once, and too few have joined.
         """
         there, said = self.attendance, -1
         there.names, there.settings = list(names), settings
         while len(there.node_of) < count:
-            there.greet(JOIN_TIMEOUT)
+            there.greet(timeout)
             if len(there.node_of) != said:
                 said = len(there.node_of)
                 logger.info(f"{said} of {count} clients have joined: {some_of(sorted(there.node_of))}.")
+            if said < count and timeout is None:
+                raise ValueError(f"{said} of {count} clients can join; of the others: {some_of(there.refusals, 1)}.")
             if said < count:
                 time.sleep(POLL)
         there.names = there.names or sorted(there.node_of)[:count]

@@ -55,7 +55,7 @@ def check_run(recipe: RecipeArguments, args: DevFTConfig) -> None:
     """
     check_compatibility(Setup(args, trainer=recipe.trainer, network=True))
     taken = why_taken(Path(args.output_dir), args.overwrite_output_dir)
-    if args.resume_from_checkpoint is None and taken is not None:
+    if taken is not None and not (args.resume_from_checkpoint or args.resume_from_hub):
         raise ValueError(taken)
 
 

@@ -23,6 +23,9 @@ _PLANNED = {
 }
 
 
+_WORTH_IT = 0.9  # part of a client's memory from which checkpointing is not spoken of (our choice)
+
+
 def _si(value: float) -> str:
     """Three digits and a prefix, such as "1.25G"."""
     power = min(int(math.log10(value)) // 3, 6) if value >= 1 else 0
@@ -47,6 +50,11 @@ def print_plan(plan: RunPlan) -> None:
         Console().print(
             f"none: as many rounds without stages: {plan.without_stages.bytes / plan.total.bytes:.2f}x the bytes, "
             f"{plan.without_stages.flops / plan.total.flops:.2f}x the FLOPs."
+        )
+    if plan.total.client_memory_checkpointed < _WORTH_IT * plan.total.client_memory:
+        Console().print(
+            f"With --activation_checkpointing true a client takes {_si(plan.total.client_memory_checkpointed)}B at "
+            "most, and about a quarter more time."
         )
     if plan.total.setup_flops:
         Console().print(

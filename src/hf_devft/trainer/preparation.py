@@ -65,11 +65,18 @@ def clients_and_evaluation(
         if eval_dataset is not None:
             raise ValueError("client_eval_size holds the clients' own rows out: leave `eval_dataset` out.")
         clients, eval_dataset = hold_out(clients, args.client_eval_size, args.seed)
-    if args.clients_per_round > len(clients.rows):
-        raise ValueError(
-            f"clients_per_round={args.clients_per_round}, but there are {len(clients.rows)} clients: lower it."
-        )
+    check_enough(args, len(clients.rows))
     return clients, first_rows(eval_dataset, args.max_eval_samples)
+
+
+def check_enough(args: DevFTConfig, clients: int) -> None:
+    """Refuse a run whose rounds ask more clients than there are.
+
+    Raises:
+        ValueError: says so.
+    """
+    if args.clients_per_round > clients:
+        raise ValueError(f"clients_per_round={args.clients_per_round}, but there are {clients} clients: lower it.")
 
 
 def prepare_peft_config(

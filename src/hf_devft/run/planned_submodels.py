@@ -1,0 +1,93 @@
+"""The submodels of a run's stages, without memory: what they are, weigh and keep."""
+
+import functools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_devft.configuration import DevFTConfig, StageConfig
+from hf_devft.models.activations import activations
+from hf_devft.models.adapter import new_adapter, remap_layers_to_transform, with_head
+from hf_devft.models.initialisation import without_weight_based_init
+from hf_devft.models.layer_stack import find_layer_stack, with_layers
+from hf_devft.stages.bridges import add_bridges
+from hf_devft.stages.grouping import GroupingTask, group_layers
+
+
+class Activations(NamedTuple):
+    """Bytes that are kept for the backward pass, without and with checkpointing, and each stack's length."""
+
+    everything: int
+    checkpointed: int
+    lengths: list[int]
+
+
+class PlannedSubmodels:
+    """The submodels of a run's stages by their number of layers, without memory; each is looked at once."""
+
+    def __init__(self, args: DevFTConfig, base: PreTrainedModel, peft_config: PeftConfig, trainer: str):
+        self._args, self._base, self._peft_config = args, base, peft_config
+        self._all_logits = trainer != "devft" or args.torch_compile  # TRL has losses of its own
+        self._stack = find_layer_stack(base, args.stack)
+        self._known = functools.cache(self._model), functools.cache(self._activations)
+
+    def model(self, stage: StageConfig) -> tuple[PeftModel, int]:
+        """(with its adapter, bytes of its base weights)."""
+        return self._known[0](stage.num_layers, tuple(stage.adapted or ()))
+
+    def whole(self, stage: StageConfig) -> tuple[PeftModel, int]:
+        """Likewise, of the whole model that a stage is a part of."""
+        return self.model(whole_stage(stage))
+
+    def activations(self, stage: StageConfig, rows: int, length: int) -> Activations:
+        """See `activations`."""
+        return self._known[1](stage.num_layers, tuple(stage.adapted or ()), rows, length)
+
+    def _model(self, layers: int, adapted: tuple[int, ...]) -> tuple[PeftModel, int]:
+        args, stack, config = self._args, self._stack, self._peft_config
+        groups = group_layers(GroupingTask(stack.kinds, layers), "even")  # of any grouping's sizes
+        submodel = with_layers(self._base, stack, [group[0] for group in groups])
+        own = stack.names.keeping([group[0] for group in groups]).layers(submodel)
+        if args.fusion == "bridge":
+            add_bridges(submodel, own, groups)
+        stored = _base_bytes(submodel, own, (args.model_init_kwargs or {}).get("quantization_config"))
+        if args.temporary_head and layers < len(stack):
+            config, _ = with_head(config, submodel)
+        config = remap_layers_to_transform(config, [group[0] for group in groups], adapted or None)
+        config = without_weight_based_init(config)
+        with torch.device("meta"):  # no value is drawn for an adapter that is only looked at
+            return new_adapter(submodel, config), stored
+
+    def _activations(self, layers: int, adapted: tuple[int, ...], rows: int, length: int) -> Activations:
+        model, args = self._model(layers, adapted)[0], self._args
+        half = args.bf16 or args.fp16 or model.get_base_model().dtype != torch.float32
+        look = functools.partial(activations, rows=rows, length=length, all_logits=self._all_logits, half=half)
+        can_checkpoint = model.get_base_model().supports_gradient_checkpointing
+        everything, lengths = look(model)
+        if not (can_checkpoint or args.activation_checkpointing):
+            return Activations(everything, everything, lengths)
+        # Each layer's input, and what one layer at a time keeps when it is computed again.
+        inputs, _ = look(self._model(layers, adapted)[0], checkpointing=True)
+        return Activations(everything, min(everything, inputs + everything // (len(adapted) or layers)), lengths)
+
+
+def whole_stage(stage: StageConfig) -> StageConfig:
+    """Return the stage of the whole model that a stage is a part of."""
+    return replace(stage, num_layers=stage.full_layers, adapted=None)
+
+
+def _base_bytes(model: PreTrainedModel, layers: list[nn.Module], quantization: dict[str, Any] | None) -> int:
+    """Bytes of the weights; bitsandbytes packs the layers' matrices, with a scale for each block of 64 values."""
+    quantization = quantization or {}
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    packed = [m.weight for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    if quantization.get("load_in_4bit"):
+        scale = 1 / 64 + 4 / (64 * 256) if quantization.get("bnb_4bit_use_double_quant") else 4 / 64
+        return total - sum(round(weight.nbytes - weight.numel() * (0.5 + scale)) for weight in packed)
+    if quantization.get("load_in_8bit"):
+        return total - sum(weight.nbytes - weight.numel() for weight in packed)
+    return total

@@ -1,0 +1,40 @@
+"""What a federation's server refuses before it waits for a client."""
+
+import pytest
+
+from hf_devft.cli.arguments import parse_arguments
+from hf_devft.cli.recipe import load_server_data
+from hf_devft.network.attendance import some_of
+from hf_devft.network.server_app import check_before_waiting, check_run
+
+
+def run(folder, *flags):
+    return parse_arguments(["--config", "quickstart", "--output_dir", str(folder), *flags])
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    check_run(*run(tmp_path))
+    (tmp_path / "stage-1").mkdir()
+    with pytest.raises(ValueError, match="stage-1 of another run"):
+        check_run(*run(tmp_path))
+    for flags in (
+        ["--resume_from_checkpoint", "last"],
+        ["--resume_from_hub", "me/run"],
+        ["--overwrite_output_dir", "true"],
+    ):
+        check_run(*run(tmp_path, *flags))
+
+
+def test_clients_must_be_countable_and_have_their_rows_themselves(tmp_path):
+    with pytest.raises(ValueError, match="how many clients"):
+        check_before_waiting(*run(tmp_path), names=[], count=None)
+    with pytest.raises(ValueError, match="each name once"):
+        check_before_waiting(*run(tmp_path), names=["a", "a"], count=2)
+    with pytest.raises(ValueError, match="leave `train_file` and `dataset_name` out"):
+        load_server_data(*run(tmp_path, "--train_file", "rows.jsonl"))
+
+
+def test_many_names_are_cut_short():
+    assert some_of([]) == "none"
+    assert some_of(["a", "b"]) == "a, b"
+    assert some_of(["a", "b", "c", "d"], 2) == "a, b and 2 more"
