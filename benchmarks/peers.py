@@ -202,7 +202,7 @@ def run_peer(command: list[str], script: str = __file__) -> tuple[dict, int]:
             process = psutil.Popen([sys.executable, script, *command, "--out", str(out)], stdout=log, stderr=log)
             while process.poll() is None:
                 peak = max(peak, proportional_memory(process))
-                time.sleep(0.3)
+                time.sleep(1)  # a look takes a while, of a process of gigabytes
             if process.returncode:
                 log.seek(0)
                 raise RuntimeError(f"{' '.join(command)}:\n{log.read()[-4000:]}")

@@ -54,7 +54,8 @@ class PlannedSubmodels:
         own = stack.names.keeping([group[0] for group in groups]).layers(submodel)
         if args.fusion == "bridge":
             add_bridges(submodel, own, groups)
-        stored = _base_bytes(submodel, own, (args.model_init_kwargs or {}).get("quantization_config"))
+        model_options: Any = args.model_init_kwargs or {}
+        stored = _base_bytes(submodel, own, model_options.get("quantization_config"))
         if args.temporary_head and layers < len(stack):
             config, _ = with_head(config, submodel)
         config = remap_layers_to_transform(config, [group[0] for group in groups], adapted or None)
