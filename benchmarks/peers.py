@@ -6,8 +6,8 @@
         --rounds 3 --results benchmarks/results/peers_real.md      # how that base is made: client_step.py
 
 The same base, 20 clients, 2 a round, 10 steps of 16 examples, and LoRA adapter for all. Every peer runs in a process
-of its own, in turns with the others, `--repeats` times; writes `results/peers.md`. The peers are written from what
-is publicly known of how these tools work:
+of its own, in turns with the others, `--repeats` times; writes `results/peers.md`, and each run to `peers.jsonl`, from
+which a stopped benchmark goes on. The peers are written from what is publicly known of how these tools work:
 
 - new Trainer: a new `Trainer` for every client in every round, on one model (OpenFedLLM);
 - new model: the base is loaded anew for every client as well (FlowerTune's app);
@@ -31,7 +31,7 @@ import psutil
 import torch
 from bases import BASES, lora, make_base, rows, rows_of_file, size_of, tokenizer
 from datasets import Dataset
-from machine import mean_and_spread, parser, publish
+from machine import machine, mean_and_spread, parser, publish
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import (
     AutoConfig,
@@ -221,23 +221,42 @@ def proportional_memory(process: psutil.Process) -> int:
 
 def compare(about: str, stages: list[int], base: str, data: str, options: argparse.Namespace) -> list[str]:
     """A table's rows for the base and the rows of two folders."""
-    found: dict[str, list[tuple[dict, int]]] = {}
+    size = {flag: getattr(options, flag) for flag in ("rounds", "steps", "batch")}
     given = ["--base", base, "--rows", data, "--stages", *map(str, stages)]
-    given += [f"--{flag}={getattr(options, flag)}" for flag in ("rounds", "steps", "batch")]
+    given += [f"--{flag}={value}" for flag, value in size.items()]
+    file: Path = options.results.with_suffix(".jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for repeat in range(options.repeats):
         for index, (peer, run) in enumerate(peers(stages).items()):
+            key = {"base": about, "peer": peer, "repeat": repeat} | size
+            if any(key.items() <= each.items() for each in known):
+                continue
             if run is flower and find_spec("ray") is None:  # which its simulation needs
                 print("Flower is left out: pip install 'hf-devft[simulation]'")
                 continue
-            found.setdefault(peer, []).append(run_peer(["--peer", str(index), *given]))
-            print(f"{about}, repeat {repeat + 1}, {peer}: {sum(found[peer][-1][0]['seconds']):.1f} s", flush=True)
-    lines = []
-    for peer, runs in found.items():
-        speeds = [60 * len(run["seconds"]) / sum(run["seconds"]) for run, _ in runs]
-        speed = mean_and_spread(speeds, "{:.3g}")
-        memory = statistics.median(peak for _, peak in runs)
-        sent = runs[0][0]["bytes"] / options.rounds
-        lines.append(f"| {about} | {peer} | {speed} | {memory / 1e9:.2f} | {sent / 1e6:.2f} |")
+            result, peak = run_peer(["--peer", str(index), *given])
+            known.append(key | result | {"peak": peak, "machine": machine()})
+            with file.open("a") as lines:
+                lines.write(json.dumps(known[-1]) + "\n")
+            print(f"{about}, repeat {repeat + 1}, {peer}: {sum(result['seconds']):.1f} s", flush=True)
+    mine = {"base": about} | size
+    return table_rows([each for each in known if mine.items() <= each.items() and each["repeat"] < options.repeats])
+
+
+def table_rows(runs: list[dict]) -> list[str]:
+    """A row for each peer; its speed also against that of the first one in the same repeat."""
+    speeds: dict[str, dict[int, float]] = {}
+    for run in runs:
+        speeds.setdefault(run["peer"], {})[run["repeat"]] = 60 * len(run["seconds"]) / sum(run["seconds"])
+    first, lines = next(iter(speeds.values())), []
+    for peer, own in speeds.items():
+        times = mean_and_spread([speed / first[repeat] for repeat, speed in own.items() if repeat in first], "{:.2f}")
+        speed = mean_and_spread(list(own.values()), "{:.3g}")
+        mine = [run for run in runs if run["peer"] == peer]
+        memory = statistics.median(run["peak"] for run in mine)
+        sent = mine[0]["bytes"] / mine[0]["rounds"]
+        lines.append(f"| {mine[0]['base']} | {peer} | {speed} | {times} | {memory / 1e9:.2f} | {sent / 1e6:.2f} |")
     return lines
 
 
@@ -281,7 +300,8 @@ def main() -> None:
         work = Work(options.base, options.rows, options.rounds, options.steps, options.batch)
         Path(options.out).write_text(json.dumps(run(work)))
         return
-    lines = ["| base | | rounds a minute | peak memory, GB | MB sent a round |", "|---|---|---:|---:|---:|"]
+    titles = "| base | | rounds a minute | times as fast | peak memory, GB | MB sent a round |"
+    lines = [titles, "|---|---|---:|---:|---:|---:|"]
     for name in options.bases:
         lines += compare_made(name, options)
     if options.real_base:
