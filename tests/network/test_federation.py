@@ -141,7 +141,7 @@ def test_a_killed_server_goes_on_from_its_last_checkpoint(whole, place):
 def test_nodes_that_end_within_their_turn_are_left_out_and_may_come_back(place):
     """One is killed, one is told to end and started again; the run goes on for as long as that takes."""
     begun = [place.log(name).count("round 1: ") for name in NAMES]
-    run = start(place, "left", timeout=12.0, clients_per_round=3, local_steps=150, stage_layers=4, stage_rounds=50)
+    run = start(place, "left", timeout=20.0, clients_per_round=3, local_steps=100, stage_layers=4, stage_rounds=50)
     wait_for(lambda: all(place.log(n).count("round 1: ") > b for n, b in zip(NAMES, begun, strict=True)))
     place.stop("org-c", signal.SIGKILL)
     place.stop("org-b")

@@ -305,13 +305,13 @@ def test_a_name_that_is_not_signed_by_its_key_cannot_join(participants, caplog):
     assert "there is no key of 'stock'" in caplog.text
     there = clients.attendance
     there.names, participants[14].name = [], "org-a"
-    there._asked_again.clear()  # a minute later
+    there._refusals.clear()  # a minute later
     there.greet(1.0)
     assert "'org-a' has no key to sign with, as Flower's own SuperNodes and --insecure have none" in caplog.text
     participants[14].key = keys["org-a"]
     there.greet(1.0)
     assert "org-a" not in there.node_of, "it is not asked at once"
-    there._asked_again.clear()
+    there._refusals.clear()
     there.greet(1.0)
     assert there.node_of["org-a"] == 14
 
