@@ -526,6 +526,11 @@ FACTS: dict[str, Fact] = {
     "smaller batches": Fact(
         "`auto_find_batch_size`", lambda s: s.args.auto_find_batch_size, _given("auto_find_batch_size")
     ),
+    "automatic checkpointing": Fact(
+        "`auto_activation_checkpointing`",
+        lambda s: s.args.auto_activation_checkpointing,
+        _given("auto_activation_checkpointing"),
+    ),
     "mixed precision in fp16": Fact("mixed precision in fp16", lambda s: s.mixed_precision == "fp16"),
     "mean over rows": Fact("a loss that is no mean over all tokens of a batch", lambda s: s.mean_over_tokens is False),
     "own optimizer": Fact(
@@ -575,6 +580,7 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("DPO", "several processes", "a batch of pairs cannot be cut: use one process"),
     ("DPO", "data_parallel", "a batch of pairs cannot be cut: use one process"),
     ("DPO", "smaller batches", "a batch of pairs cannot be cut: leave it out"),
+    ("DPO", "automatic checkpointing", "what pairs take is not planned: set activation_checkpointing"),
     ("DPO", "moved weights", "no reference is left where the adapter is taken off: use another initialisation"),
     ("DPO", "generated answers", "it compares with one answer, and pairs have two: turn it off"),
     ("TRL", "temporary head", "its losses read the weights of the head, not its adapter: leave it out"),

@@ -4,6 +4,7 @@ The full model is never held for a stage that trains four of its layers: similar
 at a time (see `weights.dense`), and only a stage's representative layers are kept.
 """
 
+import copy
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -88,6 +89,14 @@ def empty_base(name_or_path: str, auto_class: type = AutoModelForCausalLM, **opt
             dtype=config.dtype if dtype == "auto" else dtype,
             trust_remote_code=options.get("trust_remote_code", False),
         )
+    model.tie_weights()
+    return model
+
+
+def empty_copy(base: PreTrainedModel) -> PreTrainedModel:
+    """The same model without its weights, on the meta device, as `empty_base` makes it."""
+    with init_empty_weights():
+        model = type(base)(copy.deepcopy(base.config)).to(base.dtype)
     model.tie_weights()
     return model
 

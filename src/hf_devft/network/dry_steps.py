@@ -3,17 +3,12 @@
 import tempfile
 from typing import Any
 
-import psutil
-import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
 from hf_devft.network.settings import OWN_OPTIONS, read_settings
+from hf_devft.run.peak_memory import SHARE, free_memory
 from hf_devft.trainer.devft_trainer import DevFTTrainer
-
-
-# Of the memory that is free, what training may take (our choice: rows may be longer still, and others live here, too).
-SHARE = 0.9
 
 
 def measure_layers(model: str, settings: str, rows: Dataset, options: dict[str, Any]) -> int:
@@ -32,6 +27,7 @@ def measure_layers(model: str, settings: str, rows: Dataset, options: dict[str, 
             "grouping": "even", "federated_method": "fedit", "federated_method_kwargs": None,
         }  # fmt: skip
         args, adapter = read_settings(settings, OWN_OPTIONS | dry | options)
+        args.activation_checkpointing |= args.auto_activation_checkpointing  # as where memory is short
         room = free_memory(args.device)
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
         longest = rows.select(sorted(range(len(rows)), key=lambda index: -len(str(rows[index])))[:batch])
@@ -54,13 +50,6 @@ def layers_that_fit(peaks: list[int], room: float, depth: int) -> int:
     one_more = peaks[1] - peaks[0]
     fit = int((room - peaks[0]) // one_more) + 1
     return 0 if fit >= depth else max(fit, 1)
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that a process could have in all: what it has, and what is free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
 
 class StopAfterTwoRounds(TrainerCallback):

@@ -1,12 +1,26 @@
-"""The highest memory that a piece of work has taken."""
+"""The highest memory that a piece of work has taken, and what is free for one."""
 
 import ctypes
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import torch
+
+
+# Of the memory that is free, what training may take (our choice: rows may be longer still, and others live here, too).
+SHARE = 0.9
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that a process could have in all: what it has, and what is free, of which processes of one
+    launch on a CPU take a part each."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return psutil.virtual_memory().available // sharing + psutil.Process().memory_info().rss
 
 
 class PeakMemory:

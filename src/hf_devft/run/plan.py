@@ -26,13 +26,11 @@ from hf_devft.models.layout import AdapterLayout
 from hf_devft.models.supported import check_adapter
 from hf_devft.run.accounts import draws_of, make_accountant
 from hf_devft.run.client_batches import lengths_of, make_sampler
-from hf_devft.run.planned_submodels import PlannedSubmodels, whole_stage
+from hf_devft.run.planned_submodels import TRAINED_BYTES, PlannedSubmodels, training_memory, whole_stage
 from hf_devft.stages.teaching.bridging import bridge_errors_flops, fit_flops
 from hf_devft.tasks import answers_prompts
 
 
-# Of a client's trained values in float32: themselves, their gradient, AdamW's two moments.
-_TRAINED_BYTES = 16
 # Of the server's: the global adapter, the update that has just come, and the float64 sum of those before.
 _SERVER_BYTES = 16
 
@@ -186,7 +184,7 @@ def _plan_stage(
         for longest in found.lengths
     ]
     sum_of_rows = 4 * trained if args.protects_records else 0
-    client_memory = base_bytes + _TRAINED_BYTES * trained + sum_of_rows + kept
+    client_memory = training_memory(base_bytes, trained, kept) + sum_of_rows
     row = sum(positions) / (returning * sum(rows for rows, _ in batches))  # padding included
     return StagePlan(
         stage=str(stage.stage),
@@ -227,7 +225,7 @@ def _healing_memory(args: DevFTConfig, submodels: PlannedSubmodels, stage: Stage
     model, (_, whole_bytes) = submodels.model(stage)[0], submodels.whole(stage)
     layers = find_layer_stack(model.get_base_model(), args.stack).layers
     values = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if "lora_" not in name)
-    return whole_bytes + _TRAINED_BYTES * values + kept
+    return whole_bytes + TRAINED_BYTES * values + kept
 
 
 def _teaching_flops(

@@ -18,6 +18,10 @@ from hf_devft.stages.bridges import add_bridges
 from hf_devft.stages.grouping import GroupingTask, group_layers
 
 
+# Of a client's trained values in float32: themselves, their gradient, AdamW's two moments.
+TRAINED_BYTES = 16
+
+
 class Activations(NamedTuple):
     """Bytes that are kept for the backward pass, without and with checkpointing, and each stack's length."""
 
@@ -74,6 +78,12 @@ class PlannedSubmodels:
         # Each layer's input, and what one layer at a time keeps when it is computed again.
         inputs, _ = look(self._model(layers, adapted)[0], checkpointing=True)
         return Activations(everything, min(everything, inputs + everything // (len(adapted) or layers)), lengths)
+
+
+def training_memory(base_bytes: int, trained: int, kept: int) -> int:
+    """Return the bytes that a client's training takes: base, trained values, and what is kept for the backward
+    pass."""
+    return base_bytes + TRAINED_BYTES * trained + kept
 
 
 def whole_stage(stage: StageConfig) -> StageConfig:

@@ -44,6 +44,7 @@ from hf_devft.trainer.federation_builder import federation_of, gradient_obstacle
 from hf_devft.trainer.interface import ClientLink, FederatedTrainer
 from hf_devft.trainer.local_clients import LocalClients
 from hf_devft.trainer.model_in_use import ModelInUse
+from hf_devft.trainer.recomputation import Recomputation
 from hf_devft.trainer.schedule import RoundSchedule
 from hf_devft.trainer.server_teacher import ServerTeacher
 from hf_devft.trainer.stage_factory import StageFactory
@@ -203,6 +204,7 @@ class TrainingSession:
                 ),
                 capacities=run.capacities,
                 batching=self._batching,
+                recomputation=Recomputation(trainer, self._batching, base, run.adapter.config),
                 build_engine=self.models.build_engine,
                 reseed=self.seed_round,
             )

@@ -22,6 +22,7 @@ from hf_devft.stages.grouping import Groups
 from hf_devft.trainer.active_stage import ActiveStage, BatchedClients, EarlierSubmodel
 from hf_devft.trainer.calibration import CalibrationLoss
 from hf_devft.trainer.client_batching import ClientBatching
+from hf_devft.trainer.recomputation import Recomputation
 from hf_devft.trainer.server_teacher import ServerTeacher
 
 
@@ -36,6 +37,7 @@ class StageFactory:
         calibration: measures losses for `grouping="calibrated"`.
         capacities: which stage's submodel each client trains.
         batching: how many clients share a batch.
+        recomputation: has layers computed again in the backward pass, where memory is short.
         build_engine: (model) -> the engine that trains it; which model the trainer uses stays as it is.
         reseed: makes whatever is drawn next the same on all processes, and in a resumed run.
     """
@@ -47,6 +49,7 @@ class StageFactory:
     calibration: CalibrationLoss
     capacities: Capacities
     batching: ClientBatching
+    recomputation: Recomputation
     build_engine: Callable[[PeftModel], Engine]
     reseed: Callable[[], None]
 
@@ -87,6 +90,7 @@ class StageFactory:
             config, head = with_head(config, submodel)
         model = attach_adapter(submodel, config, sub, grows=head is not None)
         adapter.move_weights(model, record.groups)
+        self.recomputation.settle(record, model)
         if distil:
             self._distil(record, adapter, model)
         weights = PatchedBaseWeights(model) if patched else None
