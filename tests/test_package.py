@@ -11,7 +11,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-LISTS = "import hf_devft, hf_devft.cli.arguments as a; print(hf_devft.__file__, *a.packaged_configs(), sep='\\n')"
+LISTS = "import hf_devft, hf_devft.cli.configs as a; print(hf_devft.__file__, *a.packaged_configs(), sep='\\n')"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_devft.__main__ import app
-from hf_devft.cli.arguments import find_config, packaged_configs, parse_arguments
+from hf_devft.cli.arguments import parse_arguments
+from hf_devft.cli.configs import find_config, packaged_configs
 
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -24,8 +25,12 @@ def run(*command, code: int = 0) -> str:
 
 
 def test_the_help_is_one_screen_and_does_not_wait_for_torch():
-    code = "import sys; from hf_devft.__main__ import app; assert not {'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = (
+        "import sys; from hf_devft.__main__ import app; app(sys.argv[1:], standalone_mode=False); "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    for command in (["--help"], ["train", "--help"], ["plan", "--help"]):
+        subprocess.run([sys.executable, "-c", code, *command], check=True)
     for command in ([], ["train"], ["plan"], ["federation"]):
         lines = run(*command, "--help").splitlines()
         assert len(lines) < 50

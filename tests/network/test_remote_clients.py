@@ -325,6 +325,27 @@ def test_without_any_client_the_first_reason_is_the_cause(remote_run, participan
     assert "the stage has 2 layers, this participant can hold 1" in str(error.value.__cause__)
 
 
+def test_a_late_clients_limit_is_planned_with_from_the_next_stage_on(make_trainer, participants, base):
+    participants[11].max_layers = 2
+    grid = Loopback({node: participants[node] for node in (12, 13)})
+    clients = RemoteClients(grid, timeout=60)
+    who = clients.wait_for(2, names=["org-a", "org-b", "org-c"])
+    assert clients.max_layers is None
+
+    class Joins(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            grid.participants[11] = participants[11]
+
+    trainer = make_trainer(
+        model=base, train_dataset=who, remote_clients=clients, peft_config=lora(r=4), num_clients=3,
+        clients_per_round=2, stage_layers=[1, 3, 4], stage_rounds=[2], callbacks=[Joins()],
+    )  # fmt: skip
+    trainer.train()
+    late = participants[11].name
+    asked = [late in (*record.clients, *record.dropped) for record in trainer.ledger.rounds]
+    assert not any(asked[2:]), "it is known to be too small for stages 2 and 3"
+
+
 def test_stages_go_to_clients_that_can_hold_them(make_trainer, participants, base):
     participants[12].max_layers = 2
     clients = RemoteClients(Loopback(participants), timeout=60)

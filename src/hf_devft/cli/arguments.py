@@ -1,7 +1,6 @@
 """A run from a YAML file and `--flag value` overrides: one dataclass for the data and the adapter, one for the run."""
 
 import difflib
-import importlib.resources
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,12 +14,12 @@ from peft import LoraConfig
 from transformers import HfArgumentParser
 
 import hf_devft
+from hf_devft.cli.configs import find_config, packaged_config, packaged_configs
 from hf_devft.configuration import DevFTConfig
 from hf_devft.configuration.devft_config import RENAMED
 from hf_devft.tasks import TASKS
 
 
-_CONFIGS = importlib.resources.files("hf_devft.configs")
 # Trainer -> what the names of its class and its config begin with.
 TRAINERS = {"devft": "DevFT", "sft": "DevFTSFT", "dpo": "DevFTDPO"}
 
@@ -166,7 +165,7 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
     """
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     has_data = _value_of("train_file", argv) or _value_of("dataset_name", argv)
-    config = default_config or _packaged("own_data" if has_data else "quickstart")
+    config = default_config or packaged_config("own_data" if has_data else "quickstart")
     if "--config" in argv:
         position = argv.index("--config")
         if position + 1 == len(argv):
@@ -204,21 +203,6 @@ def _value_of(key: str, argv: Sequence[str]) -> str | None:
     """The value that the command line gives a key."""
     words = [part for word in argv for part in word.split("=", 1)]
     return next((after for word, after in pairwise(words) if word == f"--{key}"), None)
-
-
-def packaged_configs() -> list[str]:
-    """Names of the configs that come with the package, which are those of recipes/configs."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _CONFIGS.iterdir() if entry.name.endswith(".yaml"))
-
-
-def find_config(name: str) -> Path:
-    """Find a config by its path, or its name among the packaged ones."""
-    packaged = _packaged(name)
-    return packaged if not Path(name).exists() and packaged.is_file() else Path(name)
-
-
-def _packaged(name: str) -> Path:
-    return Path(str(_CONFIGS / f"{name}.yaml"))
 
 
 def _read_yaml(path: Path) -> dict:

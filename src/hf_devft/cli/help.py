@@ -2,7 +2,7 @@
 
 import textwrap
 
-from hf_devft.cli.arguments import packaged_configs
+from hf_devft.cli.configs import packaged_configs
 
 
 _GROUPS = {

@@ -131,6 +131,14 @@ class RemoteClients:
             if name in self.names:
                 self.clients.elsewhere[self.names.index(name)] = joining.examples
 
+    def _note_limits(self) -> None:
+        """Plan the stages to come with what those who have joined late can train; a private run's are accounted for
+        as they were planned."""
+        run, joined = self._run, self.attendance.joined
+        for client, name in enumerate(self.names):
+            if name in joined and joined[name].max_layers and not run.args.is_private:
+                run.capacities.lower(client, joined[name].max_layers, run.args.clients_per_round)
+
     # --- a run, its stages ----------------------------------------------------------------------------------
 
     def begin_run(self, run: FederatedRun, federation: Federation) -> None:
@@ -181,6 +189,7 @@ class RemoteClients:
     ) -> Iterator[tuple[ToClient, Answer]]:
         self.attendance.greet(LATE_JOIN_TIMEOUT)
         self._note_examples()
+        self._note_limits()
         asked: dict[int, ToClient] = {}
         for message in messages:
             name = self.names[message.client]

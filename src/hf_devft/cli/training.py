@@ -1,0 +1,39 @@
+"""Trains, or plans, what a config and flags say."""
+
+import json
+import sys
+from collections.abc import Sequence
+
+import datasets
+from transformers.utils import logging
+
+from hf_devft.cli.arguments import parse_arguments
+from hf_devft.cli.recipe import make_plan, make_trainer
+from hf_devft.cli.running import one_line_errors, stopping_between_rounds
+from hf_devft.cli.summary import closing, opening
+from hf_devft.run.plan_table import print_plan
+
+
+def train_or_plan(argv: Sequence[str]) -> None:
+    """Train, or with `--plan` say what it would cost.
+
+    Args:
+        argv: see `parse_arguments`.
+    """
+    logging.disable_progress_bar()  # the run has one bar and one table of its own
+    with one_line_errors("--traceback" in argv):
+        recipe, args = parse_arguments(argv)
+        if not (recipe.train_file or recipe.dataset_name):
+            datasets.disable_progress_bars()  # made-up tasks are encoded at once
+        if recipe.plan or recipe.plan_json:
+            plan = make_plan(recipe, args)
+            print(json.dumps(plan.to_dict(), indent=2)) if recipe.plan_json else print_plan(plan)
+            sys.exit()
+        trainer = make_trainer(recipe, args)
+        shows = trainer.is_world_process_zero()
+        if shows:
+            print(opening(trainer))
+        with stopping_between_rounds(trainer):
+            trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        if shows:
+            print(closing(trainer))
