@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from real_base import COLUMNS, data_flag, runs_on
+from real_base import COLUMNS, own_flags, runs_on
 from recipe_runs import arguments, publish_runs, run_all, table
 from transformers import (
     AutoModelForCausalLM,
@@ -83,10 +83,10 @@ def columns() -> dict:
 
 
 def main() -> None:
-    options = arguments("domains", __doc__, data_flag)
+    options = arguments("domains", __doc__, own_flags)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     test = tokenize(load_files([f"{options.data}/test.jsonl"]), tokenizer, MAX_LENGTH)
-    variants = runs_on(options.data, RUNS, CLIENTS)
+    variants = runs_on(options, RUNS, CLIENTS)
     results = run_all(variants, options, curve=True, measure=partial(measure, test, tokenizer))
     base = measured(AutoModelForCausalLM.from_pretrained(options.base), tokenizer, test)
     before = ", ".join(f"{name} {base[name]:.3f}" for name in DOMAINS)

@@ -216,7 +216,8 @@ def note(options: argparse.Namespace) -> str:
     seeds = f"{min(counts)} to {max(counts)} seeds" if min(counts) < max(counts) else f"{max(counts)} seeds"
     measured = "one seed" if max(counts) == 1 else f"mean ± s.d. of {seeds}"
     base = f" --base {os.path.relpath(options.base, HERE.parent)}" if options.base else ""
-    return f"`python benchmarks/{options.name}.py{base}`, {newest}; {measured}.\n"
+    precision = " --float32" if vars(options).get("float32") else ""
+    return f"`python benchmarks/{options.name}.py{base}{precision}`, {newest}; {measured}.\n"
 
 
 def publish_runs(options: argparse.Namespace, text: str, figure: Figure | None = None) -> None:
@@ -234,14 +235,17 @@ def arguments(
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.jsonl")
+    parser.add_argument("--results", type=Path, help="default: a file of the benchmark's name")
     parser.add_argument("--base", help="that all runs train; default: the embedded one")
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose name has one of these in it")
     add(parser)
     options = parser.parse_args()
     options.name = name
+    published = options.results is None
+    if published:
+        precision = "_float32" if vars(options).get("float32") else ""
+        options.results = RESULTS / f"{name}{precision}.jsonl"
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    published = options.results == RESULTS / f"{name}.jsonl"
     options.image = (
         HERE.parent / "docs" / "images" / f"{name}.png" if published else options.results.with_suffix(".png")
     )

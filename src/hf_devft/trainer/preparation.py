@@ -2,7 +2,8 @@
 is spent."""
 
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from hf_devft.tasks.data import first_rows
 from hf_devft.trainer.federated_run import FederatedRun, planned_draws
 from hf_devft.trainer.federation_builder import federation_of
 from hf_devft.trainer.interface import FederatedTrainer
+
+
+logger = logging.getLogger(__name__)
 
 
 def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -> ClientData:
@@ -233,7 +237,23 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
         network=trainer.remote_clients is not None,
     )
     check_compatibility(setup)
+    is_half = accelerator.mixed_precision == "bf16" or setup.base.dtype == torch.bfloat16
+    if args.device.type == "cpu" and is_half and args.process_index == 0 and emulates_bfloat16(_cpu()):
+        logger.warning(
+            "this CPU has no instructions for bfloat16 and computes in it several times more slowly than in float32: "
+            "set bf16=False, and dtype float32 in model_init_kwargs."
+        )
     return setup
+
+
+def _cpu() -> Mapping[str, Any]:
+    """What the CPU has; nothing where torch is too old to know."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def emulates_bfloat16(cpu: Mapping[str, Any]) -> bool:
+    """Whether an x86 CPU of these `torch.cpu.get_capabilities()` multiplies no matrices in bfloat16 itself."""
+    return cpu.get("architecture") == "x86_64" and not (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 
 def check_run(trainer: FederatedTrainer, run: FederatedRun, setup: Setup) -> None:

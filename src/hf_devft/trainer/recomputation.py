@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from hf_devft.configuration import StageConfig
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.models.streaming import empty_copy
+from hf_devft.models.weights import is_stored
 from hf_devft.run.client_batches import lengths_of
 from hf_devft.run.peak_memory import SHARE, free_memory
 from hf_devft.run.planned_submodels import PlannedSubmodels, training_memory
@@ -60,7 +61,8 @@ class Recomputation:
         base.activation_checkpointing_enable(options or None, **own)
 
     def planned_memory(self, record: StageConfig, model: PeftModel) -> int:
-        """Return the bytes that training on a batch of the longest rows takes without checkpointing."""
+        """Return the bytes that training on a batch of the longest rows takes without checkpointing, beside what the
+        device holds of the base's other layers."""
         args, (rows, _) = self._trainer.args, self._trainer.client_rows()
         length = args.max_length
         if "input_ids" in (getattr(rows, "column_names", None) or []):
@@ -68,4 +70,10 @@ class Recomputation:
         count = args.train_batch_size * self._batching.count(model)
         kept = self._submodels.activations(record, count, length).everything
         planned, base_bytes = self._submodels.model(record)
-        return training_memory(base_bytes, sum(AdapterLayout.of(planned).sizes), kept)
+        own, device = {id(parameter) for parameter in model.parameters()}, args.device.type
+        others = sum(
+            each.nbytes
+            for each in self._base.parameters()
+            if id(each) not in own and each.device.type == device and not is_stored(each)
+        )
+        return training_memory(base_bytes + others, sum(AdapterLayout.of(planned).sizes), kept)

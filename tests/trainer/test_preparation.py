@@ -1,0 +1,29 @@
+"""What is said before a run of options that are likely a mistake."""
+
+import pytest
+
+from hf_devft.trainer import preparation
+from hf_devft.trainer.preparation import emulates_bfloat16
+
+
+@pytest.mark.parametrize(("cpu", "emulates"), [
+    ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
+    ({"architecture": "x86_64", "avx2": True, "avx512_bf16": True}, False),
+    ({"architecture": "x86_64", "amx_bf16": True}, False),
+    ({"architecture": "aarch64"}, False),
+    ({}, False),
+])  # fmt: skip
+def test_which_cpus_have_bfloat16(cpu, emulates):
+    assert emulates_bfloat16(cpu) == emulates
+
+
+def test_bfloat16_on_a_cpu_without_it_is_said_once(make_trainer, monkeypatch, caplog):
+    monkeypatch.setattr(preparation, "_cpu", lambda: {"architecture": "x86_64"})
+    make_trainer()
+    assert "bfloat16" not in caplog.text
+    make_trainer(bf16=True, use_cpu=True)
+    assert caplog.text.count("set bf16=False") == 1
+    monkeypatch.setattr(preparation, "_cpu", lambda: {"architecture": "x86_64", "avx512_bf16": True})
+    caplog.clear()
+    make_trainer(bf16=True, use_cpu=True)
+    assert not caplog.text
