@@ -252,7 +252,7 @@ def table_rows(runs: list[dict]) -> list[str]:
     first, lines = next(iter(speeds.values())), []
     for peer, own in speeds.items():
         times = mean_and_spread([speed / first[repeat] for repeat, speed in own.items() if repeat in first], "{:.2f}")
-        speed = mean_and_spread(list(own.values()), "{:.3g}")
+        speed = mean_and_spread(list(own.values()), "{:.2f}" if max(own.values()) < 10 else "{:.1f}")
         mine = [run for run in runs if run["peer"] == peer]
         memory = statistics.median(run["peak"] for run in mine)
         sent = mine[0]["bytes"] / mine[0]["rounds"]
