@@ -18,13 +18,14 @@ class Capacities:
     """
 
     def __init__(self, num_clients: int, max_layers: Sequence[int] | None, stage_layers: Sequence[int], beyond: str):
-        limits = max_layers or stage_layers[-1:]
-        self._limits = [limits[client % len(limits)] for client in range(num_clients)]
+        self._num_clients, self._max_layers = num_clients, max_layers
         self._stage_layers, self._keeps_last = stage_layers, beyond == "keep_last"
 
     def trains(self, client: int, stage: int) -> int | None:
         """The stage, from 1, whose submodel a client trains in `stage`: this, an earlier one, or none."""
-        most = self._limits[client]
+        if self._max_layers is None:
+            return stage
+        most = self._max_layers[client % len(self._max_layers)]
         if most >= self._stage_layers[stage - 1]:
             return stage
         earlier = range(stage - 1, 0, -1) if self._keeps_last else ()
@@ -32,12 +33,15 @@ class Capacities:
 
     def taking_part(self, stage: int) -> dict[int, int]:
         """{client that can take part in a stage: the stage whose submodel it trains}."""
-        found = ((client, self.trains(client, stage)) for client in range(len(self._limits)))
+        found = ((client, self.trains(client, stage)) for client in range(self._num_clients))
         return {client: one for client, one in found if one is not None}
 
     def lower(self, client: int, most: int, needed: int) -> None:
         """Count on a client for no more than `most` layers from here on, unless a stage would then have fewer than
         `needed` clients."""
-        before, self._limits[client] = self._limits[client], min(self._limits[client], most)
+        before, known = self._max_layers, self._max_layers or self._stage_layers[-1:]
+        limits = [known[each % len(known)] for each in range(self._num_clients)]
+        limits[client] = min(limits[client], most)
+        self._max_layers = limits
         if any(len(self.taking_part(stage + 1)) < needed for stage in range(len(self._stage_layers))):
-            self._limits[client] = before
+            self._max_layers = before
