@@ -35,6 +35,7 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from transformers import HfArgumentParser
 
 from hf_devft.network.participant import Participant
+from hf_devft.network.polling import pause
 from hf_devft.network.replies import reply_to
 from hf_devft.tasks import TASKS
 from hf_devft.tasks.data import load_datasets, load_files
@@ -42,9 +43,6 @@ from hf_devft.tasks.data import load_datasets, load_files
 
 logger = logging.getLogger(__name__)
 
-# A node asks for messages again after a twentieth of the time that it has waited, within these seconds: short rounds
-# lose little, and nodes that wait for long are no load (our choice).
-PATIENCE, SHORTEST, LONGEST = 0.05, 0.02, 3.0
 OBJECT_POLL = 0.05  # seconds before an object that is still on its way is asked for again
 
 
@@ -213,8 +211,7 @@ def serve(connection: Connection, participant: Participant, goes_on: Callable[[]
             logger.warning(f"a message could not be read: {type(error).__name__}: {error}")
             message = None
         if message is None or not message.has_content():
-            waited = time.perf_counter() - idle_since
-            time.sleep(min(max(PATIENCE * waited, SHORTEST), LONGEST))
+            time.sleep(pause(time.perf_counter() - idle_since))
             continue
         started = time.perf_counter()
         content = reply_to(participant, message.content)

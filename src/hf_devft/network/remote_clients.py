@@ -32,6 +32,7 @@ from hf_devft.network.messages import (
     record_of,
     why_refused,
 )
+from hf_devft.network.polling import pause
 from hf_devft.network.secure_exchange import sum_securely
 from hf_devft.network.settings import shared_settings
 from hf_devft.trainer.active_stage import ActiveStage
@@ -40,9 +41,6 @@ from hf_devft.trainer.federated_run import FederatedRun
 
 logger = logging.getLogger(__name__)
 
-# How often the server asks Flower for replies, in seconds. A reply whose parts are still on their way costs a second
-# (Flower's first wait), so that asking more often is no faster.
-POLL = 0.1
 # Seconds for an answer to who a node is, before a run (Flower's own SuperNode starts a process for it) and between two
 # rounds, which wait for it; a node that is busy is asked again.
 JOIN_TIMEOUT, LATE_JOIN_TIMEOUT = 60.0, 5.0
@@ -98,7 +96,7 @@ class RemoteClients:
         Raises:
             ValueError: all have been asked once, and too few have joined.
         """
-        there, said = self.attendance, -1
+        there, said, started = self.attendance, -1, time.monotonic()
         there.names, there.settings = list(names), settings
         while len(there.node_of) < count:
             there.greet(timeout)
@@ -108,7 +106,7 @@ class RemoteClients:
             if said < count and timeout is None:
                 raise ValueError(f"{said} of {count} clients can join; of the others: {some_of(there.refusals, 1)}.")
             if said < count:
-                time.sleep(POLL)
+                time.sleep(pause(time.monotonic() - started))
         there.names = there.names or sorted(there.node_of)[:count]
         self.clients = clients_elsewhere(self.names)
         self._note_examples()
@@ -277,18 +275,19 @@ class RemoteClients:
                 continue
             nodes[number] = node
             self.traffic.down += _size(content)
-        ends = None if timeout is None else time.monotonic() + timeout
+        started = time.monotonic()
         while nodes:
             for number, reply in self._pull(list(nodes)):
                 if not isinstance(reply, ClientError):
                     self.traffic.up += _size(reply)
                 yield nodes.pop(number), reply
-            if nodes and ends is not None and time.monotonic() > ends:
+            waited = time.monotonic() - started
+            if nodes and timeout is not None and waited > timeout:
                 late = ClientError(f"it has not answered in {timeout:.0f} seconds")
                 yield from ((node, late) for node in nodes.values())
                 return
             if nodes:
-                time.sleep(POLL)
+                time.sleep(pause(waited))
 
     def _push(self, message: Message) -> str | None:
         """Send a message; returns its number, None where Flower does not take it."""
