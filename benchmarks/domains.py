@@ -88,7 +88,8 @@ def main() -> None:
     test = tokenize(load_files([f"{options.data}/test.jsonl"]), tokenizer, MAX_LENGTH)
     variants = runs_on(options, RUNS, CLIENTS)
     results = run_all(variants, options, curve=True, measure=partial(measure, test, tokenizer))
-    base = measured(AutoModelForCausalLM.from_pretrained(options.base), tokenizer, test)
+    dtype = torch.float32 if options.float32 else "auto"
+    base = measured(AutoModelForCausalLM.from_pretrained(options.base, dtype=dtype), tokenizer, test)
     before = ", ".join(f"{name} {base[name]:.3f}" for name in DOMAINS)
     publish_runs(options, f"{table(results, columns())}\nBefore: {before}; {base['right']:.1%} right.\n")
 

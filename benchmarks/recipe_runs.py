@@ -243,12 +243,11 @@ def arguments(
     options.name = name
     published = options.results is None
     if published:
-        precision = "_float32" if vars(options).get("float32") else ""
-        options.results = RESULTS / f"{name}{precision}.jsonl"
+        options.results = RESULTS / f"{name}{'_float32' if vars(options).get('float32') else ''}.jsonl"
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.image = (
-        HERE.parent / "docs" / "images" / f"{name}.png" if published else options.results.with_suffix(".png")
-    )
+    options.image = options.results.with_suffix(".png")
+    if published:
+        options.image = HERE.parent / "docs" / "images" / options.image.name
     return options
 
 

@@ -46,7 +46,7 @@ def test_a_machine_with_little_memory_says_so(wide, tasks, tmp_path, monkeypatch
     assert depth == 6
     assert 2e6 < peaks[1] - peaks[0] < 2e8, "a layer was seen"
     monkeypatch.setattr(
-        dry_steps, "free_memory", lambda device: (peaks[0] + 2.5 * (peaks[1] - peaks[0])) / dry_steps.SHARE
+        dry_steps, "free_memory", lambda device: (peaks[0] + 2.5 * (peaks[1] - peaks[0])) / dry_steps.USABLE
     )
     assert 1 <= measure_layers(wide, settings, tasks, {"use_cpu": True}) < 6
 

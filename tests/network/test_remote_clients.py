@@ -21,6 +21,7 @@ from hf_devft.federation.rounds import QuorumError
 from hf_devft.network.messages import TRAINED, refusal
 from hf_devft.network.participant import Participant
 from hf_devft.network.remote_clients import RemoteClients, in_order
+from hf_devft.trainer import recomputation
 
 
 METHODS = {
@@ -323,6 +324,17 @@ def test_without_any_client_the_first_reason_is_the_cause(remote_run, participan
     with pytest.raises(QuorumError) as error:
         trainer.train()
     assert "the stage has 2 layers, this participant can hold 1" in str(error.value.__cause__)
+
+
+@pytest.mark.parametrize("option", ["activation_checkpointing", "auto_activation_checkpointing"])
+def test_participants_compute_layers_again_where_they_are_asked_or_must(
+    remote_run, participants, simulated, monkeypatch, tmp_path, option
+):
+    monkeypatch.setattr(recomputation, "free_memory", lambda device: 0)
+    remote_run(Loopback(participants), **{option: True}).train()
+    for participant in participants.values():
+        assert participant._stage.active.model.get_base_model().is_activation_checkpointing
+    assert_same(adapters(tmp_path / "run"), simulated())
 
 
 def test_a_late_clients_limit_is_planned_with_from_the_next_stage_on(make_trainer, participants, base):

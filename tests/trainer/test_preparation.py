@@ -1,6 +1,8 @@
 """What is said before a run of options that are likely a mistake."""
 
 import pytest
+import torch
+from conftest import tiny_llama
 
 from hf_devft.trainer import preparation
 from hf_devft.trainer.preparation import emulates_bfloat16
@@ -22,6 +24,9 @@ def test_bfloat16_on_a_cpu_without_it_is_said_once(make_trainer, monkeypatch, ca
     make_trainer()
     assert "bfloat16" not in caplog.text
     make_trainer(bf16=True, use_cpu=True)
+    assert caplog.text.count("set bf16=False") == 1
+    caplog.clear()
+    make_trainer(model=tiny_llama().to(torch.bfloat16), use_cpu=True)
     assert caplog.text.count("set bf16=False") == 1
     monkeypatch.setattr(preparation, "_cpu", lambda: {"architecture": "x86_64", "avx512_bf16": True})
     caplog.clear()

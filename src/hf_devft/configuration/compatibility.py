@@ -316,6 +316,9 @@ FACTS: dict[str, Fact] = {
     "not one stack of tokens": Fact(
         "a model that reads no tokens, or has two stacks of layers", _reads_no_tokens_in_one_stack
     ),
+    "no tokens": Fact(
+        "a model that reads no tokens", lambda s: s.base is not None and s.base.main_input_name != "input_ids"
+    ),
     # the adapter
     "DoRA": Fact("`LoraConfig(use_dora=True)`", lambda s: getattr(s.adapter, "use_dora", False)),
     "moved weights": Fact(
@@ -580,7 +583,9 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("DPO", "several processes", "a batch of pairs cannot be cut: use one process"),
     ("DPO", "data_parallel", "a batch of pairs cannot be cut: use one process"),
     ("DPO", "smaller batches", "a batch of pairs cannot be cut: leave it out"),
-    ("DPO", "automatic checkpointing", "what pairs take is not planned: set activation_checkpointing"),
+    ("automatic checkpointing", "DPO", "what pairs take is not planned: set activation_checkpointing"),
+    ("automatic checkpointing", "no tokens", "what its inputs take is not planned: set activation_checkpointing"),
+    ("automatic checkpointing", "ZeRO-3", "what a process holds is not planned: set activation_checkpointing"),
     ("DPO", "moved weights", "no reference is left where the adapter is taken off: use another initialisation"),
     ("DPO", "generated answers", "it compares with one answer, and pairs have two: turn it off"),
     ("TRL", "temporary head", "its losses read the weights of the head, not its adapter: leave it out"),

@@ -186,8 +186,8 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
             they are trained one after another (a warning says why, where a number was given).
         auto_activation_checkpointing (`bool`, *optional*, defaults to `False`):
             Whether to compute a stage's layers again in the backward pass, as `activation_checkpointing` does, only
-            where its training is planned to take more than nine tenths of the memory that the client's device has
-            free. The result is the same. Not with DPO, whose rows are pairs.
+            where a client's training is planned to take more than nine tenths of the memory that its device has free.
+            The result is the same. Of models that read tokens.
         partition (`str`, *optional*, defaults to `"iid"`):
             How one dataset is cut into clients: `"iid"`, `"dirichlet"` over `partition_column`, or `"natural"`, one
             client for each value of `partition_column`.

@@ -94,9 +94,11 @@ def empty_base(name_or_path: str, auto_class: type = AutoModelForCausalLM, **opt
 
 
 def empty_copy(base: PreTrainedModel) -> PreTrainedModel:
-    """The same model without its weights, on the meta device, as `empty_base` makes it."""
+    """The same model without its weights, on the meta device, with an attention that needs no GPU."""
     with init_empty_weights():
         model = type(base)(copy.deepcopy(base.config)).to(base.dtype)
+    if base.config._attn_implementation != "eager":
+        model.set_attn_implementation("sdpa")
     model.tie_weights()
     return model
 

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from hf_devft.network.settings import OWN_OPTIONS, read_settings
-from hf_devft.run.peak_memory import SHARE, free_memory
+from hf_devft.run.peak_memory import USABLE, free_memory
 from hf_devft.trainer.devft_trainer import DevFTTrainer
 
 
@@ -27,16 +27,17 @@ def measure_layers(model: str, settings: str, rows: Dataset, options: dict[str, 
             "grouping": "even", "federated_method": "fedit", "federated_method_kwargs": None,
         }  # fmt: skip
         args, adapter = read_settings(settings, OWN_OPTIONS | dry | options)
-        args.activation_checkpointing |= args.auto_activation_checkpointing  # as where memory is short
         room = free_memory(args.device)
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
         longest = rows.select(sorted(range(len(rows)), key=lambda index: -len(str(rows[index])))[:batch])
         trainer = DevFTTrainer(
             model, args, peft_config=adapter, train_dataset=longest, callbacks=[StopAfterTwoRounds()]
         )
+        if trainer.model.get_base_model().supports_gradient_checkpointing:  # as where memory is short
+            args.activation_checkpointing |= args.auto_activation_checkpointing
         trainer.train()
         peaks = [record.peak_memory for record in trainer.ledger.rounds]
-        return layers_that_fit(peaks, SHARE * room, trainer.stages[-1].full_layers)
+        return layers_that_fit(peaks, USABLE * room, trainer.stages[-1].full_layers)
 
 
 def layers_that_fit(peaks: list[int], room: float, depth: int) -> int:

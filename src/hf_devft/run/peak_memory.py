@@ -10,17 +10,17 @@ import psutil
 import torch
 
 
-# Of the memory that is free, what training may take (our choice: rows may be longer still, and others live here, too).
-SHARE = 0.9
+# Part of the free memory that training may take (our choice: rows may be longer still, and others live here, too).
+USABLE = 0.9
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that a process could have in all: what it has, and what is free, of which processes of one
-    launch on a CPU take a part each."""
+    """Return the bytes that a process could have in all: what it has, and what is free. On a CPU, the processes of one
+    launch share what is free, and what they have of files counts as free, as the system may drop it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return psutil.virtual_memory().available // sharing + psutil.Process().memory_info().rss
+    sharing, own = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), psutil.Process().memory_info()
+    return psutil.virtual_memory().available // sharing + own.rss - getattr(own, "shared", 0)
 
 
 class PeakMemory:

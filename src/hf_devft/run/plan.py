@@ -121,7 +121,8 @@ def plan_run(
     stages = args.resolve_stages(len(find_layer_stack(base, args.stack)))
     ends = np.cumsum([0, *(stage.rounds for stage in stages)]).tolist()
     batches = functools.partial(planned_batches, args, clients)
-    submodels = PlannedSubmodels(args, base, peft_config, trainer)
+    all_logits = trainer != "devft" or args.torch_compile or args.label_smoothing_factor > 0  # TRL has its own losses
+    submodels = PlannedSubmodels(args, base, peft_config, all_logits)
     layout = AdapterLayout.of(submodels.model(stages[-1])[0])
     setup = Setup(args, trainer, adapter=peft_config, layout=layout, base=base, num_stages=len(stages))
     check_compatibility(setup)

@@ -54,7 +54,7 @@ def print_plan(plan: RunPlan) -> None:
     if plan.total.client_memory_checkpointed < _WORTH_IT * plan.total.client_memory:
         Console().print(
             f"With --activation_checkpointing true a client takes {_si(plan.total.client_memory_checkpointed)}B at "
-            "most, and about a quarter more time;\n--auto_activation_checkpointing true does it where memory is short."
+            "most, and about a quarter more time."
         )
     if plan.total.setup_flops:
         Console().print(

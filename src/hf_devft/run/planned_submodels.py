@@ -31,11 +31,17 @@ class Activations(NamedTuple):
 
 
 class PlannedSubmodels:
-    """The submodels of a run's stages by their number of layers, without memory; each is looked at once."""
+    """The submodels of a run's stages by their number of layers, without memory; each is looked at once.
 
-    def __init__(self, args: DevFTConfig, base: PreTrainedModel, peft_config: PeftConfig, trainer: str):
-        self._args, self._base, self._peft_config = args, base, peft_config
-        self._all_logits = trainer != "devft" or args.torch_compile  # TRL has losses of its own
+    Args:
+        args: of the run.
+        base: without its adapter; may be on the meta device.
+        peft_config: of the full-depth adapter.
+        all_logits: whether the loss is computed of all logits.
+    """
+
+    def __init__(self, args: DevFTConfig, base: PreTrainedModel, peft_config: PeftConfig, all_logits: bool):
+        self._args, self._base, self._peft_config, self._all_logits = args, base, peft_config, all_logits
         self._stack = find_layer_stack(base, args.stack)
         self._known = functools.cache(self._model), functools.cache(self._activations)
 
@@ -91,9 +97,13 @@ def whole_stage(stage: StageConfig) -> StageConfig:
     return replace(stage, num_layers=stage.full_layers, adapted=None)
 
 
-def _base_bytes(model: PreTrainedModel, layers: list[nn.Module], quantization: dict[str, Any] | None) -> int:
-    """Bytes of the weights; bitsandbytes packs the layers' matrices, with a scale for each block of 64 values."""
-    quantization = quantization or {}
+def _base_bytes(model: PreTrainedModel, layers: list[nn.Module], quantization: Any) -> int:
+    """Bytes of the weights; bitsandbytes packs the layers' matrices, with a scale for each block of 64 values.
+
+    Args:
+        quantization: a config of transformers', as an object or a dict; or None.
+    """
+    quantization = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization or {}
     total = sum(parameter.nbytes for parameter in model.parameters())
     packed = [m.weight for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
     if quantization.get("load_in_4bit"):

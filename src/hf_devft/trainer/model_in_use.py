@@ -72,17 +72,20 @@ class ModelInUse:
     def count_logits(self, base: PreTrainedModel, is_active: Callable[[], bool]) -> list[RemovableHandle]:
         """Have a model leave out the logits that the loss does not need, while `is_active`, where the loss is the
         usual one; returns the hooks."""
+        return [] if self.computes_all_logits else count_logits(base, is_active)
+
+    @property
+    def computes_all_logits(self) -> bool:
+        """Whether the loss is not the usual one, or something is in the way of leaving logits out."""
         trainer = self._trainer
-        if (
+        return bool(
             is_overridden(trainer, "compute_loss")
             or is_overridden(trainer, "training_step")
             or trainer.compute_loss_func
             or trainer.label_smoother
             or trainer.args.torch_compile
             or is_deepspeed_zero3_enabled()  # the output embeddings are there for one call of the whole model
-        ):
-            return []
-        return count_logits(base, is_active)
+        )
 
     def evaluating(self, prediction_loss_only: bool | None) -> AbstractContextManager:
         """Return the context of an evaluation: all logits are computed for what `predict` returns, and for metrics of

@@ -204,7 +204,9 @@ class TrainingSession:
                 ),
                 capacities=run.capacities,
                 batching=self._batching,
-                recomputation=Recomputation(trainer, self._batching, base, run.adapter.config),
+                recomputation=Recomputation(
+                    trainer, self._batching, base, run.adapter.config, self.models.computes_all_logits
+                ),
                 build_engine=self.models.build_engine,
                 reseed=self.seed_round,
             )

@@ -37,7 +37,7 @@ class StageFactory:
         calibration: measures losses for `grouping="calibrated"`.
         capacities: which stage's submodel each client trains.
         batching: how many clients share a batch.
-        recomputation: has layers computed again in the backward pass, where memory is short.
+        recomputation: has layers computed again in the backward pass, where they must.
         build_engine: (model) -> the engine that trains it; which model the trainer uses stays as it is.
         reseed: makes whatever is drawn next the same on all processes, and in a resumed run.
     """
@@ -141,6 +141,7 @@ class StageFactory:
         for number in set(self.capacities.taking_part(record.stage).values()) - {record.stage}:
             earlier = self.stages[number - 1]
             model = self.submodel_of(earlier, adapter)
+            self.recomputation.settle(earlier, model)
             layers = self.builder.layers_of(model.get_base_model(), earlier.groups)
             found[number] = EarlierSubmodel(earlier, self.build_engine(model), layers)
         return found

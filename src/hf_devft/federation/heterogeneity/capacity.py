@@ -40,8 +40,10 @@ class Capacities:
         """Count on a client for no more than `most` layers from here on, unless a stage would then have fewer than
         `needed` clients."""
         before, known = self._max_layers, self._max_layers or self._stage_layers[-1:]
+        if known[client % len(known)] <= most:
+            return
         limits = [known[each % len(known)] for each in range(self._num_clients)]
-        limits[client] = min(limits[client], most)
+        limits[client] = most
         self._max_layers = limits
         if any(len(self.taking_part(stage + 1)) < needed for stage in range(len(self._stage_layers))):
             self._max_layers = before
