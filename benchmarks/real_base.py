@@ -8,7 +8,7 @@ of GSM8K's training rows, the first 200 of its test rows, and 192 more training 
 labels. Losses are of 96 test rows, at full depth. Writes `results/real_base.jsonl` and `.md`; a run that is already
 there is not repeated, so that a benchmark that was stopped goes on.
 
-`--float32` computes in that, not in bfloat16, as is several times faster on a CPU that has no instructions for the
+`--float32` computes in that, not in bfloat16, as is many times faster on a CPU that has no instructions for the
 latter, and writes `results/real_base_float32.jsonl`.
 """
 

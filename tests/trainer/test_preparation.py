@@ -8,19 +8,19 @@ from hf_devft.trainer import preparation
 from hf_devft.trainer.preparation import emulates_bfloat16
 
 
-@pytest.mark.parametrize(("cpu", "emulates"), [
+@pytest.mark.parametrize(("capabilities", "emulates"), [
     ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
     ({"architecture": "x86_64", "avx2": True, "avx512_bf16": True}, False),
     ({"architecture": "x86_64", "amx_bf16": True}, False),
     ({"architecture": "aarch64"}, False),
     ({}, False),
 ])  # fmt: skip
-def test_which_cpus_have_bfloat16(cpu, emulates):
-    assert emulates_bfloat16(cpu) == emulates
+def test_which_cpus_have_bfloat16(capabilities, emulates):
+    assert emulates_bfloat16(capabilities) == emulates
 
 
 def test_bfloat16_on_a_cpu_without_it_is_said_once(make_trainer, monkeypatch, caplog):
-    monkeypatch.setattr(preparation, "_cpu", lambda: {"architecture": "x86_64"})
+    monkeypatch.setattr(preparation, "cpu", lambda: {"architecture": "x86_64"})
     make_trainer()
     assert "bfloat16" not in caplog.text
     make_trainer(bf16=True, use_cpu=True)
@@ -28,7 +28,7 @@ def test_bfloat16_on_a_cpu_without_it_is_said_once(make_trainer, monkeypatch, ca
     caplog.clear()
     make_trainer(model=tiny_llama().to(torch.bfloat16), use_cpu=True)
     assert caplog.text.count("set bf16=False") == 1
-    monkeypatch.setattr(preparation, "_cpu", lambda: {"architecture": "x86_64", "avx512_bf16": True})
+    monkeypatch.setattr(preparation, "cpu", lambda: {"architecture": "x86_64", "avx512_bf16": True})
     caplog.clear()
     make_trainer(bf16=True, use_cpu=True)
     assert not caplog.text

@@ -238,22 +238,23 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
     )
     check_compatibility(setup)
     is_half = accelerator.mixed_precision == "bf16" or setup.base.dtype == torch.bfloat16
-    if args.device.type == "cpu" and is_half and args.process_index == 0 and emulates_bfloat16(_cpu()):
+    if args.device.type == "cpu" and is_half and args.process_index == 0 and emulates_bfloat16(cpu()):
         logger.warning(
-            "this CPU has no instructions for bfloat16 and computes in it several times more slowly than in float32: "
+            "this CPU has no instructions for bfloat16 and computes in it many times more slowly than in float32: "
             "set bf16=False, and dtype float32 in model_init_kwargs."
         )
     return setup
 
 
-def _cpu() -> Mapping[str, Any]:
-    """What the CPU has; nothing where torch is too old to know."""
+def cpu() -> Mapping[str, Any]:
+    """Return what the CPU has; nothing where torch is too old to know."""
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
-def emulates_bfloat16(cpu: Mapping[str, Any]) -> bool:
-    """Whether an x86 CPU of these `torch.cpu.get_capabilities()` multiplies no matrices in bfloat16 itself."""
-    return cpu.get("architecture") == "x86_64" and not (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+def emulates_bfloat16(capabilities: Mapping[str, Any]) -> bool:
+    """Whether a CPU of these `torch.cpu.get_capabilities()` is an x86 one that multiplies no matrices in bfloat16."""
+    known = capabilities.get
+    return known("architecture") == "x86_64" and not (known("avx512_bf16") or known("amx_bf16"))
 
 
 def check_run(trainer: FederatedTrainer, run: FederatedRun, setup: Setup) -> None:
