@@ -97,7 +97,7 @@ def empty_copy(base: PreTrainedModel) -> PreTrainedModel:
     """The same model without its weights, on the meta device, with an attention that needs no GPU."""
     with init_empty_weights():
         model = type(base)(copy.deepcopy(base.config)).to(base.dtype)
-    if base.config._attn_implementation != "eager":
+    if getattr(base.config, "_attn_implementation", "eager") != "eager":  # transformers has no public name for it
         model.set_attn_implementation("sdpa")
     model.tie_weights()
     return model

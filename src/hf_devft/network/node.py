@@ -28,13 +28,13 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents,
-    pull_objects,
     push_object_contents_from_iterable,
 )
 from flwr.supernode.fleet_http_connection import http_request_response
 from transformers import HfArgumentParser
 
 from hf_devft.network.participant import Participant
+from hf_devft.network.parts import pull_parts
 from hf_devft.network.polling import pause
 from hf_devft.network.replies import reply_to
 from hf_devft.tasks import TASKS
@@ -42,8 +42,6 @@ from hf_devft.tasks.data import load_datasets, load_files
 
 
 logger = logging.getLogger(__name__)
-
-OBJECT_POLL = 0.05  # seconds before an object that is still on its way is asked for again
 
 
 @dataclass
@@ -168,11 +166,9 @@ class Connection:
             return None
         message, tree = received
         run, number = message.metadata.run_id, message.metadata.message_id
-        contents = pull_objects(
+        contents = pull_parts(
             [part.object_id for part in iterate_object_tree(tree)],
             pull_object_fn=lambda part: self._pull(run, part),
-            initial_backoff=OBJECT_POLL,
-            backoff_cap=1.0,
         )
         self._confirm(run, number)
         whole: Any = inflate_object_from_contents(number, contents)

@@ -19,6 +19,7 @@ from hf_devft.cli.summary import closing
 from hf_devft.configuration import DevFTConfig, Setup, check_compatibility
 from hf_devft.network.attendance import some_of
 from hf_devft.network.names import read_public_keys
+from hf_devft.network.parts import pull_replies_soon
 from hf_devft.network.remote_clients import RemoteClients
 from hf_devft.network.settings import shared_settings
 from hf_devft.run.claim import why_taken
@@ -92,6 +93,7 @@ def main(grid: Grid, context: Context) -> None:
         ValueError: a config, data or options that cannot be trained over a network.
     """
     log_openly()
+    pull_replies_soon()
     asked = context.run_config
     recipe, args = asked_run(asked)
     names = str(asked["clients"]).split()
