@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace) -> list[str]:
     given = ["--base", options.base, "--data", options.data, "--clients", str(options.clients)]
     for repeat in range(options.repeats):
         for name in names:
-            found[name].append(run_peer(["--variant", str(list(VARIANTS).index(name)), *given], __file__))
+            found[name].append(run_peer(["--variant", name, *given], __file__))
             seconds = found[name][-1][0]["seconds"]
             print(f"repeat {repeat + 1}, {name}: {statistics.mean(seconds):.1f} s a client", flush=True)
     first = statistics.mean(statistics.mean(run["seconds"]) for run, _ in next(iter(found.values())))
@@ -160,8 +160,7 @@ def main() -> None:
     options = command_line.parse_args()
     set_seed(0)
     if options.variant is not None:
-        run = list(VARIANTS.values())[int(options.variant)]
-        seconds = run(options.base, options.data, options.clients)
+        seconds = VARIANTS[options.variant](options.base, options.data, options.clients)
         Path(options.out).write_text(json.dumps({"seconds": seconds[1:]}))
         return
     lines = ["| | seconds a client | times as fast | peak memory, GB |", "|---|---:|---:|---:|", *measure(options)]

@@ -216,7 +216,7 @@ def note(options: argparse.Namespace) -> str:
     seeds = f"{min(counts)} to {max(counts)} seeds" if min(counts) < max(counts) else f"{max(counts)} seeds"
     measured = "one seed" if max(counts) == 1 else f"mean ± s.d. of {seeds}"
     base = f" --base {os.path.relpath(options.base, HERE.parent)}" if options.base else ""
-    precision = " --float32" if vars(options).get("float32") else ""
+    precision = " --float32" if options.float32 else ""
     return f"`python benchmarks/{options.name}.py{base}{precision}`, {newest}; {measured}.\n"
 
 
@@ -238,12 +238,13 @@ def arguments(
     parser.add_argument("--results", type=Path, help="default: a file of the benchmark's name")
     parser.add_argument("--base", help="that all runs train; default: the embedded one")
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose name has one of these in it")
+    parser.set_defaults(float32=False)  # a flag that some add
     add(parser)
     options = parser.parse_args()
     options.name = name
     published = options.results is None
     if published:
-        options.results = RESULTS / f"{name}{'_float32' if vars(options).get('float32') else ''}.jsonl"
+        options.results = RESULTS / f"{name}{'_float32' if options.float32 else ''}.jsonl"
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.image = options.results.with_suffix(".png")
     if published:

@@ -25,6 +25,7 @@ from hf_devft.network.messages import (
     TRAIN,
     TRAINED,
     ClientError,
+    Joining,
     Reply,
     StageMessage,
     Turn,
@@ -125,17 +126,21 @@ class RemoteClients:
         return [limit or 10**6 for limit in limits] if any(limits) else None
 
     def _note_examples(self) -> None:
-        for name, joining in self.attendance.joined.items():
-            if name in self.names:
-                self.clients.elsewhere[self.names.index(name)] = joining.examples
+        for client, joining in self._joined():
+            self.clients.elsewhere[client] = joining.examples
 
     def _note_limits(self) -> None:
         """Plan the stages to come with what those who have joined late can train; a private run's are accounted for
         as they were planned."""
-        run, joined = self._run, self.attendance.joined
-        for client, name in enumerate(self.names):
-            if name in joined and joined[name].max_layers and not run.args.is_private:
-                run.capacities.lower(client, joined[name].max_layers, run.args.clients_per_round)
+        run = self._run
+        for client, joining in self._joined():
+            if joining.max_layers and not run.args.is_private:
+                run.capacities.lower(client, joining.max_layers, run.args.clients_per_round)
+
+    def _joined(self) -> Iterator[tuple[int, Joining]]:
+        """The clients that are there, by number."""
+        joined = self.attendance.joined
+        return ((client, joined[name]) for client, name in enumerate(self.names) if name in joined)
 
     # --- a run, its stages ----------------------------------------------------------------------------------
 
