@@ -117,7 +117,9 @@ def run_all(
         print(f"seed {seed}, {name}: {result['metrics']}", flush=True)
 
     # Seeds outside: a stopped benchmark has compared what it has run.
-    chosen = [name for name in variants if any(part in name for part in options.only)]
+    chosen = [
+        name for name in variants if any(part == name if part in variants else part in name for part in options.only)
+    ]
     tasks = [(seed, name) for seed in options.seeds for name in chosen if str(seed) not in known.get(name, {})]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(run, tasks))
@@ -237,7 +239,7 @@ def arguments(
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--results", type=Path, help="default: a file of the benchmark's name")
     parser.add_argument("--base", help="that all runs train; default: the embedded one")
-    parser.add_argument("--only", nargs="+", default=[""], help="runs whose name has one of these in it")
+    parser.add_argument("--only", nargs="+", default=[""], help="runs whose name is, or has in it, one of these")
     parser.set_defaults(float32=False)  # a flag that some add
     add(parser)
     options = parser.parse_args()
