@@ -307,7 +307,9 @@ def main() -> None:
     for phase, layers in enumerate(arguments.phase_layers):
         model = train_phase(grow(model, layers), phase, arguments, tokenizer, heldout)
     base = Path(arguments.output_dir) / "final"
-    model.to(torch.bfloat16).save_pretrained(base)
+    model.to(torch.bfloat16).save_pretrained(base)  # half the bytes
+    model.config.dtype = torch.float32  # what it is loaded in: many CPUs compute in bfloat16 slowly, or not at all
+    model.config.save_pretrained(base)
     tokenizer.save_pretrained(base)
     write_card(base, model.float(), tokenizer, heldout, "".join(f" {word}" for word in sys.argv[1:]))
 

@@ -9,6 +9,8 @@ def test_the_base_is_small_and_deep():
     config = AutoConfig.from_pretrained(BASE_PATH)
     assert config.num_hidden_layers == 16
     assert config.model_type == "llama"
+    # Stored in bfloat16, which many CPUs compute in slowly.
+    assert AutoModelForCausalLM.from_pretrained(BASE_PATH).dtype == torch.float32
 
 
 def test_any_text_encodes():
