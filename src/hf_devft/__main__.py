@@ -22,7 +22,7 @@ app.add_typer(federation, name="federation")
 
 @app.command(context_settings=_PASSED_ON)
 def quickstart(context: typer.Context) -> None:
-    """Train the embedded base on made-up tasks of 20 clients, in three stages; a few minutes on two cores."""
+    """Train the embedded base on made-up tasks of 20 clients, in three stages; some minutes on two cores."""
     _train(["--config", "quickstart", *context.args])
 
 

@@ -58,7 +58,7 @@ def test_an_unreadable_yaml_is_an_error(tmp_path, text):
 
 
 def test_a_missing_config_is_an_error(default):
-    with pytest.raises(ValueError, match=r"nowhere\.yaml cannot be read"):
+    with pytest.raises(ValueError, match=r"there is no config nowhere\.yaml: give"):
         parse_arguments(["--config", "nowhere.yaml"], default)
 
 

@@ -42,15 +42,30 @@ def test_the_help_is_one_screen_and_does_not_wait_for_torch():
 def test_every_recipe_is_a_packaged_config():
     assert packaged_configs() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     assert find_config("fedit").read_text() == (CONFIGS / "fedit.yaml").read_text()
-    with pytest.raises(ValueError, match=r"the config nothing cannot be read.*quickstart"):
+    with pytest.raises(ValueError, match=r"there is no config nothing: give the path .*quickstart"):
         parse_arguments(["--config", "nothing"])
 
 
-def test_a_value_that_is_none_is_one_line():
-    said = run("train", "--learning_rate", "abc", code=1)
-    assert said.count("\n") <= 1
-    assert said.startswith("error: argument --learning_rate")
-    assert "'abc'" in said
+def test_a_config_that_is_not_there_does_not_wait_for_torch():
+    code = (
+        "import sys; from hf_devft.__main__ import main; sys.argv[1:] = ['train', '--config', 'nothing']\n"
+        "try: main()\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.startswith("error: there is no config nothing: give"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("command", "said"), [
+    (["train", "--learning_rate", "abc"], "--learning-rate: invalid float value: 'abc'"),
+    (["train", "--stage_layers", "4,16"], "invalid int value: '4,16'. Separate values by spaces."),
+    (["evaluate", "outputs/quickstart"], "error: the following arguments are required: --run, --stage"),
+])  # fmt: skip
+def test_a_value_that_is_none_is_one_line(command, said):
+    output = run(*command, code=1)
+    assert output.count("\n") <= 1
+    assert said in output
 
 
 def test_files_of_ones_own_are_clients_and_are_compared(tmp_path, monkeypatch):
@@ -62,6 +77,10 @@ def test_files_of_ones_own_are_clients_and_are_compared(tmp_path, monkeypatch):
     assert (args.partition, args.partition_column, recipe.eval_fraction) == ("natural", "source", 0.1)
     for name, more in (("one", []), ("two", ["--wire_dtype", "int4"])):
         run("train", "--train_file", "a.csv", "b.jsonl", "--output_dir", name, *SHORT, *more)
+    again = run("train", "--train_file", "a.csv", "b.jsonl", "--output_dir", "one", *SHORT, code=1)
+    assert again.startswith("error: one holds a run already (checkpoint-2, stage-1, stage-2): go on"), (
+        "nothing before it"
+    )
     ledger = json.loads(Path("one/ledger.json").read_text())
     assert {client for record in ledger for client in record["clients"]} == {"a", "b"}
     card = Path("one/README.md").read_text()

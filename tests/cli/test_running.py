@@ -7,6 +7,7 @@ import sys
 import pytest
 from transformers import TrainerCallback
 
+from hf_devft.cli import running
 from hf_devft.cli.running import one_line_errors, stopping_between_rounds
 
 
@@ -57,6 +58,23 @@ def test_a_run_that_is_told_to_stop_ends_its_round_and_can_be_resumed(make_train
     again.train(resume_from_checkpoint="last")
     ends = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
     assert ends[0] == ends[1]
+
+
+def test_a_signal_while_processes_agree_is_not_lost(make_trainer, monkeypatch, tmp_path):
+    """It comes after this round was found to go on: the next one is the last."""
+    add_up, rounds = running.add_up, []
+
+    def interrupted(asked):
+        add_up(asked)
+        rounds.append(len(rounds) + 1)
+        if len(rounds) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(running, "add_up", interrupted)
+    trainer = make_trainer(save_strategy="no")
+    with pytest.raises(KeyboardInterrupt, match="stopped after round 2"), stopping_between_rounds(trainer):
+        trainer.train()
+    assert (tmp_path / "run" / "checkpoint-2").exists()
 
 
 LONG = "--stage_layers 16 --stage_rounds 1 --eval_strategy no --eval_on_start no --save_strategy no".split()

@@ -15,7 +15,7 @@ def run(folder, *flags):
 def test_a_folder_of_another_run_is_refused(tmp_path):
     check_run(*run(tmp_path))
     (tmp_path / "stage-1").mkdir()
-    with pytest.raises(ValueError, match="stage-1 of another run"):
+    with pytest.raises(ValueError, match=r"holds a run already .*stage-1"):
         check_run(*run(tmp_path))
     for flags in (
         ["--resume_from_checkpoint", "last"],

@@ -35,7 +35,7 @@ def test_what_another_run_has_left_is_kept_unless_it_may_go(tmp_path):
     (tmp_path / "stage_config.json").write_text("{}")
     (tmp_path / "mine.txt").write_text("mine")
     keeps, overwrites = (config(tmp_path, overwrite_output_dir=may) for may in (False, True))
-    refused = pytest.raises(ValueError, match="has checkpoint-7, stage-1, stage-2 of another run: choose another")
+    refused = pytest.raises(ValueError, match=r"holds a run already \(checkpoint-7, stage-1, stage-2\): go on with it")
     with refused, claim(keeps, is_new=True):
         raise AssertionError
     with claim(keeps, is_new=False):
@@ -49,6 +49,6 @@ def test_a_run_is_not_started_beside_another_one(make_trainer, tmp_path):
     trainer = make_trainer(overwrite_output_dir=False)
     trainer.train()
     trainer.train()  # its own, again
-    with pytest.raises(ValueError, match="of another run: choose another `--output_dir`"):
+    with pytest.raises(ValueError, match=r"holds a run already .*choose another `--output_dir`"):
         make_trainer(overwrite_output_dir=False).train()
     assert (tmp_path / "run" / "stage-2").exists()

@@ -24,10 +24,10 @@ def test_bfloat16_on_a_cpu_without_it_is_said_once(make_trainer, monkeypatch, ca
     make_trainer()
     assert "bfloat16" not in caplog.text
     make_trainer(bf16=True, use_cpu=True)
-    assert caplog.text.count("set bf16=False") == 1
+    assert caplog.text.count("float32: set bf16 to false.") == 1
     caplog.clear()
     make_trainer(model=tiny_llama().to(torch.bfloat16), use_cpu=True)
-    assert caplog.text.count("set bf16=False") == 1
+    assert caplog.text.count("float32: load the base in float32 (`--model_init_kwargs") == 1
     monkeypatch.setattr(preparation, "cpu", lambda: {"architecture": "x86_64", "avx512_bf16": True})
     caplog.clear()
     make_trainer(bf16=True, use_cpu=True)

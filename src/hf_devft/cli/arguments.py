@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import HfArgumentParser
 
 import hf_devft
-from hf_devft.cli.configs import find_config, packaged_config, packaged_configs
+from hf_devft.cli.configs import packaged_config, take_config
 from hf_devft.configuration import DevFTConfig
 from hf_devft.configuration.devft_config import RENAMED
 from hf_devft.tasks import TASKS
@@ -144,11 +144,17 @@ def _config_class(trainer: str) -> type[DevFTConfig]:
     return getattr(hf_devft, f"{TRAINERS[trainer]}Config")
 
 
-class _Parser(HfArgumentParser):
+class OneLineParser(HfArgumentParser):
     """Whose errors are one line, not all of its options."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        """Raise what is wrong.
+
+        Raises:
+            ValueError: always.
+        """
+        given = message.partition("value: ")[2]
+        raise ValueError(message + (". Separate values by spaces." if "," in given else ""))
 
 
 def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> tuple[RecipeArguments, DevFTConfig]:
@@ -163,15 +169,9 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
     Raises:
         ValueError: an unreadable file or an unknown key, with the nearest known one; bad values as `DevFTConfig` says.
     """
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    named, argv = take_config(argv)
     has_data = _value_of("train_file", argv) or _value_of("dataset_name", argv)
-    config = default_config or packaged_config("own_data" if has_data else "quickstart")
-    if "--config" in argv:
-        position = argv.index("--config")
-        if position + 1 == len(argv):
-            raise ValueError("--config needs the path of a YAML file, or a name: " + ", ".join(packaged_configs()))
-        config = find_config(argv[position + 1])
-        del argv[position : position + 2]
+    config = named or default_config or packaged_config("own_data" if has_data else "quickstart")
     values = _read_yaml(config)
     for old, new in RENAMED.items():  # the command line wins, by either name
         if _value_of(new, argv) is not None:
@@ -180,7 +180,7 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
     options = {item.name: str(item.type) for kind in kinds for item in fields(kind) if item.init}
     lists = {key for key, kind in options.items() if "list[" in kind} - {"report_to", "debug"}
     values = {key: _as_written(lists, key, value) for key, value in values.items()}
-    parser = _Parser(kinds, allow_abbrev=False)
+    parser = OneLineParser(kinds, allow_abbrev=False)
     known = set(options)
     if "--help-all" in argv:
         parser.print_help()
@@ -209,8 +209,7 @@ def _read_yaml(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        known = "" if path.exists() else f" It is no packaged one, either: {', '.join(packaged_configs())}."
-        raise ValueError(f"the config {path} cannot be read: {error}.{known}") from error
+        raise ValueError(f"the config {path} cannot be read: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"the config {path} must be a mapping of keys to values, not a {type(values).__name__}.")
     return values

@@ -36,7 +36,7 @@ def main(runs: Sequence[str], plot: str) -> None:
         rows.append([run, f"{lowest:.3f}", str(point.rounds), f"{point.bytes / 1e6:.2f}", *work, fewer])
     titles = ["run", "lowest\nloss", "rounds", "MB", "client\nTFLOPs", "server\nTFLOPs", "seconds", "times\nfewer MB"]
     Console().print(
-        make_table(f"until an evaluation loss of {loss:.3f} at full depth, against {runs[0]}", titles, rows)
+        make_table(f"until an evaluation at full depth found {loss:.3f} or less, against {runs[0]}", titles, rows)
     )
     starts = {run: curve[0].loss for run, curve in curves.items() if curve[0].rounds == 0}
     if starts and max(starts.values()) > SAME_START * min(starts.values()):

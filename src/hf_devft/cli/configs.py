@@ -1,6 +1,7 @@
 """The configs that come with the package, which are those of recipes/configs."""
 
 import importlib.resources
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -12,12 +13,36 @@ def packaged_configs() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in _CONFIGS.iterdir() if entry.name.endswith(".yaml"))
 
 
+_NAMES = ", ".join(packaged_configs())
+
+
 def packaged_config(name: str) -> Path:
     """Return where the one of this name would be."""
     return Path(str(_CONFIGS / f"{name}.yaml"))
 
 
 def find_config(name: str) -> Path:
-    """Find a config by its path, or its name among these."""
-    packaged = packaged_config(name)
-    return packaged if not Path(name).exists() and packaged.is_file() else Path(name)
+    """Find a config by its path, or its name among these.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    for path in (Path(name), packaged_config(name)):
+        if path.exists():
+            return path
+    raise ValueError(f"there is no config {name}: give the path of a YAML file, or one of {_NAMES}.")
+
+
+def take_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Take `--config` out of a command line; returns which one it names, and the rest.
+
+    Raises:
+        ValueError: it names none, or one that is not there.
+    """
+    rest = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in rest:
+        return None, rest
+    position = rest.index("--config")
+    if position + 1 == len(rest):
+        raise ValueError(f"--config needs the path of a YAML file, or one of {_NAMES}.")
+    return find_config(rest[position + 1]), rest[:position] + rest[position + 2 :]

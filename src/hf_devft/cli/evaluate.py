@@ -14,9 +14,10 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from rich.console import Console
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
 from hf_devft import StageConfig
+from hf_devft.cli.arguments import OneLineParser
 from hf_devft.cli.running import one_line_errors
 from hf_devft.run.benchmarks import (
     add_to_card,
@@ -54,7 +55,7 @@ class EvaluationArguments:
 def main(argv: Sequence[str]) -> None:
     """Measure what the flags say; see `EvaluationArguments`."""
     with one_line_errors():
-        parser = HfArgumentParser(EvaluationArguments, prog="devft evaluate")
+        parser = OneLineParser(EvaluationArguments, prog="devft evaluate")
         evaluate(parser.parse_args_into_dataclasses(list(argv))[0])
 
 

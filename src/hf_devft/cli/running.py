@@ -1,6 +1,5 @@
 """Running a trainer from a command line: errors of one line, and an end between two rounds when asked to stop."""
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from hf_devft.cli.rank import rank
 from hf_devft.federation.processes import add_up
 from hf_devft.trainer.mixin import DevFTMixin
 
@@ -30,14 +30,14 @@ def one_line_errors(traceback: bool | None = None) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         if traceback:
             raise
-        if _process() == "0":
+        if rank() == 0:
             said = "stopped." if traceback is None else str(interrupt) or f"stopped: {GO_ON}."
             print(f"{_below_the_bar()}{said}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if traceback:
             raise
-        who = "error" if _process() == "0" else f"error on process {_process()}"
+        who = "error" if rank() == 0 else f"error on process {rank()}"
         needs_trace = traceback is not None and not isinstance(error, (ValueError, ImportError))
         where = " (`--traceback` shows where)" if needs_trace else ""
         sys.exit(f"{who}: {' '.join(str(error).split()) or type(error).__name__}{where}")
@@ -63,10 +63,14 @@ def stopping_between_rounds(trainer: DevFTMixin) -> Iterator[None]:
 
 
 class _StopAtCheckpoint(TrainerCallback):
-    """Has the running round's checkpoint written, and stops, once it is asked to."""
+    """Has the running round's checkpoint written, and stops, once it is asked to.
+
+    Attributes:
+        asked: by a signal to this process, at any time. agreed: by all processes, at the end of a round.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.agreed = False
 
     def ask(self, *_: Any) -> None:
         """Handle a signal; the next one kills, as an exception would be lost where it falls into a finaliser. What is
@@ -74,25 +78,20 @@ class _StopAtCheckpoint(TrainerCallback):
         self.asked = True
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        if _process() == "0":
+        if rank() == 0:
             said = "stopping at the end of this round; once more to stop at once"
             print(f"{_below_the_bar()}{said}", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         asked = torch.tensor(float(self.asked), device=args.device)
         add_up(asked)
-        self.asked = bool(asked)
-        control.should_save |= self.asked
+        self.agreed = bool(asked)
+        control.should_save |= self.agreed
 
     def on_save(self, args, state, control, **kwargs):
-        if self.asked:
+        if self.agreed:
             raise KeyboardInterrupt(f"stopped after round {state.global_step}: {GO_ON}.")
 
 
 def _below_the_bar() -> str:
     return "\n" if sys.stderr.isatty() else ""
-
-
-def _process() -> str:
-    """This process's number in the run, as its launcher says it."""
-    return os.environ.get("RANK", "0")

@@ -1,8 +1,13 @@
 """`devft train`, and recipes/devft.py: help at once, or a run, for which the libraries are imported."""
 
+import sys
 from collections.abc import Sequence
 
+from rich.console import Console
+
+from hf_devft.cli.configs import take_config
 from hf_devft.cli.help import short_help
+from hf_devft.cli.rank import rank
 
 
 def main(argv: Sequence[str]) -> None:
@@ -10,6 +15,12 @@ def main(argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(short_help())
         return
-    from hf_devft.cli.training import train_or_plan
+    try:
+        take_config(argv)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    console = Console(stderr=True, quiet=rank() > 0 or not sys.stderr.isatty())
+    with console.status("loading PyTorch and Transformers"):  # some seconds
+        from hf_devft.cli.training import train_or_plan
 
     train_or_plan(argv)

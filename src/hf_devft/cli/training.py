@@ -11,6 +11,7 @@ from hf_devft.cli.arguments import parse_arguments
 from hf_devft.cli.recipe import make_plan, make_trainer
 from hf_devft.cli.running import one_line_errors, stopping_between_rounds
 from hf_devft.cli.summary import closing, opening
+from hf_devft.run.claim import check_free
 from hf_devft.run.plan_table import print_plan
 
 
@@ -29,6 +30,7 @@ def train_or_plan(argv: Sequence[str]) -> None:
             plan = make_plan(recipe, args)
             print(json.dumps(plan.to_dict(), indent=2)) if recipe.plan_json else print_plan(plan)
             sys.exit()
+        check_free(args)
         trainer = make_trainer(recipe, args)
         shows = trainer.is_world_process_zero()
         if shows:

@@ -194,7 +194,9 @@ def _natural(
 def _count(dataset: Dataset, num_clients: int | None) -> int:
     count = DEFAULT_NUM_CLIENTS if num_clients is None else num_clients
     if count > len(dataset):
-        raise ValueError(f"num_clients={count} is more than the dataset's {len(dataset)} rows: use fewer clients.")
+        raise ValueError(
+            f"num_clients={count} is more than the {len(dataset)} rows to deal out: set it to {len(dataset)} or less."
+        )
     return count
 
 

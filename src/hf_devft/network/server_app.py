@@ -22,7 +22,7 @@ from hf_devft.network.names import read_public_keys
 from hf_devft.network.parts import pull_replies_soon
 from hf_devft.network.remote_clients import RemoteClients
 from hf_devft.network.settings import shared_settings
-from hf_devft.run.claim import why_taken
+from hf_devft.run.claim import check_free
 from hf_devft.run.report import table_rows
 from hf_devft.run.tables import GrowingTable
 from hf_devft.trainer.mixin import DevFTMixin
@@ -55,9 +55,7 @@ def check_run(recipe: RecipeArguments, args: DevFTConfig) -> None:
         ValueError: says why.
     """
     check_compatibility(Setup(args, trainer=recipe.trainer, network=True))
-    taken = why_taken(Path(args.output_dir), args.overwrite_output_dir)
-    if taken is not None and not (args.resume_from_checkpoint or args.resume_from_hub):
-        raise ValueError(taken)
+    check_free(args)
 
 
 class RoundLog(TrainerCallback):

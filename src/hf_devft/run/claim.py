@@ -1,6 +1,6 @@
 """The output folder of a run: one run at a time, and not another one's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,21 +57,29 @@ def _refusal(lock: FileLock, folder: Path, is_new: bool, overwrite: bool) -> str
     except Timeout:
         return f"another run is at work in {folder}: wait until it is over, or choose another `output_dir`."
     left = _left_in(folder) if is_new else []
-    if is_new and (refusal := why_taken(folder, overwrite)) is not None:
-        return refusal
+    if left and not overwrite:
+        return _why_taken(folder, left)
     for name in _ROOT if left else ():
         (folder / name).unlink(missing_ok=True)
     delete_folders(left, leftovers=[])
     return None
 
 
-def why_taken(folder: Path, overwrite: bool) -> str | None:
-    """Return why a new run cannot write to a folder, where another one has left stages or checkpoints there."""
-    if overwrite or not (left := _left_in(folder)):
-        return None
+def check_free(args: DevFTConfig) -> None:
+    """Refuse a new run where one has left stages or checkpoints, before data or base are loaded.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    is_new = not (args.resume_from_checkpoint or args.resume_from_hub or args.overwrite_output_dir)
+    if is_new and (left := _left_in(Path(args.output_dir))):
+        raise ValueError(_why_taken(Path(args.output_dir), left))
+
+
+def _why_taken(folder: Path, left: Sequence[Path]) -> str:
     return (
-        f"{folder} has {', '.join(sorted(path.name for path in left)[:3])} of another run: choose another "
-        "`--output_dir`, go on with `--resume_from_checkpoint last`, or delete them with "
+        f"{folder} holds a run already ({', '.join(sorted(path.name for path in left)[-3:])}): go on with it by "
+        "`--resume_from_checkpoint last`, choose another `--output_dir`, or delete it by "
         "`--overwrite_output_dir true`."
     )
 

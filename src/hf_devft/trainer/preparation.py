@@ -237,13 +237,22 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
         network=trainer.remote_clients is not None,
     )
     check_compatibility(setup)
-    is_half = accelerator.mixed_precision == "bf16" or setup.base.dtype == torch.bfloat16
-    if args.device.type == "cpu" and is_half and args.process_index == 0 and emulates_bfloat16(cpu()):
-        logger.warning(
-            "this CPU has no instructions for bfloat16 and computes in it many times more slowly than in float32: "
-            "set bf16=False, and dtype float32 in model_init_kwargs."
-        )
+    if args.device.type == "cpu" and args.process_index == 0 and emulates_bfloat16(cpu()):
+        _advise_float32(accelerator.mixed_precision, setup.base.dtype)
     return setup
+
+
+def _advise_float32(mixed_precision: str, dtype: torch.dtype) -> None:
+    """Say what makes a run slow on a CPU that emulates bfloat16."""
+    causes = {
+        "set bf16 to false": mixed_precision == "bf16",
+        """load the base in float32 (`--model_init_kwargs '{"dtype": "float32"}'`)""": dtype == torch.bfloat16,
+    }
+    if any(causes.values()):
+        logger.warning(
+            "this CPU has no instructions for bfloat16, in which it is many times slower than in float32: "
+            f"{' and '.join(what for what, is_so in causes.items() if is_so)}."
+        )
 
 
 def cpu() -> Mapping[str, Any]:
