@@ -93,6 +93,7 @@ def test_an_experiment_is_its_config(tmp_path):
     (["--resume_from_checkpoint", "nonsense"], "nonsense"),
     (["--report_to", "wandb"], "requires wandb to be installed. Run `pip install wandb`"),
     (["--model_name_or_path", "nobody/nothing"], "the model nobody/nothing cannot be loaded: "),
+    (["--model_name_or_path", "./nowhere"], "./nowhere cannot be loaded: there is no such folder, and no such name"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -9,10 +9,12 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -108,7 +110,16 @@ def _config(name_or_path: str, options: dict[str, Any]) -> PretrainedConfig:
     try:
         return options.get("config") or AutoConfig.from_pretrained(name_or_path, **where_from(options), **head)
     except OSError as error:  # no network, no such name, no permission
-        raise OSError(f"the model {name_or_path} cannot be loaded: {error}") from error
+        why = error if _may_be_on_the_hub(name_or_path) else "there is no such folder, and no such name on the Hub"
+        raise OSError(f"the model {name_or_path} cannot be loaded: {why}") from error
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return Path(name).exists()  # a folder, whose own error says what it lacks
+    return True
 
 
 def where_from(options: dict[str, Any]) -> dict[str, Any]:
