@@ -135,8 +135,8 @@ def main() -> None:
     whole = filled(results, read_runs(options.results.with_stem(f"{options.results.stem}_float32")))
     new = {name: sorted(runs.keys() - results[name].keys()) for name, runs in whole.items()}
     more = [f"{name} (seed {', '.join(seeds)})" for name, seeds in new.items() if seeds]
-    said = f"\nIn float32: {'; '.join(more)}; all others in bfloat16.\n" if more else ""
-    publish_runs(options, table(whole) + said)
+    said = f"In float32: {'; '.join(more)}; all others in bfloat16.\n\n" if more else ""
+    publish_runs(options, said + table(whole))
 
 
 def runs_on(
