@@ -725,7 +725,7 @@ def test_evaluate_and_save_after_training(make_trainer, eval_tasks, tmp_path):
     ({"stage_layers": [3]}, "end at the model's 4 layers"),
     ({"num_clients": None, "clients_per_round": 21}, "there are 20 clients"),
     ({"partition": "natural", "partition_column": "colour", "num_clients": None}, "'colour' is not in the dataset"),
-    ({"num_clients": 500}, "more than the dataset's 120 rows"),
+    ({"num_clients": 500}, "more than the 120 rows to deal out"),
     ({"grouping": "calibrated"}, "calibration_dataset"),
     ({"predict_with_generate": True}, "eval_dataset"),
     ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "optimizers cannot be passed"),
