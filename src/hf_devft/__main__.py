@@ -54,7 +54,7 @@ def push(
     private: Annotated[bool | None, typer.Option("--private", help="Make a new repository private.")] = None,
 ) -> None:
     """Push the stages of a run that the Hub does not hold yet."""
-    from hf_devft.cli.running import one_line_errors
+    from hf_devft.cli.errors import one_line_errors
     from hf_devft.hub.push import push_run
 
     with one_line_errors():
@@ -68,7 +68,7 @@ def compare(
 ) -> None:
     """Compare runs until the same loss: a table, and a plot of loss against megabytes."""
     from hf_devft.cli.compare import main as run
-    from hf_devft.cli.running import one_line_errors
+    from hf_devft.cli.errors import one_line_errors
 
     with one_line_errors():
         run(runs, plot)

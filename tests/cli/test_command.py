@@ -58,13 +58,14 @@ def test_a_config_that_is_not_there_does_not_wait_for_torch():
 
 
 @pytest.mark.parametrize(("command", "said"), [
-    (["train", "--learning_rate", "abc"], "--learning-rate: invalid float value: 'abc'"),
+    (["train", "--learning_rate", "abc"], "argument --learning_rate/--learning-rate: invalid float value: 'abc'"),
     (["train", "--stage_layers", "4,16"], "invalid int value: '4,16'. Separate values by spaces."),
-    (["evaluate", "outputs/quickstart"], "error: the following arguments are required: --run, --stage"),
+    (["evaluate", "outputs/quickstart"], "the following arguments are required: --run, --stage"),
 ])  # fmt: skip
 def test_a_value_that_is_none_is_one_line(command, said):
     output = run(*command, code=1)
     assert output.count("\n") <= 1
+    assert output.startswith("error: ")
     assert said in output
 
 

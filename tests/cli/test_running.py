@@ -1,4 +1,4 @@
-"""Errors of one line, and an end between two rounds."""
+"""An end between two rounds."""
 
 import signal
 import subprocess
@@ -8,25 +8,8 @@ import pytest
 from transformers import TrainerCallback
 
 from hf_devft.cli import running
-from hf_devft.cli.running import one_line_errors, stopping_between_rounds
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (ValueError("lora_r=0:\n  give 1 or more."), "error: lora_r=0: give 1 or more."),
-        (OSError(28, "No space left on device", "a/b"), "error: [Errno 28] No space left on device: 'a/b' (`--trace"),
-        (RuntimeError("wandb is not installed"), "error: wandb is not installed (`--traceback` shows where)"),
-        (MemoryError(), "error: MemoryError (`--traceback` shows where)"),
-    ],
-)
-def test_an_error_is_one_line(error, line):
-    with pytest.raises(SystemExit) as stopped, one_line_errors(traceback=False):
-        raise error
-    assert stopped.value.code.startswith(line)
-    assert "\n" not in stopped.value.code
-    with pytest.raises(type(error)), one_line_errors(traceback=True):
-        raise error
+from hf_devft.cli.errors import one_line_errors
+from hf_devft.cli.running import stopping_between_rounds
 
 
 class Signal(TrainerCallback):
@@ -100,12 +83,3 @@ def test_the_second_time_it_ends_at_once(tmp_path):
     finally:
         run.kill()
         run.communicate()
-
-
-def test_a_command_without_traces_does_not_name_them(capsys):
-    with pytest.raises(SystemExit) as stopped, one_line_errors():
-        raise OSError("no network")
-    assert stopped.value.code == "error: no network"
-    with pytest.raises(SystemExit), one_line_errors():
-        raise KeyboardInterrupt
-    assert capsys.readouterr().err == "stopped.\n"

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from hf_devft import StageConfig
 from hf_devft.cli.arguments import OneLineParser
-from hf_devft.cli.running import one_line_errors
+from hf_devft.cli.errors import one_line_errors
 from hf_devft.run.benchmarks import (
     add_to_card,
     answer_questions,

@@ -1,4 +1,4 @@
-"""Running a trainer from a command line: errors of one line, and an end between two rounds when asked to stop."""
+"""Running a trainer from a command line: an end between two rounds when asked to stop."""
 
 import signal
 import sys
@@ -9,38 +9,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from hf_devft.cli.errors import GO_ON, below_the_bar
 from hf_devft.cli.rank import rank
 from hf_devft.federation.processes import add_up
 from hf_devft.trainer.mixin import DevFTMixin
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GO_ON = "go on with `--resume_from_checkpoint last`"
-
-
-@contextmanager
-def one_line_errors(traceback: bool | None = None) -> Iterator[None]:
-    """Within this context, what is wrong with a config, with data, files or the machine ends the process in one line.
-
-    Args:
-        traceback: whether to show where it comes from instead; None where the command has no flag to ask for that.
-    """
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        if traceback:
-            raise
-        if rank() == 0:
-            said = "stopped." if traceback is None else str(interrupt) or f"stopped: {GO_ON}."
-            print(f"{_below_the_bar()}{said}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        if traceback:
-            raise
-        who = "error" if rank() == 0 else f"error on process {rank()}"
-        needs_trace = traceback is not None and not isinstance(error, (ValueError, ImportError))
-        where = " (`--traceback` shows where)" if needs_trace else ""
-        sys.exit(f"{who}: {' '.join(str(error).split()) or type(error).__name__}{where}")
 
 
 @contextmanager
@@ -80,7 +55,7 @@ class _StopAtCheckpoint(TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
         if rank() == 0:
             said = "stopping at the end of this round; once more to stop at once"
-            print(f"{_below_the_bar()}{said}", file=sys.stderr, flush=True)
+            print(f"{below_the_bar()}{said}", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         asked = torch.tensor(float(self.asked), device=args.device)
@@ -91,7 +66,3 @@ class _StopAtCheckpoint(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if self.agreed:
             raise KeyboardInterrupt(f"stopped after round {state.global_step}: {GO_ON}.")
-
-
-def _below_the_bar() -> str:
-    return "\n" if sys.stderr.isatty() else ""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from hf_devft.cli.configs import take_config
+from hf_devft.cli.errors import one_line_errors
 from hf_devft.cli.help import short_help
 from hf_devft.cli.rank import rank
 
@@ -15,10 +16,8 @@ def main(argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(short_help())
         return
-    try:
+    with one_line_errors("--traceback" in argv):
         take_config(argv)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     console = Console(stderr=True, quiet=rank() > 0 or not sys.stderr.isatty())
     with console.status("loading PyTorch and Transformers"):  # some seconds
         from hf_devft.cli.training import train_or_plan

@@ -8,8 +8,9 @@ import datasets
 from transformers.utils import logging
 
 from hf_devft.cli.arguments import parse_arguments
+from hf_devft.cli.errors import one_line_errors
 from hf_devft.cli.recipe import make_plan, make_trainer
-from hf_devft.cli.running import one_line_errors, stopping_between_rounds
+from hf_devft.cli.running import stopping_between_rounds
 from hf_devft.cli.summary import closing, opening
 from hf_devft.run.claim import check_free
 from hf_devft.run.plan_table import print_plan

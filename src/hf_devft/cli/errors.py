@@ -1,0 +1,41 @@
+"""Errors of one line; nothing here waits for torch."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hf_devft.cli.rank import rank
+
+
+GO_ON = "go on with `--resume_from_checkpoint last`"
+
+
+@contextmanager
+def one_line_errors(traceback: bool | None = None) -> Iterator[None]:
+    """Within this context, what is wrong with a config, with data, files or the machine ends the process in one line.
+
+    Args:
+        traceback: whether to show where it comes from instead; None where the command has no flag to ask for that.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if traceback:
+            raise
+        if rank() == 0:
+            said = "stopped." if traceback is None else str(interrupt) or f"stopped: {GO_ON}."
+            print(f"{below_the_bar()}{said}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        if traceback:
+            raise
+        who = "error" if rank() == 0 else f"error on process {rank()}"
+        needs_trace = traceback is not None and not isinstance(error, (ValueError, ImportError))
+        where = " (`--traceback` shows where)" if needs_trace else ""
+        sys.exit(f"{who}: {' '.join(str(error).split()) or type(error).__name__}{where}")
+
+
+def below_the_bar() -> str:
+    """Return what takes a terminal below a running bar."""
+    return "\n" if sys.stderr.isatty() else ""
