@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_devft.federation.client_side import Answer, ClientSide, Exchange, FromClient, ToClient
 from hf_devft.federation.encoding import Encoded
-from hf_devft.tasks.metrics import IGNORED
+from hf_devft.tasks.data import IGNORED
 from hf_devft.trainer.local_clients import LocalClients
 
 

@@ -26,9 +26,8 @@ from transformers import (
 )  # fmt: skip
 
 from hf_devft.run.benchmarks import load_stage
-from hf_devft.tasks.data import load_files, tokenize
+from hf_devft.tasks.data import IGNORED, load_files, tokenize
 from hf_devft.tasks.generation import generate_answers
-from hf_devft.tasks.metrics import IGNORED
 
 
 RUNS = (

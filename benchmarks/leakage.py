@@ -29,8 +29,7 @@ from hf_devft.cli.arguments import parse_arguments
 from hf_devft.cli.recipe import make_trainer
 from hf_devft.embedded import task_dataset
 from hf_devft.federation.client_side import Exchange
-from hf_devft.tasks.data import tokenize
-from hf_devft.tasks.metrics import IGNORED
+from hf_devft.tasks.data import IGNORED, tokenize
 from hf_devft.trainer.local_clients import LocalClients
 from hf_devft.trainer.mixin import DevFTMixin
 

@@ -9,7 +9,7 @@ from conftest import lora, tiny_llama
 from peft import get_peft_model
 
 from hf_devft.models.counted_logits import count_logits
-from hf_devft.tasks.metrics import IGNORED
+from hf_devft.tasks.data import IGNORED
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

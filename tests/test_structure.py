@@ -21,6 +21,9 @@ FOLDERS = (
 )  # fmt: skip
 STRANGERS = {frozenset(("stages", "federation")), frozenset(("stages", "hub")), frozenset(("federation", "hub"))}
 LONGEST_CLASS, LONGEST_FUNCTION = 350, 60
+# What takes a tenth of a start or more, and the modules that may have it from the first, as they are imported late.
+SLOW = ("evaluate", "matplotlib", "flwr.superlink", "hf_devft.tasks.metrics", "hf_devft.run.plots")
+LATE = {"hf_devft.tasks.metrics", "hf_devft.run.plots", "hf_devft.cli.compare"}
 
 
 @cache
@@ -47,6 +50,13 @@ def imported(path: Path) -> list[str]:
     }
     nodes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom) and id(node) not in for_types]
     return [node.module.split(".")[1] for node in nodes if (node.module or "").startswith("hf_devft.")]
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if name_of(path) not in LATE], ids=name_of)
+def test_what_is_slow_to_import_waits_until_it_is_needed(path):
+    first = [node.module or "" for node in tree(path).body if isinstance(node, ast.ImportFrom)]
+    first += [alias.name for node in tree(path).body if isinstance(node, ast.Import) for alias in node.names]
+    assert not [name for name in first if f"{name}.".startswith(tuple(f"{each}." for each in SLOW))]
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.parent != ROOT], ids=name_of)

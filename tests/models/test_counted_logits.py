@@ -11,7 +11,8 @@ from transformers import GraniteConfig, GraniteForCausalLM, T5Config, T5ForCondi
 
 from hf_devft.models import counted_logits
 from hf_devft.models.counted_logits import count_logits
-from hf_devft.tasks.metrics import IGNORED, reduce_logits
+from hf_devft.tasks.data import IGNORED
+from hf_devft.tasks.predictions import reduce_logits
 
 
 @pytest.fixture(params=ARCHITECTURES)

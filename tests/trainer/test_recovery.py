@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_devft.embedded import task_dataset
-from hf_devft.tasks.data import tokenize
-from hf_devft.tasks.metrics import IGNORED
+from hf_devft.tasks.data import IGNORED, tokenize
 
 
 def contents(output: Path) -> dict:

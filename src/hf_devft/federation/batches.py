@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from hf_devft.federation.privacy import RecordPrivacy, RowsApart
 from hf_devft.federation.sampling import Placement, client_seed
-from hf_devft.tasks.metrics import IGNORED
+from hf_devft.tasks.data import IGNORED
 
 
 def client_batches(

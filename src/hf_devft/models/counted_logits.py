@@ -20,7 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from hf_devft.tasks.metrics import IGNORED
+from hf_devft.tasks.data import IGNORED
 
 
 # Tokens x vocabulary that are held at a time: 256 MiB in float32; fewer read the output embeddings more often

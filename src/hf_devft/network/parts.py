@@ -3,7 +3,6 @@
 from functools import partial
 
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
-from flwr.superlink.grid import http_grid
 
 
 # (identifiers, what fetches one) -> their contents. A part that is not there is asked for again after 50 ms, later
@@ -14,4 +13,6 @@ pull_parts = partial(pull_objects, initial_backoff=0.05, backoff_cap=1.0)
 def pull_replies_soon() -> None:
     """Have Flower's grid fetch the parts of replies so. It waits for a second at first, which is more than many rounds
     take, and no option says otherwise (flwr 1.41)."""
+    from flwr.superlink.grid import http_grid  # here, as it takes long to import, and nodes have no grid
+
     http_grid.pull_objects = pull_parts

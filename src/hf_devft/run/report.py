@@ -19,7 +19,6 @@ from hf_devft.models.initialisation import moves_weights
 from hf_devft.models.layout import State
 from hf_devft.run.artifacts import save_stage
 from hf_devft.run.comparison import Point
-from hf_devft.run.plots import plot_run
 from hf_devft.run.tables import ALL, stage_table
 from hf_devft.tasks import TASKS
 
@@ -99,6 +98,8 @@ class RunReport:
             log_history: the Trainer's, for the plot.
             save_state: writes what a run needs to go on with the next stage, ledger included.
         """
+        from hf_devft.run.plots import plot_run  # here, as matplotlib takes long to import
+
         stage = result.record
         stage.base_model_name_or_path, stage.base_model_revision = self.base_name, self.base_revision
         stage.labels = self.labels

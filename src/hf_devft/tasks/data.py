@@ -10,7 +10,9 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from datasets.utils import logging as datasets_logging
 from transformers import PreTrainedTokenizerBase
 
-from hf_devft.tasks.metrics import IGNORED
+
+# Label of a token (or row) that is not learned and does not count: PyTorch's `ignore_index`.
+IGNORED = -100
 
 
 def instruction_prompt(instruction: str, context: str | None = None) -> str:

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_devft.tasks.metrics import IGNORED, ExactMatch
+from hf_devft.tasks.data import IGNORED
 
 
 def prompt_and_answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -105,5 +105,7 @@ def exact_match(
     process: tuple[int, int] = (0, 1),
 ) -> float:
     """Measure the share of the rows whose prompt is answered as the reference is; see `generate_answers`."""
+    from hf_devft.tasks.metrics import ExactMatch  # here, as `evaluate` takes long to import
+
     answers, references = generate_answers(model, tokenizer, dataset, max_new_tokens, batch_size, process)
     return ExactMatch().compute(predictions=answers, references=references)["exact_match"]

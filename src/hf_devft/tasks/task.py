@@ -34,8 +34,13 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from hf_devft.embedded import EMBEDDED
-from hf_devft.tasks.data import to_known_columns, tokenize
-from hf_devft.tasks.metrics import IGNORED, ClassificationMetrics, LanguageModelMetrics, argmax_logits, reduce_logits
+from hf_devft.tasks.data import IGNORED, to_known_columns, tokenize
+from hf_devft.tasks.predictions import (
+    ClassificationMetrics,
+    argmax_logits,
+    language_model_metrics,
+    reduce_logits,
+)
 
 
 @dataclass(frozen=True)
@@ -291,7 +296,7 @@ TASKS: dict[str, Task] = {
             dataset, encoding.processor, encoding.max_length, encoding.num_proc
         ),
         collator=_padding(DataCollatorForSeq2Seq),
-        compute_metrics=LanguageModelMetrics(),
+        compute_metrics=language_model_metrics,
         preprocess_logits=reduce_logits,
     ),
     "text2text-generation": Task(

@@ -22,8 +22,7 @@ from hf_devft.models.layout import State
 from hf_devft.models.streaming import load_base, where_from
 from hf_devft.models.supported import check_adapter
 from hf_devft.tasks import TASKS, Encoding, Task, label_options, task_of
-from hf_devft.tasks.data import first_rows, map_datasets
-from hf_devft.tasks.metrics import IGNORED
+from hf_devft.tasks.data import IGNORED, first_rows, map_datasets
 from hf_devft.trainer.mixin import DevFTMixin
 from hf_devft.trainer.preparation import check_config, clients_of, prepare_peft_config
 

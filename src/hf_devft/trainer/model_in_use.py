@@ -15,7 +15,7 @@ from hf_devft.models.engines import Engine, make_engine, shard
 from hf_devft.models.residual import PatchedBaseWeights
 from hf_devft.models.weights import is_stored
 from hf_devft.stages.submodel import build_whole
-from hf_devft.tasks.metrics import reduce_logits
+from hf_devft.tasks.predictions import reduce_logits
 from hf_devft.trainer.client_batching import is_overridden
 from hf_devft.trainer.federated_run import FederatedRun
 from hf_devft.trainer.interface import FederatedTrainer

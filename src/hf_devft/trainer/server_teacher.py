@@ -26,8 +26,8 @@ from hf_devft.stages.teaching.bridging import bridge_errors, bridge_errors_flops
 from hf_devft.stages.teaching.distillation import distil
 from hf_devft.stages.teaching.healing import heal, load_taught_state, taught_state
 from hf_devft.tasks import answers_prompts
+from hf_devft.tasks.data import IGNORED
 from hf_devft.tasks.generation import continuations, prompt_and_answer
-from hf_devft.tasks.metrics import IGNORED
 
 
 Inputs = dict[str, Any]

@@ -21,7 +21,7 @@ from hf_devft.federation.clients.hooks import TrainableModel, TrainingHooks
 from hf_devft.federation.clients.local_training import count_padding, count_seen, next_step
 from hf_devft.federation.turns import LocalResult
 from hf_devft.models.layout import AdapterLayout
-from hf_devft.tasks.metrics import IGNORED
+from hf_devft.tasks.data import IGNORED
 
 
 # What a batch must and may have, so that rows and tokens can be added that take no part in anything.

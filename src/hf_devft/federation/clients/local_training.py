@@ -13,7 +13,7 @@ from hf_devft.federation.clients.gradient_tap import GradientTap
 from hf_devft.federation.clients.hooks import TrainableModel, TrainingHooks
 from hf_devft.federation.privacy import PrivateSteps
 from hf_devft.federation.turns import LocalResult
-from hf_devft.tasks.metrics import IGNORED
+from hf_devft.tasks.data import IGNORED
 
 
 class LocalTraining:

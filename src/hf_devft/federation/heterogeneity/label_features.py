@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow
 from datasets import Dataset
 
-from hf_devft.tasks.metrics import IGNORED
+from hf_devft.tasks.data import IGNORED
 
 
 def label_features(counts: np.ndarray, size: int, seed: int) -> np.ndarray:
