@@ -156,7 +156,8 @@ class LocalFederation:
 
 @contextmanager
 def local_federation(folder: Path, keeps_messages: bool = False) -> Iterator[LocalFederation]:
-    """Start a SuperLink in a new folder; ends it and every node of the federation at the end of the block.
+    """Start a SuperLink in a new folder; ends it and every node of the federation at the end of the block, and where
+    this process is told to end (SIGTERM).
 
     Args:
         keeps_messages: see `LocalFederation`.
@@ -164,12 +165,14 @@ def local_federation(folder: Path, keeps_messages: bool = False) -> Iterator[Loc
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     federation = LocalFederation(folder, keeps_messages=keeps_messages)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         federation.start_superlink()
         yield federation
     finally:
         for name in list(federation.processes):
             federation.stop(name)
+        signal.signal(signal.SIGTERM, before)
 
 
 def program(name: str) -> str:
