@@ -23,7 +23,8 @@ flag of `recipes/devft.py`, and (those of `DevFTConfig`) an argument in Python. 
 its *step* is a round, its *epoch* a stage; [what differs](#what-differs-from-trainingarguments).
 With `--trainer sft` or `dpo`, the options of TRL's config hold, too.
 
-The defaults are those of Python and of a config of your own: `recipes/devft.py` without `--config` starts from
+The defaults are those of Python and of a config of your own. Without `--config`, a run starts from
+[`own_data.yaml`](../recipes/configs/own_data.yaml) where it has files or datasets, else from
 [`quickstart.yaml`](../recipes/configs/quickstart.yaml).
 """
 COMPATIBILITY_HEAD = """# What goes together

@@ -85,6 +85,7 @@ def test_a_private_run_holds_out_none_of_its_clients_rows(tmp_path, server):
     [
         (["--task_rows", "-5"], "task_rows=-5 is too small: give 1 or more"),
         (["--lora_r", "0"], "lora_r=0 is too small"),
+        (["--train_file", "a.jsonl", "--dataset_name", "b"], "train_file and dataset_name are both given"),
         (["--eval_fraction", "1.5"], "eval_fraction=1.5: give a part"),
         (["--learning_rate", "abc"], "argument --learning_rate.*: invalid float value: 'abc'"),
         (["--stage_layers", "16", "4"], r"stage_layers=\[16, 4\] must increase"),

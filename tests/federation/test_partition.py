@@ -4,7 +4,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_devft.federation.partition import from_mapping, partition_dataset
+from hf_devft.federation.partition import from_mapping, hold_out, make_clients, partition_dataset
 
 
 @given(
@@ -49,3 +49,11 @@ def test_given_clients_keep_their_rows():
         "a": [1, 2],
         "b": [3],
     }
+
+
+def test_clients_say_how_their_rows_came_to_them():
+    rows = Dataset.from_dict({"input_ids": [[number] for number in range(8)]})
+    own = make_clients({"a": rows.select(range(4)), "b": rows.select(range(4, 8))})
+    assert own.partition == "each client's own data"
+    assert hold_out(own, 0.25)[0].partition == own.partition
+    assert hold_out(make_clients(rows, num_clients=2), 0.25)[0].partition == "iid"

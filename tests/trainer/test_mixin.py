@@ -524,6 +524,22 @@ def test_a_checkpoint_of_another_run_is_refused(make_trainer):
             make_trainer(**other).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_of_a_larger_rank_is_refused_not_cut(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    trainer.train()
+    rank = trainer.model.peft_config["default"].r
+    with pytest.raises(ValueError, match=rf"is of a run with lora_r {rank} \(now {rank // 2}\): resume with the same"):
+        make_trainer(peft_config=lora(r=rank // 2)).train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_goes_on_with_another_rate_and_more_rounds_says_so(make_trainer, caplog):
+    make_trainer(save_strategy="steps", save_steps=1).train()
+    folder = make_trainer().args.output_dir
+    make_trainer(stage_rounds=[2, 3], learning_rate=1e-4).train(resume_from_checkpoint=f"{folder}/stage-1")
+    (said,) = [record.message for record in caplog.records if "other options" in record.message]
+    assert said.endswith("rounds 2 → 3 in stage 2, learning_rate 0.01 → 0.0001 in stage 2.")
+
+
 @pytest.mark.parametrize("folder", ["checkpoint-1", "stage-1"])
 def test_a_checkpoint_with_another_adapter_is_refused(make_trainer, folder):
     trainer = make_trainer(save_strategy="steps", save_steps=1)
@@ -699,6 +715,7 @@ def test_clients_of_a_partitioner(make_trainer):
 
     trainer = make_trainer(partitioner=Halves(), num_clients=None)
     assert [len(rows) for rows in trainer.clients.rows.values()] == [60, 60]
+    assert trainer.clients.partition == "Halves"
 
 
 def test_several_evaluation_sets(make_trainer, eval_tasks):

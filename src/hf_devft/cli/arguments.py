@@ -101,6 +101,8 @@ class RecipeArguments:
         for option in ("task_rows", "task_eval_rows", "lora_r"):
             if (value := getattr(self, option)) < 1:
                 raise ValueError(f"{option}={value} is too small: give 1 or more.")
+        if self.train_file and self.dataset_name:
+            raise ValueError("train_file and dataset_name are both given: leave one of them out.")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(
                 f"eval_fraction={self.eval_fraction}: give a part from 0, which holds nothing out, to below 1."

@@ -54,7 +54,7 @@ class _StopAtCheckpoint(TrainerCallback):
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         if rank() == 0:
-            said = "stopping at the end of this round; once more to stop at once"
+            said = "stopping at the end of this round; once more to stop at once, without its checkpoint"
             print(f"{below_the_bar()}{said}", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -73,7 +73,7 @@ def _layout(trainer: DevFTMixin, stage: StageConfig) -> AdapterLayout:
 def _stages(stages: list[StageConfig]) -> str:
     depths = " → ".join(str(len(stage.adapted) if stage.adapted else stage.num_layers) for stage in stages)
     rounds = sorted({stage.rounds for stage in stages})
-    each = f"{rounds[0]} rounds" + (" each" if len(stages) > 1 else "")
+    each = f"{rounds[0]} round{'' if rounds[0] == 1 else 's'}" + (" each" if len(stages) > 1 else "")
     return f"{depths} layers, {each if len(rounds) == 1 else ' + '.join(str(s.rounds) for s in stages) + ' rounds'}"
 
 

@@ -1,7 +1,7 @@
 """A dataset -> clients: one dataset in client order, and each client's rows in it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,11 +21,13 @@ class ClientData:
         rows: {client's name: indices into `dataset`}, none empty, none shared.
         elsewhere: how many examples each client has, where they have their rows themselves, by number; 0 for one that
             has not said it yet. `dataset` and `rows` are empty then.
+        partition: how the rows came to the clients: a name in `PARTITIONS`, a partitioner's, or as they are.
     """
 
     dataset: Dataset
     rows: dict[str, np.ndarray]
     elsewhere: list[int] | None = None
+    partition: str = "each client's own data"
 
     def __post_init__(self):
         if not self.rows:
@@ -70,7 +72,8 @@ def from_partitioner(partitioner: Any, dataset: Dataset) -> ClientData:
     load_partition."""
     partitioner.dataset = dataset
     count = partitioner.num_partitions
-    return from_mapping({f"client-{index}": partitioner.load_partition(index) for index in range(count)})
+    clients = from_mapping({f"client-{index}": partitioner.load_partition(index) for index in range(count)})
+    return replace(clients, partition=type(partitioner).__name__)
 
 
 def hold_out(clients: ClientData, part: float, seed: int = 0) -> tuple[ClientData, dict[str, Dataset]]:
@@ -92,7 +95,7 @@ def hold_out(clients: ClientData, part: float, seed: int = 0) -> tuple[ClientDat
         shuffled = np.random.default_rng([seed, number]).permutation(rows)
         count = min(max(1, round(part * len(rows))), len(rows) - 1)
         kept[name], held[name] = np.sort(shuffled[count:]), clients.dataset.select(np.sort(shuffled[:count]))
-    return ClientData(clients.dataset, kept), held
+    return replace(clients, rows=kept), held
 
 
 def make_clients(data: Any, partitioner: Any = None, num_clients: int | None = None, **options) -> ClientData:
@@ -146,7 +149,7 @@ def partition_dataset(
     if kind != "iid" and column not in dataset.column_names:
         raise ValueError(f"partition_column={column!r} is not in the dataset: its columns are {dataset.column_names}.")
     rows = PARTITIONS[kind](dataset, num_clients, column, alpha, np.random.default_rng(seed))
-    return ClientData(dataset, {name: np.sort(own) for name, own in rows.items()})
+    return ClientData(dataset, {name: np.sort(own) for name, own in rows.items()}, partition=kind)
 
 
 Rows = dict[str, np.ndarray]

@@ -235,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         participant = data.participant()
         connection.check()
         participant.key = connection.keys and connection.keys[0]
+        ours.info(f"{data.name} asks {connection.superlink} to let it in")
         with connect(connection) as place:
             ours.info(f"{data.name}, {len(participant.rows)} rows, is connected to {connection.superlink}")
             serve(place, participant)

@@ -177,7 +177,7 @@ def describe_setup(
         "federated method": args.federated_method + (f" ({options})" if options else ""),
         "clients": len(clients.rows),
         "clients per round": args.clients_per_round,
-        "partition": "each client's own data, on its own machine, over a network" if network else args.partition,
+        "partition": f"{clients.partition}, on its own machine, over a network" if network else clients.partition,
         "examples per client": f"{min(sizes)} to {max(sizes)}" if accountant is None else "untold",
         "local steps": args.local_steps,
         "batch size": args.train_batch_size * args.gradient_accumulation_steps,

@@ -22,6 +22,7 @@ _FEDERATION = (
     "local_steps", "seed", "data_seed",
 )  # fmt: skip
 _ANSWERING = ("calibration_samples", "generation_max_new_tokens")
+_NEW = ("lora_r",)  # which checkpoints of 0.1 do not tell
 
 
 def run_setting(
@@ -44,6 +45,7 @@ def run_setting(
     setting = {option: getattr(args, option) for option in (*_RULES, *_FEDERATION)} | {
         "stage_layers": [stage.num_layers for stage in stages],
         "adapter_layers": [stage.adapted for stage in stages] if args.adapter_layers else None,
+        "lora_r": getattr(adapter, "r", None),
         "lora_alpha": getattr(adapter, "lora_alpha", None),
         "init_lora_weights": initialisation,
         "distillation": of("distillation_steps", *_ANSWERING),
@@ -77,6 +79,7 @@ def check_same_setting(saved: dict[str, Any], setting: dict[str, Any], folder: s
         ValueError: says what differs.
     """
     wanted = json.loads(json.dumps(setting))  # lists for tuples, as saved
+    saved = {name: wanted[name] for name in _NEW} | saved
     differing = [
         f"{name} {saved.get(name)} (now {wanted[name]})" for name in wanted if saved.get(name) != wanted[name]
     ]
@@ -85,6 +88,16 @@ def check_same_setting(saved: dict[str, Any], setting: dict[str, Any], folder: s
             f"{folder} is of a run with {', '.join(differing)}: resume with the same, or start anew in another "
             "`output_dir`."
         )
+
+
+def changed_stages(before: Sequence[StageConfig], now: Sequence[StageConfig]) -> str:
+    """Say what is asked of stages that was not asked of them before; empty where nothing is."""
+    return ", ".join(
+        f"{name} {getattr(old, name)} → {getattr(new, name)} in stage {new.stage}"
+        for old, new in zip(before, now, strict=True)
+        for name in ("rounds", "learning_rate")
+        if getattr(old, name) != getattr(new, name)
+    )
 
 
 def check_same_adapter(adapter: State, own: State, where: str = "") -> None:

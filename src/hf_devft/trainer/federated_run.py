@@ -1,5 +1,6 @@
 """A run between two rounds: its stages, its adapters, its ledger; what is written of it, and read again."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,10 +23,12 @@ from hf_devft.run.checkpoint import Checkpoint, RunState, load_federation
 from hf_devft.run.comparison import Point
 from hf_devft.run.healed_layers import HealedLayers
 from hf_devft.run.report import StageResult
-from hf_devft.run.setting import check_same_adapter, check_same_memory, check_same_setting, run_setting
+from hf_devft.run.setting import changed_stages, check_same_adapter, check_same_memory, check_same_setting, run_setting
 from hf_devft.stages.global_adapter import GlobalAdapter
 from hf_devft.trainer.active_stage import ActiveStage
 
+
+logger = logging.getLogger(__name__)
 
 # What the Trainer logs of the clients' rows.
 _WITHOUT_NOISE = ("loss", "grad_norm", "train_loss", "num_input_tokens_seen", "total_flos")
@@ -216,6 +219,10 @@ class FederatedRun:
                 f"{folder} is of a run with other clients: {sorted(strangers)[0]!r} is none of this one's."
             )
         check_same_memory(checkpoint.run.federation, len(names), checkpoint.sub or checkpoint.full, folder)
+        begun = slice(checkpoint.run.stage - 1, None)
+        changed = changed_stages(checkpoint.run.stages[begun], self.stages[begun])
+        if changed and self.args.process_index == 0:
+            logger.warning(f"the run in {folder} goes on with other options than it was begun with: {changed}.")
         for stage, old in zip(self.stages, checkpoint.run.stages, strict=True):
             for name in ("groups", "metrics", "totals", "rounds_done"):
                 setattr(stage, name, getattr(old, name))

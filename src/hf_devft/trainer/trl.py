@@ -4,7 +4,7 @@ TRL's own configs, data handling and losses; rounds, stages and artifacts are `D
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -86,7 +86,7 @@ class TRLMixin(DevFTMixin):
         return prepared.remove_columns(_ROW)
 
     def remap_client_rows(self, clients: ClientData) -> ClientData:
-        return ClientData(self.train_dataset, self._rows)
+        return replace(clients, dataset=self.train_dataset, rows=self._rows)
 
     def prepare_model_in_use(self, model: PeftModel) -> None:
         # TRL has patched the base's `forward`; a submodel's copy of that would run the base.

@@ -81,7 +81,10 @@ def make_methods(name: str, options: dict[str, Any] | None = None) -> Methods:
             )
         if not kinds:
             known = "; ".join(f"{kind}s: {', '.join(registry)}" for kind, registry in registries.items())
-            raise ValueError(f"federated_method={name!r}: {part!r} is unknown ({known}). Join them by '+'.")
+            raise ValueError(
+                f"federated_method={name!r}: {part!r} is unknown ({known}). Join them by '+'; "
+                "fedit is FedAvg of the adapters."
+            )
         kind = kinds[0]
         if chosen[kind] is not None:
             raise ValueError(f"federated_method={name!r} names two {kind}s: leave one.")
