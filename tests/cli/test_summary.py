@@ -57,6 +57,6 @@ def test_what_the_server_took_is_said_where_it_is_much(make_trainer):
 
 def test_without_evaluation_it_says_what_it_cost(make_trainer):
     trainer = make_trainer(stage_rounds=[1])
-    assert "2 → 4 layers, 1 rounds each" in opening(trainer)
+    assert "2 → 4 layers, 1 round each" in opening(trainer)
     trainer.train()
     assert closing(trainer).startswith(f"{trainer.ledger.bytes / 1e6:.2f} MB, ")
