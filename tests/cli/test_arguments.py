@@ -25,6 +25,13 @@ def test_a_flag_wins_over_the_file(default):
     assert args.model_init_kwargs == {"dtype": "float32"}
 
 
+@pytest.mark.parametrize(("key", "rival"), [("dataset_name", "train_file"), ("train_file", "dataset_name")])
+def test_data_of_the_command_line_replaces_the_files_data(tmp_path, key, rival):
+    config = write(tmp_path / "data.yaml", f"output_dir: out\n{key}: of-the-file\n")
+    recipe, _ = parse_arguments([f"--{rival}", "of-the-line"], config)
+    assert (getattr(recipe, key), getattr(recipe, rival)) == (None, ["of-the-line"])
+
+
 def test_another_config_replaces_the_default(default, tmp_path):
     other = write(tmp_path / "other.yaml", "output_dir: other\nstage_rounds: 9\n")
     recipe, args = parse_arguments(["--config", str(other), "--seed", "3"], default)

@@ -22,6 +22,8 @@ from hf_devft.tasks import TASKS
 
 # Trainer -> what the names of its class and its config begin with.
 TRAINERS = {"devft": "DevFT", "sft": "DevFTSFT", "dpo": "DevFTDPO"}
+# Where rows come from, one of them: a file's key yields to the other on the command line.
+_RIVALS = (("dataset_name", "train_file"), ("train_file", "dataset_name"))
 
 
 @dataclass
@@ -175,7 +177,7 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
     has_data = _value_of("train_file", argv) or _value_of("dataset_name", argv)
     config = named or default_config or packaged_config("own_data" if has_data else "quickstart")
     values = _read_yaml(config)
-    for old, new in RENAMED.items():  # the command line wins, by either name
+    for old, new in (*RENAMED.items(), *_RIVALS):  # the command line wins, by either name
         if _value_of(new, argv) is not None:
             values.pop(old, None)
     kinds = (RecipeArguments, _config_class(_value_of("trainer", argv) or values.get("trainer", "devft")))
