@@ -29,7 +29,7 @@ FLOAT32 = ["--bf16", "false", "--model_init_kwargs", '{"dtype": "float32"}']
 LINEAR = ["--lr_scheduler_type", "linear"]
 LINEAR_8 = [*LINEAR, "--stage_rounds", "8"]
 DISTILLED = ["--calibration_samples", "192", "--distillation_steps", "60"]
-HEALED = ["--grouping", "even", "--healing_steps", "300", "--healing_learning_rate", "3e-4"]
+HEALED = ["--grouping", "even", "--healing_steps", "100", "--healing_learning_rate", "3e-4"]
 # After which loss: FedIT's after two rounds at its best rate, and after four.
 TARGETS = (0.95, 0.84)
 
@@ -64,7 +64,7 @@ VARIANTS = {
     ),
     "the quickstart's rules, 5-9-18, 2 + 2 + 2 rounds": stages("stage_layers", "5 9 18", "2 2 2"),
     "distilled in 60 steps, 9-18, 4 + 2 rounds": stages("stage_layers", "9 18", "4 2", *DISTILLED),
-    "healed in 300 steps, distilled in 60, 9-18, 4 + 2 rounds": stages(
+    "healed in 100 steps, distilled in 60, 9-18, 4 + 2 rounds": stages(
         "stage_layers", "9 18", "4 2", *DISTILLED, *HEALED
     ),
     "bridged, 9-18, 4 + 2 rounds": bridged("9 18", "4 2"),
