@@ -32,6 +32,34 @@ def test_data_of_the_command_line_replaces_the_files_data(tmp_path, key, rival):
     assert (getattr(recipe, key), getattr(recipe, rival)) == (None, ["of-the-line"])
 
 
+@pytest.mark.parametrize(("flags", "partition"), [
+    (["--train_file", "a.csv", "b.csv"], "natural"),
+    (["--train_file", "a.csv"], "iid"),
+    (["--train_file", "a.csv", "b.csv", "--num_clients", "9"], "iid"),
+    (["--train_file", "a.csv", "b.csv", "--partition", "iid"], "iid"),
+])  # fmt: skip
+def test_a_file_is_a_client_unless_it_is_said_how_rows_are_dealt_out(default, flags, partition):
+    for config in ([], ["--config", str(default)]):
+        _, args = parse_arguments([*config, *flags])
+        assert (args.partition, args.partition_column) == (partition, "source" if partition == "natural" else None)
+
+
+def test_flags_may_have_hyphens():
+    recipe, _ = parse_arguments(["--train-file", "a.csv"])
+    assert recipe.eval_fraction == 0.1, "own data, not the quickstart's"
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--train_file", "a.csv", "--train_file", "b.csv"], "--train_file is given twice"),
+    (["--train_file=a.csv", "--train-file", "b.csv"], "--train_file is given twice"),
+    (["--num_train_epochs", "3"], "num_train_epochs is not used: an epoch is a stage"),
+    ([__file__], "Give files after `--train_file`"),
+])  # fmt: skip
+def test_what_would_not_count_is_refused(argv, said):
+    with pytest.raises(ValueError, match=said):
+        parse_arguments(argv)
+
+
 def test_another_config_replaces_the_default(default, tmp_path):
     other = write(tmp_path / "other.yaml", "output_dir: other\nstage_rounds: 9\n")
     recipe, args = parse_arguments(["--config", str(other), "--seed", "3"], default)

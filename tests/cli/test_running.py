@@ -34,7 +34,7 @@ def test_a_run_that_is_told_to_stop_ends_its_round_and_can_be_resumed(make_train
     assert stopped.value.code == 130
     lines = capsys.readouterr().err
     assert "stopping at the end of this round; once more to stop at once" in lines
-    assert "stopped after round 2: go on with `--resume_from_checkpoint last`." in lines
+    assert "stopped after round 2: the same command with `--resume_from_checkpoint last` goes on." in lines
     assert signal.getsignal(number) is before
     assert not (tmp_path / "run" / "stage-1").exists()
     again = make_trainer()

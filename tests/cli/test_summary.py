@@ -23,6 +23,7 @@ def test_what_is_said_to_be_sent_is_sent(make_trainer, eval_tasks, options):
     megabytes = float(re.search(r"about (\S+) MB to send", said)[1])
     assert megabytes == pytest.approx(trainer.ledger.bytes / 1e6, rel=0.02)
     won = closing(trainer)
+    assert "max_steps" not in won
     start, end = trainer.run.start_metrics["eval_full_loss"], trainer.stages[-1].metrics["eval_full_loss"]
     assert f"loss {start:.3f} → {end:.3f} at full depth for {trainer.ledger.bytes / 1e6:.2f} MB" in won
 
@@ -42,6 +43,7 @@ def test_whatever_is_trained_can_be_said(make_trainer, options):
     assert megabytes > 0
     if "max_steps" in options:
         trainer.train()
+        assert "; ended by max_steps, 1 of " in closing(trainer)
         assert megabytes == pytest.approx(trainer.ledger.bytes / 1e6, rel=0.02)
 
 
@@ -60,3 +62,15 @@ def test_without_evaluation_it_says_what_it_cost(make_trainer):
     assert "2 → 4 layers, 1 round each" in opening(trainer)
     trainer.train()
     assert closing(trainer).startswith(f"{trainer.ledger.bytes / 1e6:.2f} MB, ")
+
+
+@pytest.mark.parametrize(("data", "options", "said"), [
+    ({"north": 3, "south": 2}, {"partition": "natural"}, "2 clients (north 3, south 2 rows), 1 a round"),
+    ({"north": 3}, {"partition": "natural"}, "1 client (north 3 rows), 1 a round"),
+    ({"north": 6, "south": 2}, {"partition": "iid", "num_clients": 3}, "3 clients of 2 to 3 rows, 1 a round"),
+])  # fmt: skip
+def test_who_the_clients_are_is_said(make_trainer, tasks, data, options, said):
+    rows = tasks.select(range(sum(data.values())))
+    rows = rows.add_column("owner", [name for name, count in data.items() for _ in range(count)])
+    options = {"num_clients": None, "clients_per_round": 1, "partition_column": "owner"} | options
+    assert said in opening(make_trainer(train_dataset=rows, **options))

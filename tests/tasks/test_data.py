@@ -50,6 +50,55 @@ def test_files_of_several_formats(tmp_path):
     assert set(rows.column_names) == {"prompt", "completion", "source"}
 
 
+PAIR = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
+
+
+def write(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(("names", "sources"), [
+    (["x/train.jsonl", "y/train.jsonl"], ["x/train.jsonl", "y/train.jsonl"]),
+    (["a.jsonl", "a.csv", "b.jsonl"], ["a.jsonl", "a.csv", "b.jsonl"]),
+    (["x/a.jsonl", "y/b.jsonl"], ["a", "b"]),
+])  # fmt: skip
+def test_no_two_files_are_one_source(tmp_path, names, sources):
+    files = [write(tmp_path / name, PAIR if name.endswith("l") else "prompt,completion\na,b\n") for name in names]
+    assert load_files(files)["source"][:] == sources
+
+
+def test_a_column_source_of_ones_own_gives_way_to_the_files(tmp_path, caplog):
+    text = json.dumps({"text": "a", "source": "web"}) + "\n" + json.dumps({"text": "b", "source": "book"}) + "\n"
+    files = [write(tmp_path / name, text) for name in ("a.jsonl", "b.jsonl")]
+    assert load_files(files[:1])["source"][:] == ["web", "book"]
+    assert not caplog.text
+    assert load_files(files)["source"][:] == ["a", "a", "b", "b"]
+    assert "a.jsonl has a column 'source'" in caplog.text
+
+
+@pytest.mark.parametrize(("texts", "said"), [
+    ([PAIR, PAIR + '{"prompt": "a", "completion": null}\n'], "1.jsonl: row 2 has no completion"),
+    ([PAIR, PAIR + PAIR + '{"prompt": "a"}\n'], "1.jsonl: row 3 has no completion"),
+    ([PAIR, '{"text": "a"}\n'], "0.jsonl has the columns .*'prompt', 'completion'.*, .*1.jsonl has .*'text'"),
+    ([PAIR, ""], "1.jsonl is empty"),
+])  # fmt: skip
+def test_what_is_wrong_with_files_says_where(tmp_path, texts, said):
+    files = [write(tmp_path / f"{number}.jsonl", text) for number, text in enumerate(texts)]
+    with pytest.raises(ValueError, match=said):
+        load_files(files)
+
+
+def test_a_file_is_not_given_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", PAIR)
+    with pytest.raises(ValueError, match=r"a\.jsonl is given twice"):
+        load_files(["a.jsonl", str(tmp_path / "a.jsonl")])
+    with pytest.raises(FileNotFoundError, match="Separate them by spaces"):
+        load_files(["a.jsonl,b.jsonl"])
+
+
 def test_a_broken_line_is_named_once(tmp_path, caplog, capsys):
     rows = [json.dumps({"prompt": "a", "completion": "b"})] * 3
     for number, broken in ((3, '{"prompt": "a", broken'), (1, "[1, 2]")):

@@ -16,8 +16,9 @@ from transformers import HfArgumentParser
 import hf_devft
 from hf_devft.cli.configs import packaged_config, take_config
 from hf_devft.configuration import DevFTConfig
-from hf_devft.configuration.devft_config import RENAMED
+from hf_devft.configuration.devft_config import RENAMED, UNSUPPORTED
 from hf_devft.tasks import TASKS
+from hf_devft.tasks.data import SOURCE
 
 
 # Trainer -> what the names of its class and its config begin with.
@@ -42,14 +43,15 @@ class RecipeArguments:
     )
     train_file: list[str] | None = field(
         default=None,
-        metadata={"help": "JSON, JSONL, CSV, TSV, Parquet or text files; column `source` holds the stem. Default: "
-                          "made-up tasks."},
+        metadata={"help": "JSON, JSONL, CSV, TSV, Parquet or text files, a client each unless `partition` or "
+                          "`num_clients` is given; column `source` says which. Default: made-up tasks."},
     )  # fmt: skip
     eval_file: list[str] | None = field(default=None, metadata={"help": "Such files to evaluate on."})
-    eval_fraction: float = field(
-        default=0.0,
-        metadata={"help": "Part of one's own rows that is held out for that, without such a file."},
-    )
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Part of one's own rows that is held out for that, without such a file. Default: a tenth, "
+                          "if `eval_strategy` asks for it."},
+    )  # fmt: skip
     calibration_file: list[str] | None = field(
         default=None,
         metadata={"help": "Such files of the server's own, for `calibration_samples`. Default: rows held out of "
@@ -105,7 +107,7 @@ class RecipeArguments:
                 raise ValueError(f"{option}={value} is too small: give 1 or more.")
         if self.train_file and self.dataset_name:
             raise ValueError("train_file and dataset_name are both given: leave one of them out.")
-        if not 0 <= self.eval_fraction < 1:
+        if self.eval_fraction is not None and not 0 <= self.eval_fraction < 1:
             raise ValueError(
                 f"eval_fraction={self.eval_fraction}: give a part from 0, which holds nothing out, to below 1."
             )
@@ -180,6 +182,8 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
     for old, new in (*RENAMED.items(), *_RIVALS):  # the command line wins, by either name
         if _value_of(new, argv) is not None:
             values.pop(old, None)
+    if "num_train_epochs" in values or _value_of("num_train_epochs", argv):  # also where it is the default
+        raise ValueError(f"num_train_epochs is not used: {UNSUPPORTED['num_train_epochs'][1]}.")
     kinds = (RecipeArguments, _config_class(_value_of("trainer", argv) or values.get("trainer", "devft")))
     options = {item.name: str(item.type) for kind in kinds for item in fields(kind) if item.init}
     lists = {key for key, kind in options.items() if "list[" in kind} - {"report_to", "debug"}
@@ -190,13 +194,14 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
         parser.print_help()
         sys.exit()
     _refuse_unknown(values, known, str(config))
+    _refuse_twice([key for key in lists if "list[str" in options[key]], argv)
     parser.set_defaults(**values)
     namespace, rest = parser.parse_known_args(argv)
     _refuse_unknown([word.removeprefix("--") for word in rest], known, "the command line")
     given = vars(namespace)
-    chosen = "partition" in values or _value_of("partition", argv) is not None
-    if config.stem == "own_data" and not chosen and len(given["train_file"] or []) > 1:
-        given |= {"partition": "natural", "partition_column": "source"}  # a file, a client
+    chosen = any(key in values or _value_of(key, argv) is not None for key in ("partition", "num_clients"))
+    if not chosen and len(given["train_file"] or []) > 1:
+        given |= {"partition": "natural", "partition_column": SOURCE}  # a file, a client
     return tuple(
         kind(**{item.name: given[item.name] for item in fields(kind) if item.init and item.name in given})
         for kind in kinds
@@ -206,7 +211,19 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
 def _value_of(key: str, argv: Sequence[str]) -> str | None:
     """The value that the command line gives a key."""
     words = [part for word in argv for part in word.split("=", 1)]
-    return next((after for word, after in pairwise(words) if word == f"--{key}"), None)
+    return next((after for word, after in pairwise(words) if _key(word) == key), None)
+
+
+def _key(word: str) -> str | None:
+    """The key of a flag."""
+    return word.removeprefix("--").partition("=")[0].replace("-", "_") if word.startswith("--") else None
+
+
+def _refuse_twice(keys: Iterable[str], argv: Sequence[str]) -> None:
+    """Refuse a list in two parts, of which only the last would count."""
+    given = [_key(word) for word in argv]
+    if twice := next((key for key in keys if given.count(key) > 1), None):
+        raise ValueError(f"--{twice} is given twice: give its values after one, separated by spaces.")
 
 
 def _read_yaml(path: Path) -> dict:
@@ -234,4 +251,5 @@ def _refuse_unknown(keys: Iterable[str], known: set[str], where: str) -> None:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else " See `--help`."
+            hint = " Give files after `--train_file`." if Path(key).is_file() else hint
             raise ValueError(f"unknown key {key!r} in {where}.{hint}")

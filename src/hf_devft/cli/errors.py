@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from hf_devft.cli.rank import rank
 
 
-GO_ON = "go on with `--resume_from_checkpoint last`"
+GO_ON = "the same command with `--resume_from_checkpoint last` goes on"
 
 
 @contextmanager

@@ -22,6 +22,9 @@ from hf_devft.trainer.mixin import DevFTMixin
 from hf_devft.trainer.preparation import clients_of
 
 
+DEFAULT_EVAL_FRACTION = 0.1  # our choice, a common one
+
+
 def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Dataset | None, Dataset | None]:
     """Load (train, evaluation, calibration) rows; evaluation may be missing. Calibration rows without a file are held
     out of training.
@@ -40,13 +43,14 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
             names = (recipe.dataset_name, recipe.dataset_config)
             train = load_datasets(*names, recipe.dataset_train_split, to_columns)
             evaluation = recipe.dataset_eval_split and load_datasets(*names, recipe.dataset_eval_split, to_columns)
-        if args.is_private and ((evaluation is None and recipe.eval_fraction) or (asked and calibration is None)):
+        part = _part_held_out(recipe, args) if evaluation is None else 0.0
+        if args.is_private and (part or (asked and calibration is None)):
             raise ValueError(
                 "a private run cannot hold out rows of its clients, which no noise would cover: give `eval_file` (or "
                 "`eval_fraction: 0` with `eval_strategy: no`), and `calibration_file` where the server reads texts."
             )
-        if evaluation is None and recipe.eval_fraction:
-            train, evaluation = _held_out(train, recipe.eval_fraction, args.seed)
+        if part:
+            train, evaluation = _held_out(train, part, args.seed)
         if calibration is not None or not asked:
             return train, evaluation, calibration
         train, calibration = _split(train, args.calibration_samples, args.seed)
@@ -57,6 +61,23 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
         _made_up_calibration(recipe, args) if calibration is None else calibration,
     )
     return tuple(map(preference_pairs, made_up)) if recipe.trainer == "dpo" else made_up
+
+
+def _part_held_out(recipe: RecipeArguments, args: DevFTConfig) -> float:
+    """The part of the rows to evaluate on, where there are no others for that.
+
+    Raises:
+        ValueError: evaluation is asked for, and there would be none.
+    """
+    has_others = args.eval_strategy == "no" or args.client_eval_size
+    if recipe.eval_fraction is None:
+        return 0.0 if has_others else DEFAULT_EVAL_FRACTION
+    if not recipe.eval_fraction and not has_others:
+        raise ValueError(
+            f"eval_fraction={recipe.eval_fraction} leaves nothing to evaluate on: give an `eval_file`, or "
+            "`eval_strategy: no`."
+        )
+    return recipe.eval_fraction
 
 
 def _held_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -2,6 +2,7 @@
 
 from hf_devft.configuration import StageConfig
 from hf_devft.embedded import portable_name
+from hf_devft.federation.partition import ClientData
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.run.plan import planned_traffic
 from hf_devft.trainer.mixin import DevFTMixin
@@ -13,7 +14,7 @@ def opening(trainer: DevFTMixin) -> str:
     base = trainer.model.get_base_model().config.name_or_path
     return (
         f"{portable_name(base) or 'the model'}, {run.stages[-1].full_layers} layers: "
-        f"{len(run.clients.rows)} clients, {args.clients_per_round} a round, {args.federated_method}\n"
+        f"{_clients(run.clients)}, {args.clients_per_round} a round, {args.federated_method}\n"
         f"{_stages(run.stages)}: about {_megabytes(trainer):.3g} MB to send; results in {args.output_dir}/"
     )
 
@@ -32,6 +33,9 @@ def closing(trainer: DevFTMixin) -> str:
     setup = sum(stage.totals.get("setup_seconds", 0.0) for stage in run.stages)
     if setup > max(_WORTH_SAYING * totals["seconds"], 1.0):
         cost += f" and {_minutes(setup)} of setting stages up"
+    planned, state = sum(stage.rounds for stage in run.stages), trainer.state
+    if state.global_step == state.max_steps < planned:
+        cost += f"; ended by max_steps, {state.max_steps} of {planned} rounds"
     brought = f"{', '.join(changes)} at full depth for {cost}" if changes else cost
     lines = [brought, f"Adapters, model card and plot are in {folder}/"]
     if "eval_full_loss" in end:
@@ -75,6 +79,20 @@ def _stages(stages: list[StageConfig]) -> str:
     rounds = sorted({stage.rounds for stage in stages})
     each = f"{rounds[0]} round{'' if rounds[0] == 1 else 's'}" + (" each" if len(stages) > 1 else "")
     return f"{depths} layers, {each if len(rounds) == 1 else ' + '.join(str(s.rounds) for s in stages) + ' rounds'}"
+
+
+_NAMED = 3  # clients, at most: as many as a line holds
+
+
+def _clients(clients: ClientData) -> str:
+    count = f"{len(clients.rows)} client{'' if len(clients.rows) == 1 else 's'}"
+    if not any(clients.examples):  # who are elsewhere, and have not said it yet
+        return count
+    if clients.partition not in ("iid", "dirichlet") and len(clients.rows) <= _NAMED:
+        rows = [f"{name} {examples}" for name, examples in zip(clients.names, clients.examples, strict=True)]
+        return f"{count} ({', '.join(rows)} rows)"
+    least, most = min(clients.examples), max(clients.examples)
+    return f"{count} of {least}{'' if least == most else f' to {most}'} rows"
 
 
 def _minutes(seconds: float) -> str:

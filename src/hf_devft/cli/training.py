@@ -14,6 +14,7 @@ from hf_devft.cli.running import stopping_between_rounds
 from hf_devft.cli.summary import closing, opening
 from hf_devft.run.claim import check_free
 from hf_devft.run.plan_table import print_plan
+from hf_devft.tasks.data import check_files
 
 
 def train_or_plan(argv: Sequence[str]) -> None:
@@ -31,6 +32,8 @@ def train_or_plan(argv: Sequence[str]) -> None:
             plan = make_plan(recipe, args)
             print(json.dumps(plan.to_dict(), indent=2)) if recipe.plan_json else print_plan(plan)
             sys.exit()
+        for files in (recipe.train_file, recipe.eval_file, recipe.calibration_file):
+            check_files(files or [])
         check_free(args)
         trainer = make_trainer(recipe, args)
         shows = trainer.is_world_process_zero()

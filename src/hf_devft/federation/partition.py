@@ -147,7 +147,10 @@ def partition_dataset(
         ValueError: an unknown column, more clients than rows, or a count that a natural partition does not have.
     """
     if kind != "iid" and column not in dataset.column_names:
-        raise ValueError(f"partition_column={column!r} is not in the dataset: its columns are {dataset.column_names}.")
+        raise ValueError(
+            f"partition_column={column!r} is not in the dataset: give one of {', '.join(dataset.column_names)}, or "
+            'partition="iid".'
+        )
     rows = PARTITIONS[kind](dataset, num_clients, column, alpha, np.random.default_rng(seed))
     return ClientData(dataset, {name: np.sort(own) for name, own in rows.items()}, partition=kind)
 

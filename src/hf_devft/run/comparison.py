@@ -8,7 +8,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_devft.configuration import StageConfig
-from hf_devft.configuration.stage_folder import LEDGER
+from hf_devft.configuration.stage_folder import LEDGER, STAGE_CONFIG_NAME
 from hf_devft.federation.ledger import Ledger, RoundRecord
 from hf_devft.files.reading import read_record
 from hf_devft.run.checkpoint import read_stages
@@ -42,6 +42,8 @@ def read_curve(folder: str | Path) -> list[Point]:
     folder = Path(folder)
     if not folder.is_dir():  # nor is it asked for on the Hub
         raise ValueError(f"{folder} is no folder: give the output folder of a run.")
+    if not (folder / STAGE_CONFIG_NAME).exists():
+        raise ValueError(f"{folder} has no finished stage: give the output folder of a run that has one.")
     last, stages = StageConfig.from_pretrained(folder), read_stages(folder)
     ledger = Ledger(read_record(folder / LEDGER, list[RoundRecord]))
     history = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history

@@ -1,6 +1,8 @@
 """Rows of text -> token ids with labels on what is to be learned; and the files that rows come from."""
 
 import json
+import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,8 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from datasets.utils import logging as datasets_logging
 from transformers import PreTrainedTokenizerBase
 
+
+logger = logging.getLogger(__name__)
 
 # Label of a token (or row) that is not learned and does not count: PyTorch's `ignore_index`.
 IGNORED = -100
@@ -81,23 +85,45 @@ _BUILDERS = {
 }  # fmt: skip
 
 
-def load_files(files: Sequence[str], to_columns: Callable[[Dataset], Dataset] = to_known_columns) -> Dataset:
-    """Read local JSON, JSONL, CSV, TSV, Parquet or text files (a row a line) as one dataset with a column `source`
-    (the file's stem). Columns are kept where every file has them, once `to_columns` has made what a task reads.
+# The column that says which file, or dataset, of several a row is from.
+SOURCE = "source"
+
+
+def check_files(files: Sequence[str | Path]) -> None:
+    """Refuse files that `load_files` cannot read by what they are called, or that hold nothing.
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: unknown endings or columns, unreadable files, or files of which no column is common to all.
+        ValueError: an unknown ending, an empty file, or one that is given twice.
     """
-    datasets = {}
     for path in map(Path, files):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file: give the paths of {', '.join(_BUILDERS)} files.")
+            hint = " Separate them by spaces." if "," in str(path) else ""
+            raise FileNotFoundError(f"{path} is not a file: give the paths of {', '.join(_BUILDERS)} files.{hint}")
         if path.suffix not in _BUILDERS:
             raise ValueError(f"{path} ends in {path.suffix!r}: known are {', '.join(_BUILDERS)}.")
-        builder, options = _BUILDERS[path.suffix]
         if not path.stat().st_size:
             raise ValueError(f"{path} is empty: give a file with a row or more.")
+    whole = [Path(file).resolve() for file in files]
+    if twice := next((path for path in whole if whole.count(path) > 1), None):
+        raise ValueError(f"{twice} is given twice: leave one out.")
+
+
+def load_files(
+    files: Sequence[str | Path], to_columns: Callable[[Dataset], Dataset] = to_known_columns
+) -> Dataset:
+    """Read local JSON, JSONL, CSV, TSV, Parquet or text files (a row a line) as one dataset with a column `source`:
+    the file's stem, or its path below the folder of all where two have one stem. Columns are kept where every file has
+    them, once `to_columns` has made what a task reads.
+
+    Raises:
+        FileNotFoundError, ValueError: see `check_files`; unknown columns, unreadable files, rows without their text,
+            or files of which no column is common to all.
+    """
+    check_files(files)
+    datasets = {}
+    for path in map(Path, files):
+        builder, options = _BUILDERS[path.suffix]
         try:
             with _saying_nothing():
                 datasets[str(path)] = load_dataset(builder, data_files=str(path), split="train", **options)
@@ -152,23 +178,50 @@ def load_datasets(
 
 
 def _joined(datasets: dict[str, Dataset], to_columns: Callable[[Dataset], Dataset]) -> Dataset:
-    """One dataset of all, with the stem of each name as `source`, unless it has that."""
-    converted = []
-    for name, dataset in datasets.items():
+    """One dataset of all, with where each row is from as `source`; a single one keeps a column of that name."""
+    converted = {}
+    for (name, dataset), source in zip(datasets.items(), _sources(list(datasets)), strict=True):
         try:
             dataset = to_columns(dataset)
+            _refuse_missing_rows(dataset)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        if "source" not in dataset.column_names:
-            dataset = dataset.add_column("source", [Path(name).stem] * len(dataset))
-        converted.append(dataset)
-    shared = [name for name in converted[0].column_names if all(name in d.column_names for d in converted)]
-    if shared == ["source"]:
-        raise ValueError(
-            f"the datasets have no column in common ({'; '.join(', '.join(d.column_names) for d in converted)}): "
-            "convert them to one format."
-        )
-    return concatenate_datasets(_aligned([dataset.select_columns(shared) for dataset in converted]))
+        if SOURCE in dataset.column_names and len(datasets) > 1:
+            logger.warning(f"{name} has a column {SOURCE!r}, which names the file here: rename it if you need it.")
+            dataset = dataset.remove_columns(SOURCE)
+        if SOURCE not in dataset.column_names:
+            dataset = dataset.add_column(SOURCE, [source] * len(dataset))
+        converted[name] = dataset
+    first, *others = converted
+    shared = list(converted[first].column_names)
+    for name in others:
+        columns = converted[name].column_names
+        shared = [column for column in shared if column in columns]
+        if shared == [SOURCE]:
+            had, has = ([own for own in converted[each].column_names if own != SOURCE] for each in (first, name))
+            raise ValueError(f"{first} has the columns {had}, {name} has {has}: convert them to one format.")
+    return concatenate_datasets(_aligned([dataset.select_columns(shared) for dataset in converted.values()]))
+
+
+def _sources(names: Sequence[str]) -> list[str]:
+    """What each is called among them."""
+    stems = [Path(name).stem for name in names]
+    if len(set(stems)) == len(stems):
+        return stems
+    paths = list(map(os.path.abspath, names))
+    return [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
+
+
+_TEXTS = ("prompt", "completion", "text")
+
+
+def _refuse_missing_rows(dataset: Dataset) -> None:
+    """Refuse a row that has no text, and say which."""
+    for column in _TEXTS:
+        if column not in dataset.column_names or not dataset.data.column(column).null_count:
+            continue
+        if (row := next((index for index, text in enumerate(dataset[column], 1) if text is None), None)) is not None:
+            raise ValueError(f"row {row} has no {column} (null, or an empty field of a CSV): leave it out.")
 
 
 def _aligned(datasets: list[Dataset]) -> list[Dataset]:

@@ -251,8 +251,8 @@ def _check_prompts(rows: Dataset) -> None:
     """Refuse rows that nothing can be generated for."""
     if any(IGNORED not in labels for labels in rows["labels"]):
         raise ValueError(
-            "predict_with_generate answers prompts, but some evaluation rows have none (a whole `text`, say): turn it "
-            "off."
+            "predict_with_generate answers prompts, but some evaluation rows have none (a whole `text`, say): set it "
+            "to false."
         )
 
 

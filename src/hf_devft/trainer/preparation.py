@@ -80,7 +80,8 @@ def check_enough(args: DevFTConfig, clients: int) -> None:
         ValueError: says so.
     """
     if args.clients_per_round > clients:
-        raise ValueError(f"clients_per_round={args.clients_per_round}, but there are {clients} clients: lower it.")
+        there = "there is 1 client" if clients == 1 else f"there are {clients} clients"
+        raise ValueError(f"clients_per_round={args.clients_per_round}, but {there}: lower it.")
 
 
 def prepare_peft_config(
