@@ -109,9 +109,7 @@ def check_files(files: Sequence[str | Path]) -> None:
         raise ValueError(f"{twice} is given twice: leave one out.")
 
 
-def load_files(
-    files: Sequence[str | Path], to_columns: Callable[[Dataset], Dataset] = to_known_columns
-) -> Dataset:
+def load_files(files: Sequence[str | Path], to_columns: Callable[[Dataset], Dataset] = to_known_columns) -> Dataset:
     """Read local JSON, JSONL, CSV, TSV, Parquet or text files (a row a line) as one dataset with a column `source`:
     the file's stem, or its path below the folder of all where two have one stem. Columns are kept where every file has
     them, once `to_columns` has made what a task reads.
