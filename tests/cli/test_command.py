@@ -39,6 +39,12 @@ def test_the_help_is_one_screen_and_does_not_wait_for_torch():
     assert "--warmup_steps" in run("train", "--help-all")
 
 
+def test_a_folder_does_not_hide_the_config_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("fedit").mkdir()
+    assert find_config("fedit").is_file()
+
+
 def test_every_recipe_is_a_packaged_config():
     assert packaged_configs() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     assert find_config("fedit").read_text() == (CONFIGS / "fedit.yaml").read_text()

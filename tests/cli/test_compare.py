@@ -17,5 +17,13 @@ def test_runs_on_other_rows_are_compared_with_a_word_of_warning(
     main(list(rows), "compare.png")
     said = capsys.readouterr().out
     assert ("their losses cannot be compared" in said) != same_rows
+    assert ("1.00" in said) == same_rows, "no ratio of what cannot be compared"
     assert "server" in said
     assert (tmp_path / "compare.png").exists()
+
+
+def test_a_run_without_a_finished_stage_is_said_to_be_one(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="one has no finished stage"):
+        main([str(tmp_path / "one"), str(tmp_path / "two")], "compare.png")

@@ -27,10 +27,12 @@ def main(runs: Sequence[str], plot: str) -> None:
         raise ValueError(f"compare needs two runs or more, not {len(runs)}: give their output folders.")
     curves = {run: read_curve(run) for run in runs}
     loss = common_loss(list(curves.values()))
+    starts = {run: curve[0].loss for run, curve in curves.items() if curve[0].rounds == 0}
+    are_alike = not starts or max(starts.values()) <= SAME_START * min(starts.values())
     first, rows = reached(curves[runs[0]], loss), []
     for run, curve in curves.items():
         point = reached(curve, loss)
-        fewer = f"{first.bytes / point.bytes:.2f}" if point.bytes else ""
+        fewer = f"{first.bytes / point.bytes:.2f}" if point.bytes and are_alike else ""
         lowest = min(each.loss for each in curve)
         work = (f"{point.flops / 1e12:.2f}", f"{point.server_flops / 1e12:.2f}", f"{point.seconds:.0f}")
         rows.append([run, f"{lowest:.3f}", str(point.rounds), f"{point.bytes / 1e6:.2f}", *work, fewer])
@@ -38,8 +40,7 @@ def main(runs: Sequence[str], plot: str) -> None:
     Console().print(
         make_table(f"until an evaluation at full depth found {loss:.3f} or less, against {runs[0]}", titles, rows)
     )
-    starts = {run: curve[0].loss for run, curve in curves.items() if curve[0].rounds == 0}
-    if starts and max(starts.values()) > SAME_START * min(starts.values()):
+    if not are_alike:
         losses = ", ".join(f"{run} {loss:.3f}" for run, loss in starts.items())
         print(
             f"Losses before any round: {losses}. These runs differ in evaluation rows, base or initial adapter, so "

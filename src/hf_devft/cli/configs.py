@@ -28,7 +28,7 @@ def find_config(name: str) -> Path:
         ValueError: there is neither.
     """
     for path in (Path(name), packaged_config(name)):
-        if path.exists():
+        if path.is_file():
             return path
     raise ValueError(f"there is no config {name}: give the path of a YAML file, or one of {_NAMES}.")
 
