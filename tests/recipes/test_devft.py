@@ -88,7 +88,7 @@ def test_an_experiment_is_its_config(tmp_path):
     (["--train_file", "nowhere.json"], "nowhere.json is not a file"),
     (["--plan", "true", "--federated_method", "flora", "--transfer", "anchor"], "cannot go with transfer='anchor'"),
     (["--config", "broken.yaml"], "the config broken.yaml cannot be read: "),
-    (["--config", "."], "the config . cannot be read: [Errno 21] Is a directory"),
+    (["--config", "."], "there is no config .: give the path of a YAML file"),
     (["--train_file", "broken.jsonl"], "broken.jsonl"),
     (["--resume_from_checkpoint", "nonsense"], "nonsense"),
     (["--report_to", "wandb"], "requires wandb to be installed. Run `pip install wandb`"),
