@@ -88,6 +88,10 @@ def test_one_value_or_one_per_stage(tmp_path):
     ({"round_quorum": 3}, "never be reached by clients_per_round=2"),
     ({"client_dropout_rate": 1.0}, "from 0 to below 1"),
     ({"fsdp": True}, "ZeRO-3"),
+    ({"stage_layers": "4 16"}, "stage_layers='4 16': give a list of numbers"),
+    ({"stage_layers": 16}, "stage_layers=16: give a list"),
+    ({"num_clients": "5"}, "num_clients='5' is text: give a number"),
+    ({"learning_rate": "fast"}, "learning_rate='fast' is text"),
 ])  # fmt: skip
 def test_bad_values_say_what_to_change(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

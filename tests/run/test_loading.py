@@ -141,3 +141,8 @@ def test_a_run_starts_from_an_adapter_by_its_name(run, make_trainer):
     assert any(parameter.requires_grad for parameter in trainer.model.parameters())
     with pytest.raises(ValueError, match="pass `peft_config`"):
         make_trainer(model=get_peft_model(tiny_llama(), lora()), peft_config=str(run))
+
+
+def test_a_stage_that_is_not_there_names_those_that_are(run):
+    with pytest.raises(OSError, match=r"has no stage 7: give one of stage-1, stage-2, by its number"):
+        load_submodel(tiny_llama(), run, stage=7)

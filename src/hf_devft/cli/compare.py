@@ -24,7 +24,8 @@ def main(runs: Sequence[str], plot: str) -> None:
         ValueError: fewer than two, or one whose loss is not known.
     """
     if len(runs) < 2:
-        raise ValueError(f"compare needs two runs or more, not {len(runs)}: give their output folders.")
+        hint = ", separated by spaces" if any("," in run for run in runs) else ""
+        raise ValueError(f"compare needs two runs or more, not {len(runs)}: give their output folders{hint}.")
     curves = {run: read_curve(run) for run in runs}
     loss = common_loss(list(curves.values()))
     starts = {run: curve[0].loss for run, curve in curves.items() if curve[0].rounds == 0}

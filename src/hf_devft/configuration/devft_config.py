@@ -453,8 +453,18 @@ def _rename_options(args: DevFTConfig) -> None:
             setattr(args, old, None)
 
 
+def _number(args: DevFTConfig, option: str) -> Any:
+    """An option whose value is to be compared."""
+    if isinstance(value := getattr(args, option), str):
+        raise ValueError(f"{option}={value!r} is text: give a number.")
+    return value
+
+
 def _check_values(args: DevFTConfig) -> None:
     """Refuse values that are wrong whatever the other options are, and numbers that contradict each other."""
+    for option in ("stage_layers", "adapter_layers", "client_max_layers"):
+        if isinstance(value := getattr(args, option), (str, int, float)):
+            raise ValueError(f"{option}={value!r}: give a list of numbers, as [4, 16].")
     for option, choices in CHOICES.items():
         if (value := getattr(args, option)) not in choices and not (value is None and option in ("task", "stack")):
             raise ValueError(f"{option}={value!r} is unknown: choose one of {_names(choices)}.")
@@ -464,11 +474,11 @@ def _check_values(args: DevFTConfig) -> None:
         if (value := getattr(args, option)) and value != neutral:
             raise ValueError(f"{option}={value!r} cannot be used with federated stages: {instead}.")
     for option, minimum in _MINIMA.items():
-        if (value := getattr(args, option)) is not None and value < minimum:
+        if (value := _number(args, option)) is not None and value < minimum:
             raise ValueError(f"{option}={value} is too small: give {minimum} or more.")
     for options, is_allowed, instead in _RANGES:
         for option in options:
-            if (value := getattr(args, option)) is not None and not is_allowed(value):
+            if (value := _number(args, option)) is not None and not is_allowed(value):
                 raise ValueError(f"{option}={value}: give {instead}.")
     if args.round_quorum > args.clients_per_round:
         raise ValueError(

@@ -46,6 +46,9 @@ def load_submodel(
         OSError: there is no such stage.
         ValueError: its record, its adapter or its healed layers are broken, or of another base.
     """
+    there = sorted(path.name for path in Path(name_or_path).glob("stage-*/"))
+    if there and f"stage-{stage}" not in there:
+        raise OSError(f"{name_or_path} has no stage {stage}: give one of {', '.join(there)}, by its number.")
     config = StageConfig.from_pretrained(name_or_path, subfolder=f"stage-{stage}", revision=revision, token=token)
     if config.groups is None or config.fusion not in FUSIONS or config.task not in TASKS:
         raise ValueError(
