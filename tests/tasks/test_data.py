@@ -90,6 +90,15 @@ def test_what_is_wrong_with_files_says_where(tmp_path, texts, said):
         load_files(files)
 
 
+@pytest.mark.parametrize("row", [
+    {"prompt": "a", "completion": "b", "text": None},
+    {"messages": [{"role": "user", "content": "a"}], "prompt": None, "text": None},
+])  # fmt: skip
+def test_texts_that_are_not_read_may_be_missing(tmp_path, row):
+    path = write(tmp_path / "a.jsonl", json.dumps(row) + "\n" + json.dumps(row | {"text": "c"}) + "\n")
+    assert len(load_files([path])) == 2
+
+
 def test_a_file_is_not_given_twice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.jsonl", PAIR)

@@ -176,13 +176,15 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
         ValueError: an unreadable file or an unknown key, with the nearest known one; bad values as `DevFTConfig` says.
     """
     named, argv = take_config(argv)
-    has_data = _value_of("train_file", argv) or _value_of("dataset_name", argv)
+    flags = [_key(word) for word in argv if word.startswith("--")]
+    has_data = {"train_file", "dataset_name"} & set(flags)
     config = named or default_config or packaged_config("own_data" if has_data else "quickstart")
     values = _read_yaml(config)
     for old, new in (*RENAMED.items(), *_RIVALS):  # the command line wins, by either name
-        if _value_of(new, argv) is not None:
+        if new in flags:
             values.pop(old, None)
-    if "num_train_epochs" in values or _value_of("num_train_epochs", argv):  # also where it is the default
+    chosen = values.keys() | set(flags)
+    if "num_train_epochs" in chosen:  # also where it is the default
         raise ValueError(f"num_train_epochs is not used: {UNSUPPORTED['num_train_epochs'][1]}.")
     kinds = (RecipeArguments, _config_class(_value_of("trainer", argv) or values.get("trainer", "devft")))
     options = {item.name: str(item.type) for kind in kinds for item in fields(kind) if item.init}
@@ -194,13 +196,12 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
         parser.print_help()
         sys.exit()
     _refuse_unknown(values, known, str(config))
-    _refuse_twice([key for key in lists if "list[str" in options[key]], argv)
+    _refuse_twice([key for key in lists if "list[str" in options[key]], flags)
     parser.set_defaults(**values)
     namespace, rest = parser.parse_known_args(argv)
     _refuse_unknown([word.removeprefix("--") for word in rest], known, "the command line")
     given = vars(namespace)
-    chosen = any(key in values or _value_of(key, argv) is not None for key in ("partition", "num_clients"))
-    if not chosen and len(given["train_file"] or []) > 1:
+    if not chosen & {"partition", "num_clients"} and len(given["train_file"] or []) > 1:
         given |= {"partition": "natural", "partition_column": SOURCE}  # a file, a client
     return tuple(
         kind(**{item.name: given[item.name] for item in fields(kind) if item.init and item.name in given})
@@ -211,18 +212,16 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
 def _value_of(key: str, argv: Sequence[str]) -> str | None:
     """The value that the command line gives a key."""
     words = [part for word in argv for part in word.split("=", 1)]
-    return next((after for word, after in pairwise(words) if _key(word) == key), None)
+    return next((after for word, after in pairwise(words) if word == f"--{key}"), None)
 
 
-def _key(word: str) -> str | None:
-    """The key of a flag."""
-    return word.removeprefix("--").partition("=")[0].replace("-", "_") if word.startswith("--") else None
+def _key(flag: str) -> str:
+    return flag.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
-def _refuse_twice(keys: Iterable[str], argv: Sequence[str]) -> None:
+def _refuse_twice(keys: Iterable[str], flags: Sequence[str]) -> None:
     """Refuse a list in two parts, of which only the last would count."""
-    given = [_key(word) for word in argv]
-    if twice := next((key for key in keys if given.count(key) > 1), None):
+    if twice := next((key for key in keys if flags.count(key) > 1), None):
         raise ValueError(f"--{twice} is given twice: give its values after one, separated by spaces.")
 
 
@@ -247,7 +246,7 @@ def _as_written(lists: set[str], key: str, value: Any) -> Any:
 
 def _refuse_unknown(keys: Iterable[str], known: set[str], where: str) -> None:
     for key in keys:
-        name = key.split("=")[0].replace("-", "_")
+        name = _key(key)
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else " See `--help`."

@@ -77,7 +77,7 @@ def _layout(trainer: DevFTMixin, stage: StageConfig) -> AdapterLayout:
 def _stages(stages: list[StageConfig]) -> str:
     depths = " → ".join(str(len(stage.adapted) if stage.adapted else stage.num_layers) for stage in stages)
     rounds = sorted({stage.rounds for stage in stages})
-    each = f"{rounds[0]} round{'' if rounds[0] == 1 else 's'}" + (" each" if len(stages) > 1 else "")
+    each = _count(rounds[0], "round") + (" each" if len(stages) > 1 else "")
     return f"{depths} layers, {each if len(rounds) == 1 else ' + '.join(str(s.rounds) for s in stages) + ' rounds'}"
 
 
@@ -85,7 +85,7 @@ _NAMED = 3  # clients, at most: as many as a line holds
 
 
 def _clients(clients: ClientData) -> str:
-    count = f"{len(clients.rows)} client{'' if len(clients.rows) == 1 else 's'}"
+    count = _count(len(clients.rows), "client")
     if not any(clients.examples):  # who are elsewhere, and have not said it yet
         return count
     if clients.partition not in ("iid", "dirichlet") and len(clients.rows) <= _NAMED:
@@ -98,4 +98,8 @@ def _clients(clients: ClientData) -> str:
 def _minutes(seconds: float) -> str:
     if seconds >= 60:
         return f"{seconds / 60:.1f} minutes"
-    return f"{seconds:.0f} second{'' if round(seconds) == 1 else 's'}"
+    return _count(round(seconds), "second")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -181,7 +181,7 @@ def _joined(datasets: dict[str, Dataset], to_columns: Callable[[Dataset], Datase
     for (name, dataset), source in zip(datasets.items(), _sources(list(datasets)), strict=True):
         try:
             dataset = to_columns(dataset)
-            _refuse_missing_rows(dataset)
+            _refuse_missing(dataset)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if SOURCE in dataset.column_names and len(datasets) > 1:
@@ -210,16 +210,19 @@ def _sources(names: Sequence[str]) -> list[str]:
     return [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
 
 
-_TEXTS = ("prompt", "completion", "text")
-
-
-def _refuse_missing_rows(dataset: Dataset) -> None:
-    """Refuse a row that has no text, and say which."""
-    for column in _TEXTS:
-        if column not in dataset.column_names or not dataset.data.column(column).null_count:
+def _refuse_missing(dataset: Dataset) -> None:
+    """Refuse a row without a text that would be read, and say which."""
+    columns = dataset.column_names
+    if "messages" in columns:
+        return
+    for column in ("prompt", "completion") if "prompt" in columns else ("text",):
+        if column not in columns or not dataset.data.column(column).null_count:
             continue
         if (row := next((index for index, text in enumerate(dataset[column], 1) if text is None), None)) is not None:
-            raise ValueError(f"row {row} has no {column} (null, or an empty field of a CSV): leave it out.")
+            raise ValueError(
+                f"row {row} has no {column}, no text where there should be one (an empty field of a CSV, say): leave "
+                "it out."
+            )
 
 
 def _aligned(datasets: list[Dataset]) -> list[Dataset]:
@@ -249,7 +252,8 @@ def tokenize(
         num_proc: processes that share the work.
 
     Raises:
-        ValueError: text without a tokenizer, a tokenizer that cannot end a sequence, or a chat without a template.
+        ValueError: text without a tokenizer, a tokenizer that cannot end a sequence, a chat without a template, or a
+            row without its text.
     """
     if "input_ids" in dataset.column_names:
         return dataset
@@ -264,6 +268,7 @@ def tokenize(
             raise ValueError("the dataset holds `messages`, but the tokenizer has no `chat_template`: set one.")
         encode = _encode_chat
     else:
+        _refuse_missing(dataset)
         encode = _encode_pair if "prompt" in dataset.column_names else _encode_text
     options = {"tokenizer": tokenizer, "max_length": max_length}
     return dataset.map(encode, fn_kwargs=options, batched=True, num_proc=num_proc, desc="Tokenising")
@@ -272,13 +277,7 @@ def tokenize(
 Encoded = dict[str, list[list[int]]]
 
 
-def _refuse_missing(texts: list[str | None]) -> None:
-    if None in texts:
-        raise ValueError("a row has no text where there should be one (an empty field of a CSV, say): leave it out.")
-
-
 def _encode_pair(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    _refuse_missing([*rows["prompt"], *rows["completion"]])
     prompts = tokenizer(rows["prompt"], truncation=False).input_ids
     completions = tokenizer(rows["completion"], add_special_tokens=False).input_ids
     encoded: Encoded = {"input_ids": [], "labels": []}
@@ -291,7 +290,6 @@ def _encode_pair(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase,
 
 
 def _encode_text(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    _refuse_missing(rows["text"])
     texts = [(tokens + [tokenizer.eos_token_id])[:max_length] for tokens in tokenizer(rows["text"]).input_ids]
     return {"input_ids": texts, "labels": [list(text) for text in texts]}
 
