@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import lora
 
-from hf_devft.cli.summary import closing, opening
+from hf_devft.cli.summary import closing, opening, say_at_start
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,16 @@ def test_who_the_clients_are_is_said(make_trainer, tasks, data, options, said):
     rows = rows.add_column("owner", [name for name, count in data.items() for _ in range(count)])
     options = {"num_clients": None, "clients_per_round": 1, "partition_column": "owner"} | options
     assert said in opening(make_trainer(train_dataset=rows, **options))
+
+
+def test_a_resumed_run_is_announced_once_it_is_known_to_be_the_same(make_trainer, capsys):
+    make_trainer(max_steps=3, save_strategy="steps", save_steps=1).train()
+    other = make_trainer(local_steps=3)
+    say_at_start(other)
+    with pytest.raises(ValueError, match=r"local_steps 2 \(now 3\)"):
+        other.train("last")
+    assert capsys.readouterr().out == ""
+    same = make_trainer()
+    say_at_start(same)
+    same.train("last")
+    assert capsys.readouterr().out == f"{opening(make_trainer())}\nGoing on after round 3 of 4\n"

@@ -49,6 +49,6 @@ def test_a_run_is_not_started_beside_another_one(make_trainer, tmp_path):
     trainer = make_trainer(overwrite_output_dir=False)
     trainer.train()
     trainer.train()  # its own, again
-    with pytest.raises(ValueError, match=r"holds a run already .*choose another `--output_dir`"):
+    with pytest.raises(ValueError, match=r"holds a run already .*choose another `output_dir`"):
         make_trainer(overwrite_output_dir=False).train()
     assert (tmp_path / "run" / "stage-2").exists()

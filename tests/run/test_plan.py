@@ -104,7 +104,8 @@ def test_a_plan_is_printed_whole(tmp_path, capsys):
     print_plan(plan := plan_run(args, empty_base(str(tmp_path)), lora(r=32)))
     printed = capsys.readouterr().out
     assert plan.stages[-1].bytes / 75 == pytest.approx(92.7e6, rel=1e-3)
-    assert "All clients of a round: up to 92.7MB" in printed
+    assert (plan.num_clients, plan.clients_per_round) == (20, 2)
+    assert "A round's 2 of 20 clients: up to 92.7MB" in printed
     assert "…" not in printed
     assert "not measured" in printed
     assert "on the server take" in printed

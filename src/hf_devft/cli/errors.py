@@ -25,7 +25,8 @@ def one_line_errors(traceback: bool | None = None) -> Iterator[None]:
             raise
         if rank() == 0:
             said = "stopped." if traceback is None else str(interrupt) or f"stopped: {GO_ON}."
-            print(f"{below_the_bar()}{said}", file=sys.stderr)
+            below_ctrl_c = "\n" if sys.stderr.isatty() else ""
+            print(f"{below_ctrl_c}{said}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if traceback:
@@ -34,8 +35,3 @@ def one_line_errors(traceback: bool | None = None) -> Iterator[None]:
         needs_trace = traceback is not None and not isinstance(error, (ValueError, ImportError))
         where = " (`--traceback` shows where)" if needs_trace else ""
         sys.exit(f"{who}: {' '.join(str(error).split()) or type(error).__name__}{where}")
-
-
-def below_the_bar() -> str:
-    """Return what takes a terminal below a running bar."""
-    return "\n" if sys.stderr.isatty() else ""

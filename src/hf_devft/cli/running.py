@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from hf_devft.cli.errors import GO_ON, below_the_bar
+from hf_devft.cli.errors import GO_ON
 from hf_devft.cli.rank import rank
 from hf_devft.federation.processes import add_up
 from hf_devft.trainer.mixin import DevFTMixin
@@ -55,7 +56,7 @@ class _StopAtCheckpoint(TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
         if rank() == 0:
             said = "stopping at the end of this round; once more to stop at once, without its checkpoint"
-            print(f"{below_the_bar()}{said}", file=sys.stderr, flush=True)
+            tqdm.write(said, file=sys.stderr)  # above the bar
 
     def on_step_end(self, args, state, control, **kwargs):
         asked = torch.tensor(float(self.asked), device=args.device)

@@ -1,5 +1,7 @@
 """What a person reads before a run and after it."""
 
+from transformers import TrainerCallback
+
 from hf_devft.configuration import StageConfig
 from hf_devft.embedded import portable_name
 from hf_devft.federation.partition import ClientData
@@ -8,14 +10,31 @@ from hf_devft.run.plan import planned_traffic
 from hf_devft.trainer.mixin import DevFTMixin
 
 
+def say_at_start(trainer: DevFTMixin) -> None:
+    """Have the main process print `opening` once nothing speaks against the run, not even what it goes on from."""
+    trainer.callback_handler.callbacks.insert(0, _Opening(trainer))  # before the bar
+
+
+class _Opening(TrainerCallback):
+    def __init__(self, trainer: DevFTMixin):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            print(opening(self._trainer), flush=True)
+
+
 def opening(trainer: DevFTMixin) -> str:
-    """Say in two lines what will be trained, and what it will send, if it runs to its end."""
+    """Say in two lines what will be trained, and what it will send, if it runs to its end; in a third, where it goes
+    on from."""
     args, run = trainer.args, trainer.run
     base = trainer.model.get_base_model().config.name_or_path
+    done, planned = trainer.state.global_step, run.num_rounds
     return (
         f"{portable_name(base) or 'the model'}, {run.stages[-1].full_layers} layers: "
         f"{_clients(run.clients)}, {args.clients_per_round} a round, {args.federated_method}\n"
         f"{_stages(run.stages)}: about {_megabytes(trainer):.3g} MB to send; results in {args.output_dir}/"
+        + (f"\nGoing on after round {done} of {planned}" if done else "")
     )
 
 

@@ -11,7 +11,7 @@ from hf_devft.cli.arguments import parse_arguments
 from hf_devft.cli.errors import one_line_errors
 from hf_devft.cli.recipe import make_plan, make_trainer
 from hf_devft.cli.running import stopping_between_rounds
-from hf_devft.cli.summary import closing, opening
+from hf_devft.cli.summary import closing, say_at_start
 from hf_devft.run.claim import check_free
 from hf_devft.run.plan_table import print_plan
 from hf_devft.tasks.data import check_files
@@ -36,10 +36,8 @@ def train_or_plan(argv: Sequence[str]) -> None:
             check_files(files or [])
         check_free(args)
         trainer = make_trainer(recipe, args)
-        shows = trainer.is_world_process_zero()
-        if shows:
-            print(opening(trainer))
+        say_at_start(trainer)
         with stopping_between_rounds(trainer):
             trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-        if shows:
+        if trainer.is_world_process_zero():
             print(closing(trainer))

@@ -1,5 +1,6 @@
 """What ships with the package, so that it works with no network: a small base model and a task generator."""
 
+import difflib
 from pathlib import Path
 
 from hf_devft.embedded.families import task_dataset
@@ -10,8 +11,16 @@ BASE_PATH = Path(__file__).parent / "base"
 
 
 def resolve_model_name(name: str) -> str:
-    """The path of the embedded base for "embedded"; any other name as it is."""
-    return str(BASE_PATH) if name == EMBEDDED else name
+    """The path of the embedded base for "embedded"; any other name as it is.
+
+    Raises:
+        ValueError: it is nearly that, and no folder's.
+    """
+    if name == EMBEDDED:
+        return str(BASE_PATH)
+    if difflib.get_close_matches(name.lower(), [EMBEDDED], cutoff=0.8) and not Path(name).exists():
+        raise ValueError(f"model_name_or_path={name!r} is no folder, nor a base that ships: did you mean {EMBEDDED!r}?")
+    return name
 
 
 def portable_name(name: str) -> str:

@@ -79,8 +79,8 @@ def check_free(args: DevFTConfig) -> None:
 def _why_taken(folder: Path, left: Sequence[Path]) -> str:
     return (
         f"{folder} holds a run already ({', '.join(sorted(path.name for path in left)[-3:])}): go on with it by "
-        '`--resume_from_checkpoint last` (in Python `train("last")`), choose another `--output_dir`, or delete it by '
-        "`--overwrite_output_dir true`."
+        '`--resume_from_checkpoint last` (in Python `train("last")`), choose another `output_dir`, or delete it by '
+        "`--overwrite_output_dir true` (in Python `overwrite_output_dir=True`)."
     )
 
 

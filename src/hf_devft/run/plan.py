@@ -75,6 +75,7 @@ class RunPlan:
 
     Attributes:
         stages: a plan each; total: of all of them; without_stages: as many rounds of the full model.
+        num_clients, clients_per_round: in all, and sampled for a round.
         measured: whether tokens were counted in the run's data, or as if every row had `max_length` of them.
         noise_multiplier, epsilon, delta: of a run that is differentially private, see `Accountant`; else None.
         protects: whom such a run protects, "client" or "record"; else None.
@@ -83,6 +84,8 @@ class RunPlan:
     stages: list[StagePlan]
     total: StagePlan
     without_stages: StagePlan
+    num_clients: int
+    clients_per_round: int
     measured: bool
     noise_multiplier: float | None = None
     epsilon: float | None = None
@@ -131,11 +134,13 @@ def plan_run(
         for stage, span, smaller in zip(stages, itertools.pairwise(ends), [None, *stages[:-1]], strict=True)
     ]
     full_depth_plan = _plan_stage(args, submodels, replace(stages[-1], rounds=ends[-1]), batches(range(ends[-1])))
-    plan = RunPlan(plans, _total(plans), replace(full_depth_plan, stage="none"), clients is not None)
     examples = clients.examples if clients else []
+    everyone = range(len(examples) or args.num_clients or DEFAULT_NUM_CLIENTS)
+    without = replace(full_depth_plan, stage="none")
+    who = (len(everyone), args.clients_per_round)
+    plan = RunPlan(plans, _total(plans), without, *who, measured=clients is not None)
     if args.protects_records and not examples:
         return replace(plan, protects=args.dp_level)  # what it costs depends on how many rows a client has
-    everyone = range(len(examples) or args.num_clients or DEFAULT_NUM_CLIENTS)
     draws = draws_of(args, ((index, everyone) for index in range(ends[-1])))
     if (accountant := make_accountant(args, draws, examples)) is None:
         return plan

@@ -44,7 +44,8 @@ def print_plan(plan: RunPlan) -> None:
         "values: that a client trains; down, up: to and from it in a round;\n"
         "sent, FLOPs: by all in all rounds; client, server: peak memory, estimated,\n"
         "above what Python and PyTorch take before there is a model.\n"
-        f"All clients of a round: up to {_si(round_bytes)}B, which over a network the server holds."
+        f"A round's {plan.clients_per_round} of {plan.num_clients} clients: up to {_si(round_bytes)}B, which over a "
+        "network the server holds."
     )
     if has_stages:
         Console().print(

@@ -1,7 +1,8 @@
 """The progress bar of a run: one bar over all rounds."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
@@ -60,9 +61,26 @@ class RoundProgressCallback(TrainerCallback):
     on_evaluate = on_predict = _close_prediction_bar
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bars as they are, and go to the next line."""
+        self._close_prediction_bar()
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+@contextmanager
+def leaving_bars(trainer: Trainer) -> Iterator[None]:
+    """Close a trainer's bars at the end of this context, also where training breaks off, so that what is said then
+    has a line of its own."""
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, RoundProgressCallback):
+                callback.close()
 
 
 def show_rounds(trainer: Trainer, stages: list[StageConfig], client_losses: Callable[[], Mapping[str, float]]) -> None:

@@ -97,7 +97,8 @@ class Task:
         """Python that loads an adapter of this task from LOCATION with PEFT: imports, and the rest."""
         auto, processor = self.auto_class.__name__, self.processor_class.__name__
         options = f", id2label={dict(enumerate(labels))}" if labels else ""
-        last = f"processor = {processor}.from_pretrained(LOCATION)"
+        name = "tokenizer" if self.processor_class is AutoTokenizer else "processor"
+        last = f"{name} = {processor}.from_pretrained(LOCATION)"
         folder, _, file = (base or "").rpartition("/")
         if base == EMBEDDED:  # whose folder is another one on each machine
             imports = "from hf_devft.embedded import BASE_PATH\nfrom peft import PeftModel\n"

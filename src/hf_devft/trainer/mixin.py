@@ -26,7 +26,7 @@ from hf_devft.models.adapter import adapter_state
 from hf_devft.models.weights import is_stored
 from hf_devft.run.checkpoint import Checkpoint
 from hf_devft.run.claim import claim
-from hf_devft.run.progress import show_rounds
+from hf_devft.run.progress import leaving_bars, show_rounds
 from hf_devft.run.report import table_rows
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.evaluation import each_batch_alone, evaluate_full_depth, over_the_sets, submodel_metrics
@@ -157,7 +157,7 @@ class DevFTMixin(Base):
         """
         folder = starting_point(self.args, resume_from_checkpoint)
         self._checkpoint = self.run.load(folder) if folder else None
-        with claim(self.args, is_new=folder is None and self._session is None):
+        with claim(self.args, is_new=folder is None and self._session is None), leaving_bars(self):
             return super().train(resume_from_checkpoint=folder, **kwargs)
 
     def _inner_training_loop(
