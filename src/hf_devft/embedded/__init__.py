@@ -19,7 +19,7 @@ def resolve_model_name(name: str) -> str:
     if name == EMBEDDED:
         return str(BASE_PATH)
     if difflib.get_close_matches(name.lower(), [EMBEDDED], cutoff=0.8) and not Path(name).exists():
-        raise ValueError(f"model_name_or_path={name!r} is no folder, nor a base that ships: did you mean {EMBEDDED!r}?")
+        raise ValueError(f"model_name_or_path={name!r} is no folder: did you mean {EMBEDDED!r}?")
     return name
 
 
