@@ -150,6 +150,7 @@ _TRAINER_ARGUMENTS = {
     "eval_dataset",
     "calibration_dataset",
     "callbacks",
+    "data_collator",
     "partitioner",
     "optimizers",
     "model_init",

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from hf_devft import __version__
+
 
 # What follows is read by the command itself, which has flags for every key of a config.
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -13,17 +15,31 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Developmental federated tuning: LoRA adapters, by clients who keep their data, on submodels that grow.",
     epilog="On several processes: `accelerate launch -m hf_devft train ...`. Paper: https://arxiv.org/abs/2508.00041",
 )
 federation = typer.Typer(no_args_is_help=True, help="A federation over a network: certificates and nodes.")
 app.add_typer(federation, name="federation")
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"hf-devft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def devft(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Developmental federated tuning: LoRA adapters, by clients who keep their data, on submodels that grow."""
+
+
 @app.command(context_settings=_PASSED_ON)
 def quickstart(context: typer.Context) -> None:
     """Train the embedded base on made-up tasks of 20 clients, in three stages; some minutes on two cores."""
-    _train(["--config", "quickstart", *context.args])
+    _train(["--config", "quickstart", *context.args], "quickstart")
 
 
 @app.command(context_settings=_PASSED_ON)
@@ -35,12 +51,15 @@ def train(context: typer.Context) -> None:
 @app.command(context_settings=_PASSED_ON)
 def plan(context: typer.Context) -> None:
     """Say what a run will send, compute and hold in memory, without any weights; flags as of `devft train`."""
-    _train([*context.args, "--plan"])
+    _train([*context.args, "--plan"], "plan")
 
 
 @app.command(context_settings=_PASSED_ON)
 def evaluate(context: typer.Context) -> None:
     """Run public benchmarks of a stage: `devft evaluate --run outputs/quickstart --stage 3 --tasks mmlu`."""
+    from hf_devft.cli.threads import sleep_when_idle
+
+    sleep_when_idle()
     from hf_devft.cli.evaluate import main as run
 
     run(context.args)
@@ -85,15 +104,18 @@ def certificates(context: typer.Context) -> None:
 @federation.command(context_settings=_PASSED_ON)
 def node(context: typer.Context) -> None:
     """Take part with one's own rows, on this machine."""
+    from hf_devft.cli.threads import sleep_when_idle
+
+    sleep_when_idle()
     from hf_devft.network.node import main as run
 
     run(context.args)
 
 
-def _train(arguments: list[str]) -> None:
+def _train(arguments: list[str], command: str = "train") -> None:
     from hf_devft.cli.train import main as run
 
-    run(arguments)
+    run(arguments, command)
 
 
 def main() -> None:

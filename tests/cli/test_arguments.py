@@ -45,8 +45,8 @@ def test_a_file_is_a_client_unless_it_is_said_how_rows_are_dealt_out(default, fl
 
 
 def test_flags_may_have_hyphens():
-    recipe, _ = parse_arguments(["--train-file", "a.csv"])
-    assert recipe.eval_fraction == 0.1, "own data, not the quickstart's"
+    _, args = parse_arguments(["--train-file", "a.csv"])
+    assert args.output_dir == "outputs/own-data", "not the quickstart's"
 
 
 @pytest.mark.parametrize(("argv", "said"), [
@@ -72,6 +72,11 @@ def test_values_mean_what_they_say(tmp_path):
     recipe, args = parse_arguments([f"--config={write(tmp_path / 'c.yaml', text)}"], tmp_path / "unused.yaml")
     assert (recipe.train_file, args.stage_layers, args.eval_strategy) == (["a.jsonl"], [16], "no")
     assert recipe.lora_config().target_modules == {"q_proj"}
+    text = "output_dir: out\nstage_layers: 4 16\nstage_learning_rates: [6e-3, 1e-2]\nclient_max_layers: [4, 16]\n"
+    _, args = parse_arguments([], write(tmp_path / "d.yaml", text))
+    assert (args.stage_layers, args.stage_learning_rates, args.client_max_layers) == ([4, 16], [6e-3, 1e-2], [4, 16])
+    with pytest.raises(ValueError, match="invalid int value: 'a few'"):
+        parse_arguments([], write(tmp_path / "e.yaml", "output_dir: out\nstage_rounds: a few\n"))
 
 
 @pytest.mark.parametrize("argv", [["--stage_layer", "2"], ["--stage_layer=2"]])
@@ -90,6 +95,11 @@ def test_an_unknown_key_names_the_nearest(tmp_path):
 def test_an_unreadable_yaml_is_an_error(tmp_path, text):
     with pytest.raises(ValueError, match=r"broken\.yaml"):
         parse_arguments([], write(tmp_path / "broken.yaml", text))
+
+
+def test_a_mistake_in_yaml_is_told_with_its_line(tmp_path):
+    with pytest.raises(ValueError, match=r"broken\.yaml is no YAML: line 2: mapping values are not allowed here\.$"):
+        parse_arguments([], write(tmp_path / "broken.yaml", "a: 1\nb: c: d\n"))
 
 
 def test_a_missing_config_is_an_error(default):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import hf_devft
 from hf_devft.__main__ import app
 from hf_devft.cli.arguments import parse_arguments
 from hf_devft.cli.configs import find_config, packaged_configs
@@ -35,6 +36,8 @@ def test_the_help_is_one_screen_and_does_not_wait_for_torch():
         lines = run(*command, "--help").splitlines()
         assert len(lines) < 50
         assert all(len(line) <= 80 for line in lines), [line for line in lines if len(line) > 80]
+    assert run("plan", "--help").startswith("usage: devft plan ")
+    assert run("--version") == f"hf-devft {hf_devft.__version__}\n"
     assert run("train") == run("train", "--help")  # trains nothing that was not asked for
     assert "--warmup_steps" in run("train", "--help-all")
 
@@ -80,8 +83,8 @@ def test_files_of_ones_own_are_clients_and_are_compared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.csv").write_text(ROWS)
     Path("b.jsonl").write_text("".join(json.dumps({"question": f"{n}?", "answer": str(n)}) + "\n" for n in range(20)))
-    recipe, args = parse_arguments(["--train_file", "a.csv", "b.jsonl"])
-    assert (args.partition, args.partition_column, recipe.eval_fraction) == ("natural", "source", 0.1)
+    _, args = parse_arguments(["--train_file", "a.csv", "b.jsonl"])
+    assert (args.partition, args.partition_column) == ("natural", "source")
     for name, more in (("one", []), ("two", ["--wire_dtype", "int4"])):
         run("train", "--train_file", "a.csv", "b.jsonl", "--output_dir", name, *SHORT, *more)
     again = run("train", "--train_file", "a.csv", "b.jsonl", "--output_dir", "one", *SHORT, code=1)

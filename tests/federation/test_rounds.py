@@ -113,7 +113,9 @@ def test_a_round_below_its_quorum_is_tried_with_others():
 
 def test_without_quorum_the_first_error_is_the_cause():
     run = federation(quorum=1, retries=2)
-    with pytest.raises(QuorumError, match=r"3 attempts.*resume_from_checkpoint") as error:
+    with pytest.raises(
+        QuorumError, match=r"3 attempts.*resume_from_checkpoint.*The first error: \w+: client \d is ill"
+    ) as error:
         run_round(run, 0, torch.zeros(2), training(failing=range(6)))
     assert str(error.value.__cause__) == f"client {run.selection.sampled(0)[0]} is ill"
 

@@ -1,7 +1,7 @@
 from rich.console import Console
 from test_devft_config import stage_config
 
-from hf_devft.run.tables import GrowingTable, stage_table
+from hf_devft.run.tables import GrowingTable, make_table, stage_table
 
 
 TOTALS = {
@@ -65,3 +65,12 @@ def test_a_submodel_that_was_not_measured_has_a_dash_and_no_titles_again(capsys,
     printed = capsys.readouterr().out
     assert printed.count("subm.") == 1
     assert " - " in next(line for line in printed.splitlines() if "1/2" in line)
+
+
+def test_numbers_are_whole_where_a_name_is_long(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    Console().print(make_table("runs", ["run", "MB", "seconds"], [["outputs/" + "long/" * 9, "143.52", "12345.6"]]))
+    printed = capsys.readouterr().out
+    assert "143.52" in printed
+    assert "12345.6" in printed
+    assert "…" not in printed

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -20,8 +21,44 @@ def test_known_formats(row, prompt, completion):
 
 
 def test_unknown_columns_name_the_known_ones():
-    with pytest.raises(ValueError, match="question/answer"):
+    with pytest.raises(ValueError, match="question/answer") as error:
         to_known_columns(Dataset.from_dict({"body": ["a"]}))
+    assert "semicolons" not in str(error.value)
+    with pytest.raises(ValueError, match="separated by semicolons"):
+        to_known_columns(Dataset.from_dict({"prompt;completion": ["a;b"]}))
+
+
+@pytest.mark.parametrize(("text", "completion"), [
+    ("prompt,completion\n1+1=,2\n2+2=,4\n", "4"),
+    ("question,answer\n1+1,2\n2+2,4.5\n", " 4.5"),
+    ("instruction,output\nsum,2\nsum,4\n", "4"),
+])  # fmt: skip
+def test_numbers_are_text(tmp_path, tokenizer, text, completion):
+    rows = load_files([write(tmp_path / "sums.csv", text)])
+    assert rows[1]["completion"] == completion
+    labels = [label for label in tokenize(rows, tokenizer, 64)[1]["labels"] if label != -100]
+    assert tokenizer.decode(labels) == f"{completion}<|endoftext|>"
+
+
+@pytest.mark.parametrize("name", ["label", "label_ids"])
+def test_a_column_that_the_trainer_would_take_for_labels_goes(tokenizer, name):
+    rows = Dataset.from_dict({"text": ["red", "cat"], name: ["good", "bad"], "of": ["a", "b"]})
+    assert set(tokenize(rows, tokenizer, 8).column_names) == {"text", "of", "input_ids", "labels"}
+
+
+def test_a_file_that_is_not_utf_8_is_to_be_saved_so(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("prompt,completion\nö,ä\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.csv could not be read as CSV: .*save it as UTF-8"):
+        load_files([path])
+
+
+def test_a_chat_without_an_answer_tells_its_roles(tokenizer):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = "{{ messages | length }}"
+    chat = Dataset.from_list([{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}])
+    with pytest.raises(ValueError, match=r'no turn of the role "assistant".*roles: user, bot'):
+        tokenize(chat, tokenizer, 8)
 
 
 def test_labels_are_on_the_completion_only(tokenizer):
@@ -79,9 +116,12 @@ def test_a_column_source_of_ones_own_gives_way_to_the_files(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("texts", "said"), [
-    ([PAIR, PAIR + '{"prompt": "a", "completion": null}\n'], "1.jsonl: row 2 has no completion"),
-    ([PAIR, PAIR + PAIR + '{"prompt": "a"}\n'], "1.jsonl: row 3 has no completion"),
+    ([PAIR, PAIR + '{"prompt": "a", "completion": null}\n'], "1.jsonl: row 2 of the data has no `completion`"),
+    ([PAIR, PAIR + PAIR + '{"prompt": "a"}\n'], "1.jsonl: row 3 of the data has no `completion`"),
     ([PAIR, '{"text": "a"}\n'], "0.jsonl has the columns .*'prompt', 'completion'.*, .*1.jsonl has .*'text'"),
+    ([PAIR, '{"question": "a", "answer": null}\n'], "1.jsonl: row 1 of the data has no `answer`"),
+    (['{"question": "a", "answer": "b"}\n', '{"text": "a"}\n'],
+     r"0.jsonl has the columns \['question', 'answer'\], .*1.jsonl has \['text'\]"),
     ([PAIR, ""], "1.jsonl is empty"),
 ])  # fmt: skip
 def test_what_is_wrong_with_files_says_where(tmp_path, texts, said):

@@ -1,6 +1,7 @@
 """Rows as users have them, through a run by name."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -60,6 +61,25 @@ def test_text_classification_by_name_learns_the_labels_of_the_data(bert, tmp_pat
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
+
+
+def test_a_row_without_its_label_is_named(bert, tmp_path):
+    rows = Dataset.from_dict({"text": SENTENCES, "label": ["good", None, "bad"] * 8})
+    with pytest.raises(ValueError, match="row 2 of the data has no `label`"):
+        run(bert, tmp_path, rows, LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
+
+
+def test_a_classifier_of_the_embedded_base_is_loaded_as_its_card_says(tmp_path, monkeypatch):
+    rows = Dataset.from_dict({"text": SENTENCES, "label": ["bad", "so-so", "good"] * 8})
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    trainer = run("embedded", tmp_path, rows, adapter, stage_layers=[2, 16])
+    loads, _ = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
+    there: dict = {}
+    exec(loads, there)
+    assert there["model"].config.id2label == {0: "bad", 1: "good", 2: "so-so"}
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(there["model"].eval()(tokens).logits, trainer.model.eval()(tokens).logits)
 
 
 def test_a_head_that_was_trained_keeps_its_labels(bert, tmp_path, tokenizer):
@@ -282,7 +302,7 @@ def test_a_text_has_no_prompt_to_answer(tasks, tmp_path):
 
 
 def test_a_row_without_text_is_an_error(tokenizer):
-    with pytest.raises(ValueError, match="no text where there should be one"):
+    with pytest.raises(ValueError, match="row 2 of the data has no `text`"):
         TASKS["text-generation"].encode(Dataset.from_dict({"text": ["a", None]}), Encoding(tokenizer, None, 64))
 
 

@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
+    DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
     Trainer,
@@ -750,6 +751,7 @@ def test_evaluate_and_save_after_training(make_trainer, eval_tasks, tmp_path):
     ({"peft_config": lora(bias="all")}, "bias"),
     ({"train_dataset": {}, "num_clients": None}, "no client"),
     ({"train_dataset": [1, 2]}, "datasets.Dataset"),
+    ({"train_dataset": Dataset.from_dict({"text": []})}, "train_dataset has no rows"),
     ({"eval_dataset": Dataset.from_dict({"text": ["a"] * 9}).to_iterable_dataset()}, "streaming dataset"),
     ({"train_dataset": Dataset.from_dict({"body": ["a"] * 9})}, "needs one of"),
 ])  # fmt: skip
@@ -804,3 +806,30 @@ def test_a_fusion_rule_of_ones_own_runs(make_trainer, monkeypatch):
     trainer = make_trainer(fusion="last", adapter_fusion="anchor", grouping="even")
     trainer.train()
     assert trainer.stages[0].fusion == "last"
+
+
+def test_new_rows_are_encoded_to_be_evaluated_and_predicted(make_trainer, eval_tasks):
+    trainer = make_trainer(eval_dataset=eval_tasks, stage_rounds=[1])
+    trainer.train()
+    assert trainer.evaluate(eval_tasks)["eval_loss"] == trainer.evaluate()["eval_loss"]
+    predicted = trainer.predict(eval_tasks)
+    assert predicted.metrics["test_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+
+
+def test_rows_without_labels_are_refused_unless_something_makes_them(make_trainer, tasks, tokenizer):
+    rows = tokenize(tasks, tokenizer, 64).select_columns(["input_ids"])
+    with pytest.raises(ValueError, match="have input_ids but no `labels`: add them"):
+        make_trainer(train_dataset=rows)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    make_trainer(train_dataset=rows, data_collator=collator, stage_rounds=[1]).train()
+    with pytest.raises(ValueError, match="makes labels, which rows of text are given here already"):
+        make_trainer(data_collator=collator)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"model": None}, "model is None: pass a model"),
+    ({"model": None, "model_init": tiny_llama}, "model_init is not supported"),
+])  # fmt: skip
+def test_a_trainer_needs_a_model(tmp_path, tasks, options, said):
+    with pytest.raises(ValueError, match=said):
+        DevFTTrainer(args=config(tmp_path), peft_config=lora(), train_dataset=tasks, **options)

@@ -188,15 +188,15 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
         raise ValueError(f"num_train_epochs is not used: {UNSUPPORTED['num_train_epochs'][1]}.")
     kinds = (RecipeArguments, _config_class(_value_of("trainer", argv) or values.get("trainer", "devft")))
     options = {item.name: str(item.type) for kind in kinds for item in fields(kind) if item.init}
-    lists = {key for key, kind in options.items() if "list[" in kind} - {"report_to", "debug"}
-    values = {key: _as_written(lists, key, value) for key, value in values.items()}
+    lists = {key: kind for key, kind in options.items() if "list[" in kind and key not in ("report_to", "debug")}
+    values = {key: _as_written(lists.get(key, ""), key, value) for key, value in values.items()}
     parser = OneLineParser(kinds, allow_abbrev=False)
     known = set(options)
     if "--help-all" in argv:
         parser.print_help()
         sys.exit()
     _refuse_unknown(values, known, str(config))
-    _refuse_twice([key for key in lists if "list[str" in options[key]], flags)
+    _refuse_twice([key for key, kind in lists.items() if "list[str" in kind], flags)
     parser.set_defaults(**values)
     namespace, rest = parser.parse_known_args(argv)
     _refuse_unknown([word.removeprefix("--") for word in rest], known, "the command line")
@@ -228,6 +228,9 @@ def _refuse_twice(keys: Iterable[str], flags: Sequence[str]) -> None:
 def _read_yaml(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text())
+    except yaml.MarkedYAMLError as error:
+        where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise ValueError(f"the config {path} is no YAML: {where}{error.problem}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"the config {path} cannot be read: {error}.") from error
     if not isinstance(values, dict):
@@ -235,13 +238,25 @@ def _read_yaml(path: Path) -> dict:
     return values
 
 
-def _as_written(lists: set[str], key: str, value: Any) -> Any:
-    """What the user meant: YAML reads the word `no` as false, and one value may stand for a list of one."""
+def _as_written(kind: str, key: str, value: Any) -> Any:
+    """What the user meant: YAML reads the word `no` as false and 1e-3 as text, and one value, or several in a text as
+    on the command line, may stand for a list.
+
+    Args:
+        kind: the type of a list; else empty.
+    """
     if value is False and str(key).endswith("_strategy"):
         return "no"
-    if key in lists and value is not None and not isinstance(value, list):
-        return [value]
-    return value
+    if not kind or value is None:
+        return value
+    number = next((of for name, of in (("[int", int), ("[float", float)) if name in kind), None)
+    if number is None:
+        return value if isinstance(value, list) else [value]
+    items = value.split() if isinstance(value, str) else value if isinstance(value, list) else [value]
+    try:
+        return [number(item) if isinstance(item, str) else item for item in items]
+    except ValueError:
+        return value  # which the config refuses
 
 
 def _refuse_unknown(keys: Iterable[str], known: set[str], where: str) -> None:

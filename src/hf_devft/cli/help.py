@@ -44,10 +44,10 @@ _GROUPS = {
 _WIDTH = 80
 
 
-def short_help() -> str:
-    """Return one screen: how it is called, the packaged configs, the flags that most runs set."""
+def short_help(command: str = "train") -> str:
+    """Return one screen: how a command of `devft` is called, the packaged configs, the flags that most runs set."""
     lines = [
-        "usage: devft train [--config FILE|NAME] [--key value ...]",
+        f"usage: devft {command} [--config FILE|NAME] [--key value ...]",
         "",
         "Without --config: own_data with data of one's own, else quickstart. Configs:",
         *textwrap.wrap(", ".join(packaged_configs()), _WIDTH, initial_indent="  ", subsequent_indent="  "),

@@ -1,5 +1,7 @@
 """What a recipe's arguments ask for: the data, the plan, the trainer."""
 
+from dataclasses import replace
+
 from datasets import Dataset
 from transformers import AutoTokenizer, EarlyStoppingCallback
 
@@ -15,7 +17,7 @@ from hf_devft.models.gguf import locate
 from hf_devft.models.streaming import empty_base, where_from
 from hf_devft.run.plan import RunPlan, plan_run
 from hf_devft.tasks import TASKS
-from hf_devft.tasks.data import load_datasets, load_files, tokenize
+from hf_devft.tasks.data import load_datasets, load_files, tokenize, unconverted
 from hf_devft.trainer.devft_trainer import DevFTTrainer, add_placeholder_answers, labels_of
 from hf_devft.trainer.interface import ClientLink
 from hf_devft.trainer.mixin import DevFTMixin
@@ -33,7 +35,7 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
         ValueError: files that cannot be read, or that the run has no use for.
     """
     task = TASKS[args.task or "text-generation"]
-    to_columns = task.to_columns if recipe.trainer == "devft" else lambda rows: rows  # TRL converts for itself
+    to_columns = task.to_columns if recipe.trainer == "devft" else unconverted
     asked, calibration = args.asks_server_texts, _calibration_rows(recipe, args)
     if recipe.train_file or recipe.dataset_name:
         if recipe.train_file:
@@ -163,7 +165,8 @@ def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
         options = labels_of(task, load_data(recipe, args)[0], path, options) | options
     if not recipe.dataset_name and task is TASKS["text-generation"] and recipe.trainer == "devft":
         tokenizer = AutoTokenizer.from_pretrained(path, **where_from(options))
-        clients = clients_of(args, tokenize(load_data(recipe, args)[0], tokenizer, args.max_length))
+        clients = clients_of(args, load_data(recipe, args)[0])
+        clients = replace(clients, dataset=tokenize(clients.dataset, tokenizer, args.max_length))
     return plan_run(args, empty_base(path, task.auto_class, **options), config, clients, recipe.trainer)
 
 

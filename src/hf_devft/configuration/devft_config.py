@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -382,7 +383,9 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
 
     def __post_init__(self):
         if self.deepspeed and not is_deepspeed_available():
-            raise ImportError("DeepSpeed is not installed: pip install 'hf-devft[deepspeed]'")
+            raise ImportError(
+                "DeepSpeed is not installed: pip install 'hf-devft[deepspeed]', in a clone '.[deepspeed]'"
+            )
         # Without that, bf16 is refused, and of several processes each would take itself for the only one.
         self.use_cpu |= not torch.accelerator.is_available()
         super().__post_init__()
@@ -460,11 +463,36 @@ def _number(args: DevFTConfig, option: str) -> Any:
     return value
 
 
+# Options that are lists of numbers, and of which.
+_LISTS: dict[str, type] = {
+    "stage_layers": Integral,
+    "adapter_layers": Integral,
+    "client_max_layers": Integral,
+    "stage_rounds": Integral,
+    "stage_learning_rates": Real,
+}
+_ONE_FOR_ALL = ("stage_rounds", "stage_learning_rates")  # may be a number alone
+
+
+def _check_list(option: str, value: Any, kind: type) -> None:
+    if value is None and option != "stage_rounds":
+        return
+    values = value if isinstance(value, (list, tuple)) else [value]
+    is_list = values is value or option in _ONE_FOR_ALL
+    if not is_list or not values or not all(isinstance(item, kind) for item in values):
+        whole = "whole numbers" if kind is Integral else "numbers"
+        raise ValueError(f"{option}={value!r}: give a list of {whole}, as [4, 16].")
+
+
 def _check_values(args: DevFTConfig) -> None:
     """Refuse values that are wrong whatever the other options are, and numbers that contradict each other."""
-    for option in ("stage_layers", "adapter_layers", "client_max_layers"):
-        if isinstance(value := getattr(args, option), (str, int, float)):
-            raise ValueError(f"{option}={value!r}: give a list of numbers, as [4, 16].")
+    for option, kind in _LISTS.items():
+        _check_list(option, getattr(args, option), kind)
+    if not isinstance(args.federated_method, str):
+        raise ValueError(f"federated_method={args.federated_method!r} is no text: join names as in fedit+fedadam.")
+    dtype = (args.model_init_kwargs or {}).get("dtype")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"model_init_kwargs: dtype={dtype!r} is unknown: give float32, bfloat16, float16 or auto.")
     for option, choices in CHOICES.items():
         if (value := getattr(args, option)) not in choices and not (value is None and option in ("task", "stack")):
             raise ValueError(f"{option}={value!r} is unknown: choose one of {_names(choices)}.")

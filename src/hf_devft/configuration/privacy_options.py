@@ -81,7 +81,7 @@ def settle_privacy(options: PrivacyOptions) -> None:
     if not options.is_private:
         if options.dp_level == "record":
             raise ValueError(
-                "dp_level='record' without noise protects nobody: give dp_noise_multiplier or dp_target_epsilon."
+                "dp_level='record' without noise protects nobody: give dp_target_epsilon or dp_noise_multiplier."
             )
         if norm is not None:
             raise ValueError(

@@ -117,9 +117,11 @@ def make_clients(data: Any, partitioner: Any = None, num_clients: int | None = N
         return from_mapping(data)
     if not isinstance(data, Dataset):
         raise ValueError(
-            f"train_dataset is a {type(data).__name__}: pass a `datasets.Dataset`, or {{client: Dataset}}. Streaming "
-            "datasets cannot be partitioned."
+            f"train_dataset is a {type(data).__name__}: pass a `datasets.Dataset` (`Dataset.from_list` makes one; a "
+            "streaming one cannot be partitioned), or {client: Dataset}."
         )
+    if not len(data):
+        raise ValueError("train_dataset has no rows: give one or more for each client.")
     if partitioner is not None:
         return from_partitioner(partitioner, data)
     return partition_dataset(data, num_clients=num_clients, **options)

@@ -267,11 +267,14 @@ class Federation:
                 f"round {round_index + 1}, attempt {attempt + 1}: {counted} of {len(sampled)} clients returned a "
                 f"finite adapter, {self.quorum} are needed."
             )
+        error = self._first_error
+        failed = f" The first error: {type(error).__name__}: {error}" if error else ""
+        advice = "Mend what has failed" if error else "Lower `learning_rate` or `max_grad_norm`"
         raise QuorumError(
             f"round {round_index + 1}: fewer than round_quorum={self.quorum} clients returned a finite adapter in "
-            f"{self.retries + 1} attempts. See to the clients, or lower `learning_rate`, `max_grad_norm` or "
-            "`round_quorum`; then go on with `resume_from_checkpoint`, from the last checkpoint or an earlier one."
-        ) from self._first_error
+            f"{self.retries + 1} attempts. {advice}, or lower `round_quorum`; then go on with "
+            f"`resume_from_checkpoint`, from the last checkpoint or an earlier one.{failed}"
+        ) from error
 
     def _ask_all(
         self, round_index: int, attempt: int, start: torch.Tensor, exchange: Exchange, outcome: RoundOutcome

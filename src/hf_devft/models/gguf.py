@@ -28,7 +28,7 @@ def load_unpacked(name_or_path: str, auto_class: type, options: dict[str, Any]) 
         ImportError: the library that reads the format is missing.
     """
     if not is_gguf_available():
-        raise ImportError("GGUF files cannot be read: pip install 'hf-devft[gguf]'")
+        raise ImportError("GGUF files cannot be read: pip install 'hf-devft[gguf]', in a clone '.[gguf]'")
     options = {"quantization_config": GgufConfig(dequantize=True)} | options
     model, info = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
     check_unpacked(model)

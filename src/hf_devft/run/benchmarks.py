@@ -76,7 +76,7 @@ def load_stage(
 def require_lm_eval() -> None:
     """Raise an ImportError that says what to install, where lm-eval is missing."""
     if find_spec("lm_eval") is None:
-        raise ImportError("lm-eval is not installed: pip install 'hf-devft[benchmarks]'")
+        raise ImportError("lm-eval is not installed: pip install 'hf-devft[benchmarks]', in a clone '.[benchmarks]'")
 
 
 def run_tasks(

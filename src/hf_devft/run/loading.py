@@ -44,11 +44,13 @@ def load_submodel(
 
     Raises:
         OSError: there is no such stage.
-        ValueError: its record, its adapter or its healed layers are broken, or of another base.
+        ValueError: there is neither such a folder nor a readable repository; its record, its adapter or its healed
+            layers are broken, or of another base.
     """
     there = sorted(path.name for path in Path(name_or_path).glob("stage-*/"))
     if there and f"stage-{stage}" not in there:
         raise OSError(f"{name_or_path} has no stage {stage}: give one of {', '.join(there)}, by its number.")
+    folder = fetch_adapter(name_or_path, f"stage-{stage}/{SUBMODEL}", revision, token)
     config = StageConfig.from_pretrained(name_or_path, subfolder=f"stage-{stage}", revision=revision, token=token)
     if config.groups is None or config.fusion not in FUSIONS or config.task not in TASKS:
         raise ValueError(
@@ -64,7 +66,6 @@ def load_submodel(
             f"the base has {len(stack)} layers, but stage {stage} of {name_or_path} was made from one of "
             f"{config.full_layers} ({config.base_model_name_or_path}): give that."
         )
-    folder = fetch_adapter(name_or_path, f"stage-{stage}/{SUBMODEL}", revision, token)
     adapter = load_adapter(folder)
     submodel = build_submodel(base, stack, config.groups, config.fusion, config.fusion_beta)
     with naming(folder):

@@ -50,10 +50,10 @@ def _submodel_loss(stage: StageConfig) -> str | None:
 
 
 def make_table(title: str, titles: list[str], rows: list[list[str]]) -> Table:
-    """Make a table for the terminal, of text."""
+    """Make a table for the terminal, of text; where it is too wide, the first column's is folded."""
     table = _empty_table(title_justify="left", title=title)
-    for column in titles:
-        table.add_column(column, justify="right", no_wrap=True)
+    for index, column in enumerate(titles):
+        table.add_column(column, justify="right", no_wrap=index > 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

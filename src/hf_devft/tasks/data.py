@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 # Label of a token (or row) that is not learned and does not count: PyTorch's `ignore_index`.
 IGNORED = -100
+# Columns that `Trainer` takes for encoded labels, whatever is in them.
+TAKEN_FOR_LABELS = ("label", "label_ids")
 
 
 def instruction_prompt(instruction: str, context: str | None = None) -> str:
@@ -61,21 +63,61 @@ def to_known_columns(dataset: Dataset) -> Dataset:
     """Convert rows to a column `messages` (chat), columns `prompt` and `completion`, or `text` (all of it is learned).
 
     Made from these, or from ShareGPT's `conversations`, instruction/(input)/output, instruction/(input)/response and
-    question/answer; prompt and completion may be messages, too. Other columns are kept.
+    question/answer; prompt and completion may be messages, too. Numbers become text. Other columns are kept.
 
     Raises:
-        ValueError: none of these.
+        ValueError: none of these, or a row without its text.
     """
     for columns, convert in _FORMATS.items():
         if not set(columns) <= set(dataset.column_names):
             continue
+        refuse_missing(dataset, columns)
         if columns == ("prompt", "completion") and len(dataset) and isinstance(dataset[0]["prompt"], list):
             convert = _from_chat_prompt
+        dataset = _numbers_as_text(dataset, columns)
         if convert is None:
             return dataset
         return dataset.map(convert, fn_kwargs={"answer": columns[-1]}, desc="Formatting")
     known = ", ".join("/".join(columns) for columns in _FORMATS)
-    raise ValueError(f"the dataset has columns {dataset.column_names}, but needs one of: {known}.")
+    only = dataset.column_names[0] if len(dataset.column_names) == 1 else ""
+    hint = " Are its fields separated by semicolons? Save it with commas." if ";" in only else ""
+    raise ValueError(f"the dataset has columns {dataset.column_names}, but needs one of: {known}.{hint}")
+
+
+def _numbers_as_text(dataset: Dataset, columns: Sequence[str]) -> Dataset:
+    """Cast what a CSV, say, has read as numbers: answers of sums."""
+    kinds = {name: dataset.features[name] for name in columns}
+    for name, kind in kinds.items():
+        if isinstance(kind, Value) and kind.dtype not in ("string", "large_string", "null"):
+            dataset = dataset.cast_column(name, Value("string"))
+    return dataset
+
+
+def refuse_missing(dataset: Dataset, columns: Sequence[str]) -> None:
+    """Refuse a row that has nothing in one of these columns, as far as they are there.
+
+    Raises:
+        ValueError: says which.
+    """
+    for column in columns:
+        if column not in dataset.column_names or not dataset.data.column(column).null_count:
+            continue
+        if (row := next((index for index, value in enumerate(dataset[column], 1) if value is None), None)) is not None:
+            raise ValueError(f"row {row} of the data has no `{column}`: fill it in, or leave that row out.")
+
+
+def unconverted(dataset: Dataset) -> Dataset:
+    """Rows for TRL, which converts them by itself.
+
+    Raises:
+        ValueError: a row without a text that TRL would read.
+    """
+    if "messages" in dataset.column_names:
+        return dataset
+    with_prompt = "prompt" in dataset.column_names
+    refuse_missing(dataset, ("prompt", "completion") if with_prompt else ("text",))
+    refuse_missing(dataset, ("chosen", "rejected"))
+    return dataset
 
 
 # Ending of a file's name -> (builder of `datasets`, its options).
@@ -127,6 +169,7 @@ def load_files(files: Sequence[str | Path], to_columns: Callable[[Dataset], Data
                 datasets[str(path)] = load_dataset(builder, data_files=str(path), split="train", **options)
         except Exception as error:
             why = (path.suffix == ".jsonl" and _broken_line(path)) or error.__cause__ or error
+            why = f"{why}: save it as UTF-8" if isinstance(why, UnicodeDecodeError) else why
             raise ValueError(f"{path} could not be read as {builder.upper()}: {why}") from error
     return _joined(datasets, to_columns)
 
@@ -181,7 +224,6 @@ def _joined(datasets: dict[str, Dataset], to_columns: Callable[[Dataset], Datase
     for (name, dataset), source in zip(datasets.items(), _sources(list(datasets)), strict=True):
         try:
             dataset = to_columns(dataset)
-            _refuse_missing(dataset)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if SOURCE in dataset.column_names and len(datasets) > 1:
@@ -196,8 +238,10 @@ def _joined(datasets: dict[str, Dataset], to_columns: Callable[[Dataset], Datase
         columns = converted[name].column_names
         shared = [column for column in shared if column in columns]
         if shared == [SOURCE]:
-            had, has = ([own for own in converted[each].column_names if own != SOURCE] for each in (first, name))
-            raise ValueError(f"{first} has the columns {had}, {name} has {has}: convert them to one format.")
+            had, has = (datasets[each].column_names for each in (first, name))
+            raise ValueError(
+                f"{first} has the columns {had}, {name} has {has}, which are two formats: convert them to one."
+            )
     return concatenate_datasets(_aligned([dataset.select_columns(shared) for dataset in converted.values()]))
 
 
@@ -208,21 +252,6 @@ def _sources(names: Sequence[str]) -> list[str]:
         return stems
     paths = list(map(os.path.abspath, names))
     return [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
-
-
-def _refuse_missing(dataset: Dataset) -> None:
-    """Refuse a row without a text that would be read, and say which."""
-    columns = dataset.column_names
-    if "messages" in columns:
-        return
-    for column in ("prompt", "completion") if "prompt" in columns else ("text",):
-        if column not in columns or not dataset.data.column(column).null_count:
-            continue
-        if (row := next((index for index, text in enumerate(dataset[column], 1) if text is None), None)) is not None:
-            raise ValueError(
-                f"row {row} has no {column}, no text where there should be one (an empty field of a CSV, say): leave "
-                "it out."
-            )
 
 
 def _aligned(datasets: list[Dataset]) -> list[Dataset]:
@@ -268,10 +297,12 @@ def tokenize(
             raise ValueError("the dataset holds `messages`, but the tokenizer has no `chat_template`: set one.")
         encode = _encode_chat
     else:
-        _refuse_missing(dataset)
         encode = _encode_pair if "prompt" in dataset.column_names else _encode_text
+    taken = [name for name in TAKEN_FOR_LABELS if name in dataset.column_names]
     options = {"tokenizer": tokenizer, "max_length": max_length}
-    return dataset.map(encode, fn_kwargs=options, batched=True, num_proc=num_proc, desc="Tokenising")
+    return dataset.map(
+        encode, fn_kwargs=options, batched=True, num_proc=num_proc, remove_columns=taken, desc="Tokenising"
+    )
 
 
 Encoded = dict[str, list[list[int]]]
@@ -300,7 +331,11 @@ def _encode_chat(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_
         tokens, labels = _chat_tokens(messages, tokenizer)
         end = 1 + max((place for place, label in enumerate(labels) if label != IGNORED), default=-1)
         if end == 0:
-            raise ValueError(f"a chat of {len(messages)} messages has no assistant's turn to learn: leave it out.")
+            roles = ", ".join(str(message["role"]) for message in messages) or "none"
+            raise ValueError(
+                f'a chat has no turn of the role "assistant" to learn (its roles: {roles}): leave it out, or name '
+                "roles as chat templates do."
+            )
         kept = slice(max(0, end - max_length), end)
         encoded["input_ids"].append(tokens[kept])
         encoded["labels"].append(labels[kept])

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from hf_devft.embedded import EMBEDDED
-from hf_devft.tasks.data import IGNORED, to_known_columns, tokenize
+from hf_devft.tasks.data import IGNORED, TAKEN_FOR_LABELS, refuse_missing, to_known_columns, tokenize
 from hf_devft.tasks.predictions import (
     ClassificationMetrics,
     argmax_logits,
@@ -61,7 +61,7 @@ class Encoding:
     def map(self, dataset: Dataset, encode: Callable, **options: Any) -> Dataset:
         """`encode(rows, encoding)` of all rows, cached. A raw `label` goes, which a `Trainer` would take for the
         encoded one."""
-        options["remove_columns"] = [name for name in ("label",) if name in dataset.column_names]
+        options["remove_columns"] = [name for name in TAKEN_FOR_LABELS if name in dataset.column_names]
         return dataset.map(encode, fn_kwargs={"encoding": self}, num_proc=self.num_proc, desc="Encoding", **options)
 
 
@@ -103,7 +103,8 @@ class Task:
         if base == EMBEDDED:  # whose folder is another one on each machine
             imports = "from hf_devft.embedded import BASE_PATH\nfrom peft import PeftModel\n"
             imports += f"from transformers import {auto}, {processor}"
-            return imports, f"model = PeftModel.from_pretrained({auto}.from_pretrained(BASE_PATH), LOCATION)\n{last}"
+            load = f"model = PeftModel.from_pretrained({auto}.from_pretrained(BASE_PATH{options}), LOCATION)"
+            return imports, f"{load}\n{last}"
         if self.peft_type is not None and not file.endswith(".gguf"):
             peft = auto.replace("AutoModel", "AutoPeftModel")
             imports = f"from peft import {peft}\nfrom transformers import {processor}"
@@ -125,6 +126,7 @@ def _columns(*wanted: tuple[str, ...]) -> Callable[[Dataset], Dataset]:
             found = [name for name in names if name in dataset.column_names]
             if not found:
                 raise ValueError(f"the dataset has columns {dataset.column_names}, but needs {' or '.join(names)}.")
+            refuse_missing(dataset, found[:1])
             if found[0] != names[0]:
                 dataset = dataset.rename_column(found[0], names[0])
         return dataset

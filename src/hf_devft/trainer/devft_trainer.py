@@ -9,7 +9,15 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer, set_seed
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    DataCollatorForLanguageModeling,
+    PretrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    set_seed,
+)
 
 from hf_devft.configuration import DevFTConfig, Setup, check_compatibility
 from hf_devft.embedded import resolve_model_name
@@ -22,9 +30,9 @@ from hf_devft.models.layout import State
 from hf_devft.models.streaming import load_base, where_from
 from hf_devft.models.supported import check_adapter
 from hf_devft.tasks import TASKS, Encoding, Task, label_options, task_of
-from hf_devft.tasks.data import IGNORED, first_rows, map_datasets
+from hf_devft.tasks.data import IGNORED, TAKEN_FOR_LABELS, first_rows, map_datasets
 from hf_devft.trainer.mixin import DevFTMixin
-from hf_devft.trainer.preparation import check_config, clients_of, prepare_peft_config
+from hf_devft.trainer.preparation import clients_of, prepare_peft_config, settle_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -68,7 +76,9 @@ class DevFTTrainer(DevFTMixin, Trainer):
         partitioner: Any = None,
         **kwargs,
     ):
-        check_config(args)
+        settle_arguments(args, kwargs)
+        if model is None:
+            raise ValueError("model is None: pass a model, or its name or path.")
         given = given_adapter(model, args, peft_config)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         args.task = task_of(
@@ -89,12 +99,18 @@ class DevFTTrainer(DevFTMixin, Trainer):
         model = _with_adapter(model, given)
         _settle_padding(processing_class, base.config)
         encoding = Encoding(processing_class, base.config, args.max_length, args.dataset_num_proc)
+        self._encode = functools.partial(_encoded, task=task, encoding=encoding)
+        if data_collator is None and type(self).compute_loss is DevFTTrainer.compute_loss:
+            _check_labels(clients.dataset, args.label_names or [])
+        elif isinstance(data_collator, DataCollatorForLanguageModeling) and not _is_encoded(clients.dataset):
+            raise ValueError(
+                "DataCollatorForLanguageModeling makes labels, which rows of text are given here already: leave "
+                "`data_collator` out, or pass rows of `input_ids` alone."
+            )
 
         def prepare(datasets: Any) -> Any:
             with args.main_process_first(desc="encoding of the rows"):  # the others read what it has cached
-                return map_datasets(
-                    datasets, lambda rows: rows if _is_encoded(rows) else _encode(task, rows, encoding)
-                )
+                return map_datasets(datasets, self._encode)
 
         eval_dataset = prepare(first_rows(eval_dataset, args.max_eval_samples))
         if args.predict_with_generate:
@@ -111,6 +127,14 @@ class DevFTTrainer(DevFTMixin, Trainer):
             initialisation=given.initialisation,
             **kwargs,
         )
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """As `Trainer`'s; encodes rows as the constructor does."""
+        return super().get_eval_dataloader(self._encode(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """As `Trainer`'s; encodes rows as the constructor does."""
+        return super().get_test_dataloader(self._encode(test_dataset))
 
 
 @dataclass(frozen=True)
@@ -277,7 +301,23 @@ def _as_rows(task: Task, dataset: Any) -> Any:
     return task.to_columns(dataset)
 
 
-def _encode(task: Task, dataset: Dataset, encoding: Encoding) -> Dataset:
+def _check_labels(rows: Dataset, names: list[str]) -> None:
+    """Refuse encoded rows that no loss can be computed of.
+
+    Args:
+        names: of columns that are labels, too.
+    """
+    if _is_encoded(rows) and {"labels", *TAKEN_FOR_LABELS, *names}.isdisjoint(rows.column_names):
+        raise ValueError(
+            f"the rows have {', '.join(sorted(_INPUTS.intersection(rows.column_names)))} but no `labels`: add them "
+            "(-100 on what is not to be learned), or pass a `data_collator` that makes them."
+        )
+
+
+def _encoded(dataset: Any, task: Task, encoding: Encoding) -> Any:
+    """Encode rows, unless they are, or are named."""
+    if not isinstance(dataset, Dataset) or _is_encoded(dataset):
+        return dataset
     if encoding.processor is None:
         raise ValueError(
             f"the dataset has columns {dataset.column_names}: pass what encodes them (a tokenizer, say) as "

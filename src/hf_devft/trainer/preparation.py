@@ -67,7 +67,10 @@ def clients_and_evaluation(
     clients = clients_of(args, train_dataset, partitioner)
     if args.client_eval_size is not None:
         if eval_dataset is not None:
-            raise ValueError("client_eval_size holds the clients' own rows out: leave `eval_dataset` out.")
+            raise ValueError(
+                "client_eval_size holds the clients' own rows out: leave out others, `eval_dataset`, "
+                "or on a command line `eval_file` and `eval_fraction`."
+            )
         clients, eval_dataset = hold_out(clients, args.client_eval_size, args.seed)
     check_enough(args, len(clients.rows))
     return clients, first_rows(eval_dataset, args.max_eval_samples)

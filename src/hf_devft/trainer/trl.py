@@ -23,7 +23,7 @@ try:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
     from trl.trainer.utils import add_fused_lm_head
 except ImportError as error:
-    raise ImportError("TRL is not installed: pip install 'hf-devft[trl]'") from error
+    raise ImportError("TRL is not installed: pip install 'hf-devft[trl]', in a clone '.[trl]'") from error
 
 # Tells whose a row is while TRL prepares it, as it may drop rows.
 _ROW = "_row"

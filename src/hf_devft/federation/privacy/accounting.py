@@ -168,7 +168,9 @@ def _libraries() -> tuple[Any, Any, Any]:
         import dp_accounting
         from dp_accounting import pld, rdp
     except ImportError as error:
-        raise ImportError("dp-accounting is not installed: pip install 'hf-devft[privacy]'") from error
+        raise ImportError(
+            "dp-accounting is not installed: pip install 'hf-devft[privacy]', in a clone '.[privacy]'"
+        ) from error
     # It warns of each order of Rényi's divergence that it leaves out, where ε is found by others.
     logging.getLogger("absl").setLevel(logging.ERROR)
     return dp_accounting, pld, rdp

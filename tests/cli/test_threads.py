@@ -1,0 +1,28 @@
+"""How idle threads wait."""
+
+import subprocess
+import sys
+
+import pytest
+from launching import environment
+
+
+CODE = """
+import os, sys
+from hf_devft.cli.train import main
+try:
+    main(["--nothing"])
+except SystemExit as end:
+    assert "unknown key" in str(end)
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, "10000"),
+    ({"GOMP_SPINCOUNT": "7"}, "7"),
+    ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+])  # fmt: skip
+def test_threads_sleep_soon_unless_the_environment_says_how(given, expected):
+    printed = subprocess.check_output([sys.executable, "-c", CODE], env=environment(**given), text=True)
+    assert printed.split() == [expected]
