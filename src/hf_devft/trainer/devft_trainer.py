@@ -100,13 +100,8 @@ class DevFTTrainer(DevFTMixin, Trainer):
         _settle_padding(processing_class, base.config)
         encoding = Encoding(processing_class, base.config, args.max_length, args.dataset_num_proc)
         self._encode = functools.partial(_encoded, task=task, encoding=encoding)
-        if data_collator is None and type(self).compute_loss is DevFTTrainer.compute_loss:
-            _check_labels(clients.dataset, args.label_names or [])
-        elif isinstance(data_collator, DataCollatorForLanguageModeling) and not _is_encoded(clients.dataset):
-            raise ValueError(
-                "DataCollatorForLanguageModeling makes labels, which rows of text are given here already: leave "
-                "`data_collator` out, or pass rows of `input_ids` alone."
-            )
+        if type(self).compute_loss is DevFTTrainer.compute_loss:
+            _check_labels(clients.dataset, data_collator, args.label_names or [])
 
         def prepare(datasets: Any) -> Any:
             with args.main_process_first(desc="encoding of the rows"):  # the others read what it has cached
@@ -301,13 +296,19 @@ def _as_rows(task: Task, dataset: Any) -> Any:
     return task.to_columns(dataset)
 
 
-def _check_labels(rows: Dataset, names: list[str]) -> None:
-    """Refuse encoded rows that no loss can be computed of.
+def _check_labels(rows: Dataset, collator: Callable | None, names: list[str]) -> None:
+    """Refuse rows that would have no labels, or be given them twice.
 
     Args:
-        names: of columns that are labels, too.
+        collator: the user's own. names: of columns that are labels, too.
     """
-    if _is_encoded(rows) and {"labels", *TAKEN_FOR_LABELS, *names}.isdisjoint(rows.column_names):
+    if isinstance(collator, DataCollatorForLanguageModeling) and not _is_encoded(rows):
+        raise ValueError(
+            "DataCollatorForLanguageModeling makes labels, which rows of text are given here already: leave "
+            "`data_collator` out, or pass rows of `input_ids` alone."
+        )
+    has_labels = not {"labels", *TAKEN_FOR_LABELS, *names}.isdisjoint(rows.column_names)
+    if collator is None and _is_encoded(rows) and not has_labels:
         raise ValueError(
             f"the rows have {', '.join(sorted(_INPUTS.intersection(rows.column_names)))} but no `labels`: add them "
             "(-100 on what is not to be learned), or pass a `data_collator` that makes them."
