@@ -23,6 +23,8 @@ print(os.environ.get("GOMP_SPINCOUNT"))
     ({"GOMP_SPINCOUNT": "7"}, "7"),
     ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
 ])  # fmt: skip
-def test_threads_sleep_soon_unless_the_environment_says_how(given, expected):
+def test_threads_sleep_soon_unless_the_environment_says_how(monkeypatch, given, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):  # of a command that has run in this process
+        monkeypatch.delenv(name, raising=False)
     printed = subprocess.check_output([sys.executable, "-c", CODE], env=environment(**given), text=True)
     assert printed.split() == [expected]
