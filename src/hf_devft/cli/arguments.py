@@ -230,7 +230,7 @@ def _read_yaml(path: Path) -> dict:
         values = yaml.safe_load(path.read_text())
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
-        raise ValueError(f"the config {path} is no YAML: {where}{error.problem}.") from error
+        raise ValueError(f"the config {path} cannot be read: {where}{error.problem}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"the config {path} cannot be read: {error}.") from error
     if not isinstance(values, dict):
