@@ -98,7 +98,9 @@ def test_an_unreadable_yaml_is_an_error(tmp_path, text):
 
 
 def test_a_mistake_in_yaml_is_told_with_its_line(tmp_path):
-    with pytest.raises(ValueError, match=r"broken\.yaml cannot be read: line 2: mapping values are not allowed here\.$"):
+    with pytest.raises(
+        ValueError, match=r"broken\.yaml cannot be read: line 2: mapping values are not allowed here\.$"
+    ):
         parse_arguments([], write(tmp_path / "broken.yaml", "a: 1\nb: c: d\n"))
 
 

@@ -90,7 +90,7 @@ def test_one_value_or_one_per_stage(tmp_path):
     ({"fsdp": True}, "ZeRO-3"),
     ({"stage_layers": "4 16"}, "stage_layers='4 16': give a list of whole numbers"),
     ({"stage_layers": 16}, "stage_layers=16: give a list"),
-    ({"stage_layers": []}, r"stage_layers=\[\]: give a list"),
+    ({"stage_layers": []}, r"stage_layers=\[\] must increase, from 1 or more"),
     ({"stage_layers": [4.5, 16]}, "give a list of whole numbers"),
     ({"stage_rounds": "many"}, "stage_rounds='many': give a list"),
     ({"stage_rounds": None}, "stage_rounds=None: give a list"),

@@ -424,7 +424,8 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
         rules = ("grouping", "fusion", "fusion_beta", "transfer", "adapter_fusion", "stack", "federated_method")
         derived = derive_layers(num_layers, self.initial_layers, self.growth_factor)
         option = "adapter_layers" if self.adapter_layers else "stage_layers"
-        layers = list(getattr(self, option) or derived)
+        given = getattr(self, option)
+        layers = list(derived if given is None else given)
         if not layers or any(a >= b for a, b in pairwise([0, *layers])):
             raise ValueError(f"{option}={layers} must increase, from 1 or more, as in 4 8 16.")
         if layers[-1] != num_layers:
@@ -479,7 +480,7 @@ def _check_list(option: str, value: Any, kind: type) -> None:
         return
     values = value if isinstance(value, (list, tuple)) else [value]
     is_list = values is value or option in _ONE_FOR_ALL
-    if not is_list or not values or not all(isinstance(item, kind) for item in values):
+    if not is_list or not all(isinstance(item, kind) for item in values):
         whole = "whole numbers" if kind is Integral else "numbers"
         raise ValueError(f"{option}={value!r}: give a list of {whole}, as [4, 16].")
 
