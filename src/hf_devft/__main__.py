@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from hf_devft import __version__
+from hf_devft.cli.threads import sleep_when_idle
 
 
 # What follows is read by the command itself, which has flags for every key of a config.
@@ -34,6 +35,7 @@ def devft(
     ] = False,
 ) -> None:
     """Developmental federated tuning: LoRA adapters, by clients who keep their data, on submodels that grow."""
+    sleep_when_idle()  # whichever command then loads PyTorch
 
 
 @app.command(context_settings=_PASSED_ON)
@@ -57,9 +59,6 @@ def plan(context: typer.Context) -> None:
 @app.command(context_settings=_PASSED_ON)
 def evaluate(context: typer.Context) -> None:
     """Run public benchmarks of a stage: `devft evaluate --run outputs/quickstart --stage 3 --tasks mmlu`."""
-    from hf_devft.cli.threads import sleep_when_idle
-
-    sleep_when_idle()
     from hf_devft.cli.evaluate import main as run
 
     run(context.args)
@@ -104,9 +103,6 @@ def certificates(context: typer.Context) -> None:
 @federation.command(context_settings=_PASSED_ON)
 def node(context: typer.Context) -> None:
     """Take part with one's own rows, on this machine."""
-    from hf_devft.cli.threads import sleep_when_idle
-
-    sleep_when_idle()
     from hf_devft.network.node import main as run
 
     run(context.args)

@@ -69,7 +69,7 @@ def test_a_row_without_its_label_is_named(bert, tmp_path):
         run(bert, tmp_path, rows, LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
 
 
-def test_a_classifier_of_the_embedded_base_is_loaded_as_its_card_says(tmp_path, monkeypatch):
+def test_a_classifier_of_the_embedded_base_is_loaded_as_its_card_says(tmp_path):
     rows = Dataset.from_dict({"text": SENTENCES, "label": ["bad", "so-so", "good"] * 8})
     adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
     trainer = run("embedded", tmp_path, rows, adapter, stage_layers=[2, 16])

@@ -188,15 +188,20 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
         raise ValueError(f"num_train_epochs is not used: {UNSUPPORTED['num_train_epochs'][1]}.")
     kinds = (RecipeArguments, _config_class(_value_of("trainer", argv) or values.get("trainer", "devft")))
     options = {item.name: str(item.type) for kind in kinds for item in fields(kind) if item.init}
-    lists = {key: kind for key, kind in options.items() if "list[" in kind and key not in ("report_to", "debug")}
-    values = {key: _as_written(lists.get(key, ""), key, value) for key, value in values.items()}
+    lists = {
+        key: of
+        for key, kind in options.items()
+        for name, of in _LISTS.items()
+        if name in kind and key not in ("report_to", "debug")
+    }
+    values = {key: _as_written(lists.get(key), key, value) for key, value in values.items()}
     parser = OneLineParser(kinds, allow_abbrev=False)
     known = set(options)
     if "--help-all" in argv:
         parser.print_help()
         sys.exit()
     _refuse_unknown(values, known, str(config))
-    _refuse_twice([key for key, kind in lists.items() if "list[str" in kind], flags)
+    _refuse_twice([key for key, of in lists.items() if of is str], flags)
     parser.set_defaults(**values)
     namespace, rest = parser.parse_known_args(argv)
     _refuse_unknown([word.removeprefix("--") for word in rest], known, "the command line")
@@ -238,25 +243,27 @@ def _read_yaml(path: Path) -> dict:
     return values
 
 
-def _as_written(kind: str, key: str, value: Any) -> Any:
+# Type of an option -> of its items.
+_LISTS: dict[str, type] = {"list[str]": str, "list[int]": int, "list[float]": float}
+
+
+def _as_written(of: type | None, key: str, value: Any) -> Any:
     """What the user meant: YAML reads the word `no` as false and 1e-3 as text, and one value, or several in a text as
     on the command line, may stand for a list.
 
     Args:
-        kind: the type of a list; else empty.
+        of: the type of a list's items; else None.
     """
     if value is False and str(key).endswith("_strategy"):
         return "no"
-    if not kind or value is None:
+    if of is None or value is None:
         return value
-    number = next((of for name, of in (("[int", int), ("[float", float)) if name in kind), None)
-    if number is None:
-        return value if isinstance(value, list) else [value]
-    items = value.split() if isinstance(value, str) else value if isinstance(value, list) else [value]
+    words = value.split() if isinstance(value, str) and of is not str else value
+    items = words if isinstance(words, list) else [words]
     try:
-        return [number(item) if isinstance(item, str) else item for item in items]
+        return [of(item) if isinstance(item, str) else item for item in items]
     except ValueError:
-        return value  # which the config refuses
+        return value  # which the parser or the config refuses
 
 
 def _refuse_unknown(keys: Iterable[str], known: set[str], where: str) -> None:

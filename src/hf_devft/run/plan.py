@@ -137,8 +137,7 @@ def plan_run(
     examples = clients.examples if clients else []
     everyone = range(len(examples) or args.num_clients or DEFAULT_NUM_CLIENTS)
     without = replace(full_depth_plan, stage="none")
-    who = (len(everyone), args.clients_per_round)
-    plan = RunPlan(plans, _total(plans), without, *who, measured=clients is not None)
+    plan = RunPlan(plans, _total(plans), without, len(everyone), args.clients_per_round, clients is not None)
     if args.protects_records and not examples:
         return replace(plan, protects=args.dp_level)  # what it costs depends on how many rows a client has
     draws = draws_of(args, ((index, everyone) for index in range(ends[-1])))

@@ -87,10 +87,15 @@ def to_known_columns(dataset: Dataset) -> Dataset:
 def _numbers_as_text(dataset: Dataset, columns: Sequence[str]) -> Dataset:
     """Cast what a CSV, say, has read as numbers: answers of sums."""
     kinds = {name: dataset.features[name] for name in columns}
-    for name, kind in kinds.items():
-        if isinstance(kind, Value) and kind.dtype not in ("string", "large_string", "null"):
-            dataset = dataset.cast_column(name, Value("string"))
-    return dataset
+    text = ("string", "large_string", "null")
+    return _as_text(
+        dataset, [name for name, kind in kinds.items() if isinstance(kind, Value) and kind.dtype not in text]
+    )
+
+
+def _as_text(dataset: Dataset, columns: Sequence[str]) -> Dataset:
+    features = Features({**dataset.features, **dict.fromkeys(columns, Value("string"))})
+    return dataset.cast(features) if columns else dataset
 
 
 def refuse_missing(dataset: Dataset, columns: Sequence[str]) -> None:
@@ -261,10 +266,7 @@ def _aligned(datasets: list[Dataset]) -> list[Dataset]:
         for name, kind in datasets[0].features.items()
         if isinstance(kind, Value) and any(dataset.features[name] != kind for dataset in datasets)
     ]
-    return [
-        dataset.cast(Features({**dataset.features, **dict.fromkeys(text, Value("string"))})) if text else dataset
-        for dataset in datasets
-    ]
+    return [_as_text(dataset, text) for dataset in datasets]
 
 
 def tokenize(
