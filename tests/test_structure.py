@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from collections import Counter
 from configparser import ConfigParser
 from functools import cache
 from importlib import import_module
@@ -218,3 +219,9 @@ def test_the_listing_is_short():
     every = {path.name for path in ROOT.iterdir()}
     names = every - {"__pycache__", "py.typed", "__init__.py", "__main__.py"}
     assert len(names) <= 12, sorted(names)
+
+
+def test_every_file_of_tests_has_a_name_of_its_own():
+    """Two of one name pass alone and fail together: pytest imports test files by their names."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]
