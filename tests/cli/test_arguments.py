@@ -97,11 +97,16 @@ def test_an_unreadable_yaml_is_an_error(tmp_path, text):
         parse_arguments([], write(tmp_path / "broken.yaml", text))
 
 
-def test_a_mistake_in_yaml_is_told_with_its_line(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"broken\.yaml cannot be read: line 2: mapping values are not allowed here\.$"
-    ):
-        parse_arguments([], write(tmp_path / "broken.yaml", "a: 1\nb: c: d\n"))
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: 1\nb: c: d\n", "line 2: mapping values are not allowed here"),
+        ("seed: 1\noptim_args: {}\nseed: 2\n", "line 3: seed is given twice"),
+    ],
+)
+def test_a_mistake_in_yaml_is_told_with_its_line(tmp_path, text, told):
+    with pytest.raises(ValueError, match=rf"broken\.yaml cannot be read: {told}\.$"):
+        parse_arguments([], write(tmp_path / "broken.yaml", text))
 
 
 def test_a_missing_config_is_an_error(default):

@@ -26,6 +26,7 @@ def test_the_card_tells_the_runs_own_numbers(output):
     assert "stage 2 of 2" in card.text
     assert f'from_pretrained("{output.args.output_dir}")' in card.text
     assert "stage 1 of 2" in (folder / "stage-1" / "README.md").read_text()
+    assert "The clients were simulated in one job" in card.text
 
 
 def test_the_metadata_is_the_hubs_own(make_trainer, eval_tasks):

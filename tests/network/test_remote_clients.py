@@ -407,7 +407,9 @@ def test_the_server_sees_only_the_sum(remote_run, participants, simulated, tmp_p
             torch.testing.assert_close(secure_run[key], open_run[key], rtol=2e-4, atol=2e-5)
     for numbers in secured(grid.replied):
         assert abs(numbers.astype(float).mean() / 2**32 - 0.5) < 0.1, "noise"
-    assert "secure: the server sees only sums of updates" in (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "secure: the server sees only sums of updates" in card
+    assert "The data of a client stayed with it: only adapters travelled." in card
 
 
 class Failing(Loopback):

@@ -230,9 +230,21 @@ def _refuse_twice(keys: Iterable[str], flags: Sequence[str]) -> None:
         raise ValueError(f"--{twice} is given twice: give its values after one, separated by spaces.")
 
 
+class _OnceEach(yaml.SafeLoader):
+    """Reads YAML; a key given twice in a mapping is a mistake, not a change of mind."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _OnceEach)
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
         raise ValueError(f"the config {path} cannot be read: {where}{error.problem}.") from error

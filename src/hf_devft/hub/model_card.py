@@ -21,6 +21,7 @@ class CardContext:
         setup: {what: value} of the federation.
         table: (titles, rows) of the finished stages.
         evaluation: what the metrics were measured on.
+        simulated: whether the clients were, in one job that had the data of all.
         imports, load: Python that loads the adapter; "LOCATION" in it stands for where it is.
         license, language, datasets: for the metadata, where the run says.
         protects_records: whether a run that is differentially private is so for rows, not for clients.
@@ -32,6 +33,7 @@ class CardContext:
     setup: dict[str, object]
     table: tuple[list[str], list[list[str]]]
     evaluation: str
+    simulated: bool
     imports: str
     load: str
     license: str | None = None

@@ -47,6 +47,7 @@ class RunReport:
         base_name, base_revision: of the base, where it has a name.
         setup: {what: value} of the federation, see `describe_setup`.
         evaluation_rows: how many the metrics were measured on.
+        simulated: whether the clients are, in this job.
         labels: of the model's classes, in order; None where there are none.
         repo_id: the repository that is pushed to, or None.
         baseline: {name: how its loss fell} of another run, for the plot.
@@ -59,6 +60,7 @@ class RunReport:
     base_revision: str | None
     setup: dict[str, Any]
     evaluation_rows: int
+    simulated: bool
     labels: list[str] | None = None
     repo_id: str | None = None
     baseline: dict[str, list[Point]] = field(default_factory=dict)
@@ -113,6 +115,7 @@ class RunReport:
             setup=self.setup,
             table=stage_table(rows),
             evaluation=f"{self.evaluation_rows} held-out rows" if self.evaluation_rows else "no data",
+            simulated=self.simulated,
             imports=imports,
             load=load,
             **self.metadata,

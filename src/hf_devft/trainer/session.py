@@ -270,6 +270,7 @@ class TrainingSession:
             processor=trainer.processing_class,
             setup=describe_setup(args, self.run.clients, self.run.adapter.config, self.run.accountant),
             evaluation_rows=number_of_rows(trainer.eval_dataset),
+            simulated=self.run.clients.elsewhere is None,
             baseline=self.run.baseline,
             repo_id=repo_id,
         )
