@@ -5,21 +5,21 @@ import torch
 from conftest import tiny_llama
 
 from hf_devft.trainer import preparation
-from hf_devft.trainer.preparation import emulates_bfloat16
+from hf_devft.trainer.preparation import emulates
 
 
-@pytest.mark.parametrize(("capabilities", "emulates"), [
-    ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
-    ({"architecture": "x86_64", "avx2": True, "avx512_bf16": True}, False),
-    ({"architecture": "x86_64", "amx_bf16": True}, False),
-    ({"architecture": "aarch64"}, False),
-    ({}, False),
+@pytest.mark.parametrize(("capabilities", "emulated"), [
+    ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}, ["bf16", "fp16"]),
+    ({"architecture": "x86_64", "avx2": True, "avx512_bf16": True}, ["fp16"]),
+    ({"architecture": "x86_64", "amx_bf16": True, "avx512_fp16": True}, []),
+    ({"architecture": "aarch64"}, []),
+    ({}, []),
 ])  # fmt: skip
-def test_which_cpus_have_bfloat16(capabilities, emulates):
-    assert emulates_bfloat16(capabilities) == emulates
+def test_which_cpus_have_half_precision(capabilities, emulated):
+    assert [name for name in ("bf16", "fp16") if emulates(name, capabilities)] == emulated
 
 
-def test_bfloat16_on_a_cpu_without_it_is_said_once(make_trainer, monkeypatch, caplog):
+def test_half_precision_on_a_cpu_without_it_is_said_once(make_trainer, monkeypatch, caplog):
     monkeypatch.setattr(preparation, "cpu", lambda: {"architecture": "x86_64"})
     make_trainer()
     assert "bfloat16" not in caplog.text
@@ -28,6 +28,10 @@ def test_bfloat16_on_a_cpu_without_it_is_said_once(make_trainer, monkeypatch, ca
     caplog.clear()
     make_trainer(model=tiny_llama().to(torch.bfloat16), use_cpu=True)
     assert caplog.text.count("float32: load the base in float32 (`--model_init_kwargs") == 1
+    caplog.clear()
+    make_trainer(fp16=True, use_cpu=True)
+    assert caplog.text.count("no instructions for float16, in which") == 1
+    assert caplog.text.count("float32: set fp16 to false.") == 1
     monkeypatch.setattr(preparation, "cpu", lambda: {"architecture": "x86_64", "avx512_bf16": True})
     caplog.clear()
     make_trainer(bf16=True, use_cpu=True)

@@ -39,6 +39,9 @@ from hf_devft.trainer.interface import FederatedTrainer
 
 logger = logging.getLogger(__name__)
 
+# As `mixed_precision` and the names of CPUs' instructions have them.
+HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -> ClientData:
     """Make the clients that `args` asks for; see `make_clients`."""
@@ -241,21 +244,23 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
         network=trainer.remote_clients is not None,
     )
     check_compatibility(setup)
-    if args.device.type == "cpu" and args.process_index == 0 and emulates_bfloat16(cpu()):
+    if args.device.type == "cpu" and args.process_index == 0:
         _advise_float32(accelerator.mixed_precision, setup.base.dtype)
     return setup
 
 
 def _advise_float32(mixed_precision: str, dtype: torch.dtype) -> None:
-    """Say what makes a run slow on a CPU that emulates bfloat16."""
-    causes = {
-        "set bf16 to false": mixed_precision == "bf16",
-        """load the base in float32 (`--model_init_kwargs '{"dtype": "float32"}'`)""": dtype == torch.bfloat16,
+    """Say what makes a run slow on a CPU that emulates half precision."""
+    slow = [kind for name, kind in HALF_PRECISIONS.items() if emulates(name, cpu())]
+    advice = {
+        f"set {mixed_precision} to false": HALF_PRECISIONS.get(mixed_precision),
+        """load the base in float32 (`--model_init_kwargs '{"dtype": "float32"}'`)""": dtype,
     }
-    if any(causes.values()):
+    if said := {what: kind for what, kind in advice.items() if kind in slow}:
+        names = sorted({str(kind).removeprefix("torch.") for kind in said.values()})
         logger.warning(
-            "this CPU has no instructions for bfloat16, in which it is many times slower than in float32: "
-            f"{' and '.join(what for what, is_so in causes.items() if is_so)}."
+            f"this CPU has no instructions for {' or '.join(names)}, in which it is many times slower than in "
+            f"float32: {' and '.join(said)}."
         )
 
 
@@ -264,10 +269,11 @@ def cpu() -> Mapping[str, Any]:
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
-def emulates_bfloat16(capabilities: Mapping[str, Any]) -> bool:
-    """Whether a CPU of these `torch.cpu.get_capabilities()` is an x86 one that multiplies no matrices in bfloat16."""
+def emulates(precision: str, capabilities: Mapping[str, Any]) -> bool:
+    """Whether a CPU of these `torch.cpu.get_capabilities()` is an x86 one that multiplies no matrices in this of
+    `HALF_PRECISIONS`."""
     known = capabilities.get
-    return known("architecture") == "x86_64" and not (known("avx512_bf16") or known("amx_bf16"))
+    return known("architecture") == "x86_64" and not (known(f"avx512_{precision}") or known(f"amx_{precision}"))
 
 
 def check_run(trainer: FederatedTrainer, run: FederatedRun, setup: Setup) -> None:
