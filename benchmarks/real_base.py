@@ -16,6 +16,7 @@ comes to the same loss in both (0.8328 and 0.8334, seed 0).
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 
 from recipe_runs import arguments, publish_runs, read_runs, run_all, spread
 from to_target import cost
@@ -92,11 +93,14 @@ COLUMNS = {
 }
 
 
-def losses(run: dict) -> str:
-    """After every second round, where the model has all its layers then."""
-    found = {point["rounds"]: point["loss"] for point in run["curve"]}
-    rounds = range(2, run["curve"][-1]["rounds"] + 1, 2)
-    return " / ".join(f"{found[done]:.3f}" if done in found else "-" for done in rounds)
+def losses(runs: dict[str, dict]) -> str:
+    """After every second round, where the model has all its layers then: means of the seeds."""
+    found: dict[int, list[float]] = {}
+    for run in runs.values():
+        for point in run["curve"]:
+            found.setdefault(point["rounds"], []).append(point["loss"])
+    rounds = range(2, max(found) + 1, 2)
+    return " / ".join(f"{mean(found[done]):.3f}" if done in found else "-" for done in rounds)
 
 
 def until(runs: dict[str, dict], target: float, measure: str, unit: float) -> str:
@@ -105,7 +109,7 @@ def until(runs: dict[str, dict], target: float, measure: str, unit: float) -> st
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
-    """A row for each variant that has run; the losses are of its first seed."""
+    """A row for each variant that has run."""
     targets = [
         (f"{unit} until {target}", target, measure, size)
         for target in TARGETS
@@ -115,8 +119,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     lines = [f"| {' | '.join(titles)} |", f"|---|---|{'---:|' * (len(titles) - 2)}"]
     for name, runs in results.items():
         if runs:
-            first = next(iter(runs.values()))
-            cells = [losses(first), *(spread(runs, *column) for column in COLUMNS.values())]
+            cells = [losses(runs), *(spread(runs, *column) for column in COLUMNS.values())]
             cells += [until(runs, *target) for _, *target in targets]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -34,8 +34,8 @@ def test_a_run_that_is_told_to_stop_ends_its_round_and_can_be_resumed(make_train
         trainer.train()
     assert stopped.value.code == 130
     lines = re.split(r"[\r\n]", capsys.readouterr().err)  # as a log file has them, beside the bar's
-    assert "stopping at the end of this round; once more to stop at once, without its checkpoint" in lines
-    assert "stopped after round 2: the same command with `--resume_from_checkpoint last` goes on." in lines
+    assert "stopping at the end of this round; once more to stop without its checkpoint" in lines
+    assert "stopped after round 2: add `--resume_from_checkpoint last` to go on." in lines
     assert signal.getsignal(number) is before
     assert not (tmp_path / "run" / "stage-1").exists()
     again = make_trainer()
@@ -78,7 +78,7 @@ def test_the_second_time_it_ends_at_once(tmp_path):
     try:
         wait_until(run, "round 0")
         run.send_signal(signal.SIGINT)
-        wait_until(run, "once more to stop at once")
+        wait_until(run, "once more to stop")
         run.send_signal(signal.SIGINT)
         assert run.wait(timeout=30) == -signal.SIGINT, "in a round of 4,000 steps"
     finally:

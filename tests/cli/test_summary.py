@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import lora
 
-from hf_devft.cli.summary import closing, opening, say_at_start
+from hf_devft.cli.summary import closing, opening, say, say_at_start
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_what_is_said_to_be_sent_is_sent(make_trainer, eval_tasks, options):
     won = closing(trainer)
     assert "max_steps" not in won
     start, end = trainer.run.start_metrics["eval_full_loss"], trainer.stages[-1].metrics["eval_full_loss"]
-    assert f"loss {start:.3f} → {end:.3f} at full depth for {trainer.ledger.bytes / 1e6:.2f} MB" in won
+    assert f"loss {start:.3f} → {end:.3f} at full depth\nfor {trainer.ledger.bytes / 1e6:.2f} MB" in won
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,13 @@ def test_a_resumed_run_is_announced_once_it_is_known_to_be_the_same(make_trainer
     say_at_start(same)
     same.train("last")
     assert capsys.readouterr().out == f"{opening(make_trainer())}\nGoing on after round 3 of 4\n"
+
+
+def test_a_terminal_breaks_long_lines_between_words(capsys, monkeypatch):
+    text = "outputs/[bold]/:smile: " * 6
+    say(text)
+    assert capsys.readouterr().out == text + "\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    say(text)
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [text[:69].rstrip(), text[69:].rstrip()]

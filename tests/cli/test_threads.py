@@ -19,7 +19,7 @@ print(os.environ.get("GOMP_SPINCOUNT"))
 
 
 @pytest.mark.parametrize(("given", "expected"), [
-    ({}, "10000"),
+    ({}, "300"),
     ({"GOMP_SPINCOUNT": "7"}, "7"),
     ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
 ])  # fmt: skip

@@ -133,7 +133,7 @@ def test_two_processes_that_are_told_to_stop_end_the_same_round(tmp_path):
     last = max(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
     assert last < 200
     assert said.count("stopped after round") == 1
-    assert f"stopped after round {last}: the same command with `--resume_from_checkpoint last` goes on." in said
+    assert f"stopped after round {last}: add `--resume_from_checkpoint last` to go on." in said
 
 
 def in_process(folder, *flags):

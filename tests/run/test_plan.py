@@ -101,11 +101,11 @@ def test_a_plan_is_printed_whole(tmp_path, capsys):
         tmp_path, stage_layers=[2, 4], stage_rounds=[75], num_clients=20, per_device_train_batch_size=16,
         distillation_steps=10,
     )  # fmt: skip
-    print_plan(plan := plan_run(args, empty_base(str(tmp_path)), lora(r=32)))
+    print_plan(plan := plan_run(args, empty_base(str(tmp_path)), lora(r=32)), "tiny, fedit")
     printed = capsys.readouterr().out
     assert plan.stages[-1].bytes / 75 == pytest.approx(92.7e6, rel=1e-3)
     assert (plan.num_clients, plan.clients_per_round) == (20, 2)
-    assert "A round's 2 of 20 clients: up to 92.7MB" in printed
+    assert "A round's 2 of 20 clients: up to 92.7 MB" in printed
     assert "…" not in printed
     assert "not measured" in printed
     assert "on the server take" in printed
@@ -122,7 +122,7 @@ def test_the_recipe_plans_without_weights(tmp_path, tokenizer):
 
 
 def test_a_plan_without_stages_is_one_row(tmp_path, capsys):
-    print_plan(plan_run(config(tmp_path, stage_layers=[4]), tiny_llama(), lora()))
+    print_plan(plan_run(config(tmp_path, stage_layers=[4]), tiny_llama(), lora()), "tiny, fedit")
     lines = capsys.readouterr().out.splitlines()
     assert not [line for line in lines if line.split()[:1] in (["all"], ["none"], ["none:"])]
 
@@ -137,9 +137,9 @@ def test_checkpointing_keeps_less(tmp_path, capsys):
     ]
     assert plans[1].total.client_memory < 0.5 * plans[0].total.client_memory
     assert plans[1].total.flops == plans[0].total.flops
-    print_plan(plans[0])
+    print_plan(plans[0], "with")
     said = capsys.readouterr().out
-    print_plan(plans[1])
+    print_plan(plans[1], "without")
     assert plans[0].total.client_memory_checkpointed == plans[1].total.client_memory
     assert "--activation_checkpointing true" in said  # told to who may need it, and not to who has it
     assert "--activation_checkpointing" not in capsys.readouterr().out

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from hf_devft.cli.rank import rank
 
 
-GO_ON = "the same command with `--resume_from_checkpoint last` goes on"
+GO_ON = "add `--resume_from_checkpoint last` to go on"
+
+# What is wrong is in their message.
+_SAY_IT_ALL = (ValueError, ImportError, FileNotFoundError)
 
 
 @contextmanager
@@ -32,6 +35,6 @@ def one_line_errors(traceback: bool | None = None) -> Iterator[None]:
         if traceback:
             raise
         who = "error" if rank() == 0 else f"error on process {rank()}"
-        needs_trace = traceback is not None and not isinstance(error, (ValueError, ImportError))
+        needs_trace = traceback is not None and not isinstance(error, _SAY_IT_ALL)
         where = " (`--traceback` shows where)" if needs_trace else ""
         sys.exit(f"{who}: {' '.join(str(error).split()) or type(error).__name__}{where}")

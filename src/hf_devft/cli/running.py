@@ -55,7 +55,7 @@ class _StopAtCheckpoint(TrainerCallback):
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         if rank() == 0:
-            said = "stopping at the end of this round; once more to stop at once, without its checkpoint"
+            said = "stopping at the end of this round; once more to stop without its checkpoint"
             tqdm.write(said, file=sys.stderr)  # above the bar
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -1,5 +1,6 @@
 """What a person reads before a run and after it."""
 
+from rich.console import Console
 from transformers import TrainerCallback
 
 from hf_devft.configuration import StageConfig
@@ -8,6 +9,12 @@ from hf_devft.federation.partition import ClientData
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.run.plan import planned_traffic
 from hf_devft.trainer.mixin import DevFTMixin
+
+
+def say(text: str) -> None:
+    """Print text, whose long lines a terminal breaks between words."""
+    console = Console()
+    console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=not console.is_terminal)
 
 
 def say_at_start(trainer: DevFTMixin) -> None:
@@ -21,20 +28,20 @@ class _Opening(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            print(opening(self._trainer), flush=True)
+            say(opening(self._trainer))
 
 
 def opening(trainer: DevFTMixin) -> str:
-    """Say in two lines what will be trained, and what it will send, if it runs to its end; in a third, where it goes
-    on from."""
+    """Say what will be trained, what it will send, if it runs to its end, where the results go, and where it goes on
+    from; each on a line."""
     args, run = trainer.args, trainer.run
     base = trainer.model.get_base_model().config.name_or_path
     done, planned = trainer.state.global_step, run.num_rounds
     return (
         f"{portable_name(base) or 'the model'}, {run.stages[-1].full_layers} layers: "
         f"{_clients(run.clients)}, {args.clients_per_round} a round, {args.federated_method}\n"
-        f"{_stages(run.stages)}: about {_megabytes(trainer):.3g} MB to send; results in {args.output_dir}/"
-        + (f"\nGoing on after round {done} of {planned}" if done else "")
+        f"{_stages(run.stages)}: about {_megabytes(trainer):.3g} MB to send\n"
+        f"Results in {args.output_dir}/" + (f"\nGoing on after round {done} of {planned}" if done else "")
     )
 
 
@@ -55,8 +62,8 @@ def closing(trainer: DevFTMixin) -> str:
     planned, state = sum(stage.rounds for stage in run.stages), trainer.state
     if state.global_step == state.max_steps < planned:
         cost += f"; ended by max_steps, {state.max_steps} of {planned} rounds"
-    brought = f"{', '.join(changes)} at full depth for {cost}" if changes else cost
-    lines = [brought, f"Adapters, model card and plot are in {folder}/"]
+    brought = [f"{', '.join(changes)} at full depth", f"for {cost}"] if changes else [cost]
+    lines = [*brought, f"Adapters, model card and plot are in {folder}/"]
     if "eval_full_loss" in end:
         lines.append(f"Next: devft compare {folder} OTHER_RUN")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from hf_devft.cli.arguments import parse_arguments
 from hf_devft.cli.errors import one_line_errors
 from hf_devft.cli.recipe import make_plan, make_trainer
 from hf_devft.cli.running import stopping_between_rounds
-from hf_devft.cli.summary import closing, say_at_start
+from hf_devft.cli.summary import closing, say, say_at_start
 from hf_devft.run.claim import check_free
 from hf_devft.run.plan_table import print_plan
 from hf_devft.tasks.data import check_files
@@ -30,7 +30,8 @@ def train_or_plan(argv: Sequence[str]) -> None:
             datasets.disable_progress_bars()  # made-up tasks are encoded at once
         if recipe.plan or recipe.plan_json:
             plan = make_plan(recipe, args)
-            print(json.dumps(plan.to_dict(), indent=2)) if recipe.plan_json else print_plan(plan)
+            name = f"{recipe.model_name_or_path}, {args.federated_method}: what a run will cost"
+            print(json.dumps(plan.to_dict(), indent=2)) if recipe.plan_json else print_plan(plan, name)
             sys.exit()
         for files in (recipe.train_file, recipe.eval_file, recipe.calibration_file):
             check_files(files or [])
@@ -40,4 +41,4 @@ def train_or_plan(argv: Sequence[str]) -> None:
         with stopping_between_rounds(trainer):
             trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         if trainer.is_world_process_zero():
-            print(closing(trainer))
+            say(closing(trainer))

@@ -26,7 +26,8 @@ class RoundProgressCallback(TrainerCallback):
         self.stages = stages
         self.bar: tqdm | None = None
         self.prediction_bar: tqdm | None = None
-        self.shown: dict[str, str] = {}
+        self.stage: int | None = None
+        self.shown: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -37,6 +38,9 @@ class RoundProgressCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             stage = self.stages[max(math.ceil(state.epoch), 1) - 1]
+            if stage.stage != self.stage:  # a loss on the layers of the last one says nothing of these
+                self.stage, self.shown = stage.stage, {}
+                self._show()
             self.bar.set_description_str(
                 f"stage {stage.stage}/{stage.num_stages}, {stage.num_layers} layers: round", refresh=False
             )
@@ -44,8 +48,12 @@ class RoundProgressCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is not None and logs:
-            self.shown |= {name: f"{name} {logs[key]:.3f}" for key, name in _SHOWN.items() if key in logs}
-            self.bar.set_postfix_str(", ".join(self.shown.values()))
+            self.shown |= {key: logs[key] for key in _SHOWN if key in logs}
+            self._show()
+
+    def _show(self) -> None:
+        numbers = [f"{name} {self.shown[key]:.3f}" for key, name in _SHOWN.items() if key in self.shown]
+        self.bar.set_postfix_str(", ".join(numbers))
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero and has_length(eval_dataloader):
