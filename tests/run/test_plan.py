@@ -107,6 +107,7 @@ def test_a_plan_is_printed_whole(tmp_path, capsys):
     assert (plan.num_clients, plan.clients_per_round) == (20, 2)
     assert "A round's 2 of 20 clients: up to 92.7 MB" in printed
     assert "…" not in printed
+    assert {"stage", "all", "none"} <= set(printed.split())  # nothing is folded in 80 columns
     assert "not measured" in printed
     assert "on the server take" in printed
 

@@ -8,31 +8,28 @@ from hf_devft.run.plan import RunPlan, StagePlan
 from hf_devft.run.tables import make_table
 
 
-# Title of a column -> its value for a planned stage.
+# Title of a column -> its value for a planned stage; units are those of a run's table.
 _PLANNED = {
     "stage": lambda plan: plan.stage,
     "layers": lambda plan: str(plan.num_layers),
     "rounds": lambda plan: str(plan.rounds),
-    "values": lambda plan: _si(plan.trainable),
-    "down": lambda plan: _si(plan.bytes_down, "B"),
-    "up": lambda plan: _si(plan.bytes_up, "B"),
-    "sent": lambda plan: _si(plan.bytes, "B"),
-    "FLOPs": lambda plan: _si(plan.flops),
-    "client": lambda plan: _si(plan.client_memory, "B"),
-    "server": lambda plan: _si(plan.server_memory, "B"),
+    "million\nvalues": lambda plan: _digits(plan.trainable / 1e6),
+    "MB\ndown": lambda plan: _digits(plan.bytes_down / 1e6),
+    "MB\nup": lambda plan: _digits(plan.bytes_up / 1e6),
+    "MB\nsent": lambda plan: _digits(plan.bytes / 1e6),
+    "TFLOPs": lambda plan: _digits(plan.flops / 1e12),
+    "client\nMB": lambda plan: _digits(plan.client_memory / 1e6),
+    "server\nMB": lambda plan: _digits(plan.server_memory / 1e6),
 }
 
 
 _WORTH_IT = 0.9  # part of a client's memory from which checkpointing is not spoken of (our choice)
 
 
-def _si(value: float, unit: str = "") -> str:
-    """Three digits and a prefix, such as "1.25G" or "1.25 GB"."""
-    power = min(int(math.log10(value)) // 3, 6) if value >= 1 else 0
-    digits = value / 1000**power
-    places = max(0, 2 - int(math.log10(max(digits, 1))))
-    prefix = " kMGTPE"[power].strip() + unit
-    return f"{digits:.{places}f}{' ' if unit else ''}{prefix}"
+def _digits(value: float) -> str:
+    """Three digits, or all before the point, such as "0.0125", "1.25" or "12500"."""
+    places = 2 - math.floor(math.log10(value)) if value else 0
+    return f"{value:.{max(places, 0)}f}"
 
 
 def print_plan(plan: RunPlan, name: str) -> None:
@@ -47,24 +44,26 @@ def print_plan(plan: RunPlan, name: str) -> None:
     Console().print(make_table(name, list(_PLANNED), [[value(row) for value in _PLANNED.values()] for row in rows]))
     Console().print(
         "values: that a client trains; down, up: to and from it in a round;\n"
-        "sent, FLOPs: by all in all rounds; client, server: peak memory, estimated,\n"
+        "sent, TFLOPs: by all in all rounds; client, server: peak memory, estimated,\n"
         "above what Python and PyTorch take before there is a model.\n"
-        f"A round's {plan.clients_per_round} of {plan.num_clients} clients: up to {_si(round_bytes, 'B')}, which over "
-        "a network the server holds."
+        f"A round's {plan.clients_per_round} of {plan.num_clients} clients: up to {_digits(round_bytes / 1e6)} MB, "
+        "which over a network the server holds."
     )
     if has_stages:
         Console().print(
             f"none: as many rounds without stages: {plan.without_stages.bytes / plan.total.bytes:.2f}x the bytes, "
             f"{plan.without_stages.flops / plan.total.flops:.2f}x the FLOPs."
         )
-    if plan.total.client_memory_checkpointed < _WORTH_IT * plan.total.client_memory:
+    checkpointed = plan.total.client_memory_checkpointed
+    if checkpointed < _WORTH_IT * plan.total.client_memory:
         Console().print(
-            f"With --activation_checkpointing true a client takes {_si(plan.total.client_memory_checkpointed, 'B')} "
-            "at most, and about a quarter more time."
+            f"With --activation_checkpointing true a client takes {_digits(checkpointed / 1e6)} MB at most, and "
+            "about a quarter more time."
         )
     if plan.total.setup_flops:
         Console().print(
-            f"Bridges, healing and distillation on the server take about {_si(plan.total.setup_flops, 'FLOPs')} more."
+            "Bridges, healing and distillation on the server take about "
+            f"{_digits(plan.total.setup_flops / 1e12)} TFLOPs more."
         )
     if plan.epsilon is not None:
         Console().print(
