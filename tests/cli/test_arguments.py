@@ -91,7 +91,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path):
         parse_arguments([], path)
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just text", "\x00"])
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just text", "\x00", "? [a]\n: 1\n"])
 def test_an_unreadable_yaml_is_an_error(tmp_path, text):
     with pytest.raises(ValueError, match=r"broken\.yaml"):
         parse_arguments([], write(tmp_path / "broken.yaml", text))
