@@ -48,4 +48,4 @@ def test_the_wheel_has_the_command_and_the_configs(python, tmp_path):
     assert configs == sorted(path.stem for path in (ROOT / "recipes" / "configs").glob("*.yaml"))
     assert "quickstart" in said(python.with_name("devft"), "--help", folder=tmp_path)
     planned = said(python.with_name("devft"), "plan", "--config", "fedit", folder=tmp_path)
-    assert "sent, FLOPs: by all in all rounds" in planned
+    assert "sent, TFLOPs: by all in all rounds" in planned
