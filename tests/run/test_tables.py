@@ -55,6 +55,12 @@ def test_columns_without_values_are_left_out():
     assert len(rows[0]) == len(titles)
 
 
+def test_nothing_is_said_of_the_memory_before_any_round():
+    start = stage_config(stage=0, totals=TOTALS | {"peak_memory": 0}, metrics=METRICS)
+    titles, rows = stage_table([start, *stages()])
+    assert [row[titles.index("peak\nMB")] for row in rows] == ["", "957", "957"]
+
+
 def test_a_submodel_that_was_not_measured_has_a_dash_and_no_titles_again(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     first = stage_config(stage=1, num_layers=2, totals=TOTALS, metrics={"eval_full_loss": 2.4})

@@ -38,11 +38,12 @@ def print_plan(plan: RunPlan, name: str) -> None:
     Args:
         name: title of the table.
     """
+    console = Console(highlight=False)
     has_stages = len(plan.stages) > 1
     rows: list[StagePlan] = [*plan.stages, plan.total, plan.without_stages] if has_stages else plan.stages
     round_bytes = max(stage.bytes / stage.rounds for stage in plan.stages)
-    Console().print(make_table(name, list(_PLANNED), [[value(row) for value in _PLANNED.values()] for row in rows]))
-    Console().print(
+    console.print(make_table(name, list(_PLANNED), [[value(row) for value in _PLANNED.values()] for row in rows]))
+    console.print(
         "values: that a client trains; down, up: to and from it in a round;\n"
         "sent, TFLOPs: by all in all rounds; client, server: peak memory, estimated,\n"
         "above what Python and PyTorch take before there is a model.\n"
@@ -50,27 +51,27 @@ def print_plan(plan: RunPlan, name: str) -> None:
         "which over a network the server holds."
     )
     if has_stages:
-        Console().print(
+        console.print(
             f"none: as many rounds without stages: {plan.without_stages.bytes / plan.total.bytes:.2f}x the bytes, "
             f"{plan.without_stages.flops / plan.total.flops:.2f}x the FLOPs."
         )
     checkpointed = plan.total.client_memory_checkpointed
     if checkpointed < _WORTH_IT * plan.total.client_memory:
-        Console().print(
+        console.print(
             f"With --activation_checkpointing true a client takes {_digits(checkpointed / 1e6)} MB at most, and "
             "about a quarter more time."
         )
     if plan.total.setup_flops:
-        Console().print(
+        console.print(
             "Bridges, healing and distillation on the server take about "
             f"{_digits(plan.total.setup_flops / 1e12)} TFLOPs more."
         )
     if plan.epsilon is not None:
-        Console().print(
+        console.print(
             f"Differentially private for each {plan.protects}: ε = {plan.epsilon:.2f} at δ = {plan.delta:g} in the "
             f"end, with a noise multiplier of {plan.noise_multiplier:.3g}."
         )
     elif plan.protects is not None:
-        Console().print("Differentially private; ε depends on how many rows each client has, which were not read.")
+        console.print("Differentially private; ε depends on how many rows each client has, which were not read.")
     if not plan.measured:
-        Console().print("Rows were not measured: FLOPs and memory are as if each had `max_length` tokens.")
+        console.print("Rows were not measured: FLOPs and memory are as if each had `max_length` tokens.")

@@ -33,7 +33,7 @@ _COLUMNS = {
     ),
     "set-up\ns": lambda stage: _number(stage.totals.get("setup_seconds"), ".1f"),
     "base\nMB": lambda stage: _number(size / 1e6, ".1f") if (size := stage.totals.get("base_bytes")) else None,
-    "peak\nMB": lambda stage: _number(stage.totals["peak_memory"] / 1e6, ".0f"),
+    "peak\nMB": lambda stage: _number(peak / 1e6, ".0f") if (peak := stage.totals["peak_memory"]) else None,
 }
 _ROOM = {"MB\nsent": 7, "TFLOPs": 6, "seconds": 7, "peak\nMB": 5}  # for what later rows may need
 _CARD_ONLY = ("server\nTFLOPs", "set-up\ns", "base\nMB")  # so that a terminal of 80 columns holds the rest
