@@ -78,7 +78,7 @@ def test_the_second_time_it_ends_at_once(tmp_path):
     try:
         wait_until(run, "round 0")
         run.send_signal(signal.SIGINT)
-        wait_until(run, "once more to stop")
+        wait_until(run, "once more to stop without its checkpoint")
         run.send_signal(signal.SIGINT)
         assert run.wait(timeout=30) == -signal.SIGINT, "in a round of 4,000 steps"
     finally:

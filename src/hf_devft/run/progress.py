@@ -26,11 +26,12 @@ class RoundProgressCallback(TrainerCallback):
         self.stages = stages
         self.bar: tqdm | None = None
         self.prediction_bar: tqdm | None = None
-        self.stage: int | None = None
+        self.stage: StageConfig | None = None
         self.shown: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
+            self.stage, self.shown = None, {}
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=_FORMAT, desc="round"
             )
@@ -38,22 +39,20 @@ class RoundProgressCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             stage = self.stages[max(math.ceil(state.epoch), 1) - 1]
-            if stage.stage != self.stage:  # a loss on the layers of the last one says nothing of these
-                self.stage, self.shown = stage.stage, {}
-                self._show()
-            self.bar.set_description_str(
-                f"stage {stage.stage}/{stage.num_stages}, {stage.num_layers} layers: round", refresh=False
-            )
+            if stage is not self.stage:
+                self.stage = stage
+                self.bar.set_description_str(
+                    f"stage {stage.stage}/{stage.num_stages}, {stage.num_layers} layers: round", refresh=False
+                )
+                self.shown.clear()  # a loss on the layers of the last one says nothing of these
+                self.bar.set_postfix_str("", refresh=False)
             self.bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is not None and logs:
             self.shown |= {key: logs[key] for key in _SHOWN if key in logs}
-            self._show()
-
-    def _show(self) -> None:
-        numbers = [f"{name} {self.shown[key]:.3f}" for key, name in _SHOWN.items() if key in self.shown]
-        self.bar.set_postfix_str(", ".join(numbers))
+            numbers = [f"{name} {self.shown[key]:.3f}" for key, name in _SHOWN.items() if key in self.shown]
+            self.bar.set_postfix_str(", ".join(numbers))
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero and has_length(eval_dataloader):

@@ -251,7 +251,8 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
 
 def _advise_float32(mixed_precision: str, dtype: torch.dtype) -> None:
     """Say what makes a run slow on a CPU that emulates half precision."""
-    slow = [kind for name, kind in HALF_PRECISIONS.items() if emulates(name, cpu())]
+    capabilities = cpu()
+    slow = [kind for name, kind in HALF_PRECISIONS.items() if emulates(name, capabilities)]
     advice = {
         f"set {mixed_precision} to false": HALF_PRECISIONS.get(mixed_precision),
         """load the base in float32 (`--model_init_kwargs '{"dtype": "float32"}'`)""": dtype,
