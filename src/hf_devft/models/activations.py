@@ -1,17 +1,22 @@
 """What a forward pass keeps for the backward pass, found without memory."""
 
+import copy
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from peft import PeftModel
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from hf_devft.models.counted_logits import counts_logits, memory_of_loss
-from hf_devft.models.layer_stack import watch_lengths
+from hf_devft.models.layer_stack import find_layer_stack, watch_lengths, with_layers
 
 
 @dataclass(eq=False)
@@ -19,10 +24,42 @@ class _Kept:
     """A tensor that is kept for the backward pass, for as long as it is."""
 
     tensor: torch.Tensor
+    number: int
+    times: int
+
+
+class _Keeping:
+    """Sees what is kept for the backward pass.
+
+    Attributes:
+        times: how many layers the one that now runs stands for.
+    """
+
+    def __init__(self) -> None:
+        self.times = 1
+        self._number = count()
+        # Not what nothing needs any more, such as inputs of layers without gradient.
+        self._kept: WeakSet[_Kept] = WeakSet()
+
+    def pack(self, tensor: torch.Tensor) -> _Kept:
+        self._kept.add(kept := _Kept(tensor, next(self._number), self.times))
+        return kept
+
+    def pass_on(self, times: int, *_: Any) -> None:
+        """Called after a layer; the next one stands for so many."""
+        self.times = times
+
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """{storage: (bytes, times)}, by the first that keeps it: what all layers share is kept once."""
+        found: dict[int, tuple[int, int]] = {}
+        for kept in sorted(self._kept, key=lambda kept: kept.number):
+            storage = kept.tensor.untyped_storage()
+            found.setdefault(storage._cdata, (storage.nbytes(), kept.times))
+        return found
 
 
 def activations(
-    model: PeftModel,
+    model: PreTrainedModel,
     rows: int,
     length: int,
     checkpointing: bool = False,
@@ -31,42 +68,76 @@ def activations(
 ) -> tuple[int, list[int]]:
     """What a forward pass of `rows` rows keeps for the backward pass, in bytes, with the gradient of the largest of
     it; and the lengths of the sequences that went through each stack of layers. Found by running it on tensors without
-    memory.
+    memory, with two layers of each kind, as all others keep what the second one does.
 
     Args:
-        model: with its adapter; of no use afterwards.
+        model: with an adapter in it; stays as it is.
         length: tokens of a row (samples, of a model that reads sound waves).
         checkpointing: whether layers are computed again in the backward pass.
         all_logits: whether the loss is computed as the model does it, or in pieces where that can be; see
             `count_logits`.
         half: whether logits are of half precision.
     """
-    base = model.get_base_model()
-    example: dict[str, Any] = _example(base, rows, length)
+    example: dict[str, Any] = _example(model, rows, length)
     after = moment = 0
-    if not all_logits and counts_logits(base):
-        after, moment = memory_of_loss(base, rows * length, half)
+    if not all_logits and counts_logits(model):
+        after, moment = memory_of_loss(model, rows * length, half)
         example = {"input_ids": example["input_ids"], "logits_to_keep": 1}
-    kept: WeakSet[_Kept] = WeakSet()  # not what nothing needs any more, such as inputs of layers without gradient
-
-    def pack(tensor: torch.Tensor) -> _Kept:
-        kept.add(saved := _Kept(tensor))
-        return saved
-
+    stack = find_layer_stack(model)
+    times = _times(stack.kinds, stack.layers)
+    names = stack.names.keeping(list(times))
+    model = _emptied(with_layers(model, stack, list(times)))
+    keeping = _Keeping()
     # Not on the meta device, where attention takes a slower path that keeps its scores.
-    with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(pack, lambda saved: saved.tensor):
+    with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(keeping.pack, lambda kept: kept.tensor):
         model = model.to_empty(device="cpu").train()
         ours = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         model.config.use_cache = False  # as `Trainer` has it
+        _keep_all_layers(model)
         if checkpointing:
-            base.activation_checkpointing_enable()
-            base.disable_input_require_grads()  # as in a run, but for reentrant checkpointing
-        lengths, _ = watch_lengths(base)
+            model.activation_checkpointing_enable()
+            model.disable_input_require_grads()  # as in a run, but for reentrant checkpointing
+        # After the one before, as a checkpointed layer's input is kept before the layer is called.
+        for layer, following in zip(names.layers(model), [*times.values(), 1][1:], strict=True):
+            layer.register_forward_hook(partial(keeping.pass_on, following))
+        lengths, _ = watch_lengths(model, names)
         output = model(**example)
-        sizes_of = {(storage := saved.tensor.untyped_storage())._cdata: storage.nbytes() for saved in kept}
-        sizes = [size for key, size in sizes_of.items() if key not in ours]
+        sizes = [size for key, size in keeping.sizes().items() if key not in ours]
         del output
-    return sum(sizes) + after + max(moment, *sizes, 0), lengths
+    largest = max([moment, *(size for size, _ in sizes)])
+    return sum(size * times for size, times in sizes) + after + largest, lengths
+
+
+def _times(kinds: Sequence[Hashable], layers: Sequence[nn.Module]) -> dict[int, int]:
+    """The layers to look at, and how many each stands for: the first of its kind for itself, the second one for all
+    others. What a layer keeps depends on its adapter, too, and on whether there is one below it."""
+    adapters = [tuple((name, p.shape) for name, p in layer.named_parameters() if p.requires_grad) for layer in layers]
+    lowest = next((index for index, adapter in enumerate(adapters) if adapter), 0)
+    like = [
+        (kind, adapter, (index > lowest) - (index < lowest))
+        for index, (kind, adapter) in enumerate(zip(kinds, adapters, strict=True))
+    ]
+    counts, seen = Counter(like), Counter[Hashable]()
+    times = {}
+    for index, one in enumerate(like):
+        seen[one] += 1
+        if seen[one] <= 2:
+            times[index] = 1 if seen[one] == 1 else counts[one] - 1
+    return times
+
+
+def _emptied(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model, but for its weights."""
+    memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def _keep_all_layers(model: PreTrainedModel) -> None:
+    """Leave out none at random, as models of speech and older ones do while they train."""
+    for owner in (model.config, *model.modules()):
+        for name in vars(owner):
+            if name.endswith("layerdrop"):
+                setattr(owner, name, 0.0)
 
 
 def _example(model: PreTrainedModel, rows: int, length: int) -> dict[str, torch.Tensor]:

@@ -115,10 +115,14 @@ def encoders_of(model: PreTrainedModel) -> list[nn.Module]:
     return [model.get_submodule(path.rpartition(".")[0]) for path in first]
 
 
-def watch_lengths(model: PreTrainedModel) -> tuple[list[int], list[RemovableHandle]]:
+def watch_lengths(model: PreTrainedModel, names: LayerNames | None = None) -> tuple[list[int], list[RemovableHandle]]:
     """Watch the lengths of the sequences that go through each stack of a model's layers; returns a list that is kept
-    up to date, and the hooks to remove in the end."""
-    stacks = [model.get_submodule(path) for path in find_layer_stack(model).names.lists]
+    up to date, and the hooks to remove in the end.
+
+    Args:
+        names: of its layers, found by default.
+    """
+    stacks = [model.get_submodule(path) for path in (names or find_layer_stack(model).names).lists]
     lengths = [0] * len(stacks)
 
     def watch(stack: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:

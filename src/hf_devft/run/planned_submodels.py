@@ -74,15 +74,15 @@ class PlannedSubmodels:
             return new_adapter(submodel, config), stored
 
     def _activations(self, layers: int, adapted: tuple[int, ...], rows: int, length: int) -> Activations:
-        model, args = self._model(layers, adapted)[0], self._args
-        half = args.bf16 or args.fp16 or model.get_base_model().dtype != torch.float32
-        look = functools.partial(activations, rows=rows, length=length, all_logits=self._all_logits, half=half)
-        can_checkpoint = model.get_base_model().supports_gradient_checkpointing
-        everything, lengths = look(model)
-        if not (can_checkpoint or args.activation_checkpointing):
+        args = self._args
+        model: Any = self._known[0](layers, adapted)[0].get_base_model()
+        half = args.bf16 or args.fp16 or model.dtype != torch.float32
+        look = functools.partial(activations, model, rows, length, all_logits=self._all_logits, half=half)
+        everything, lengths = look()
+        if not (model.supports_gradient_checkpointing or args.activation_checkpointing):
             return Activations(everything, everything, lengths)
         # Each layer's input, and what one layer at a time keeps when it is computed again.
-        inputs, _ = look(self._model(layers, adapted)[0], checkpointing=True)
+        inputs, _ = look(checkpointing=True)
         return Activations(everything, min(everything, inputs + everything // (len(adapted) or layers)), lengths)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans, SpectralClustering
 
 from hf_devft.models.layer_stack import LayerStack
 from hf_devft.models.layout import State
@@ -145,6 +144,8 @@ def _clusters(cluster: Clustering) -> Callable[[GroupingTask, list[int], int], G
 def _minimum_cut(similarity: np.ndarray, count: int, seed: int) -> np.ndarray:
     """k-means on the eigenvectors of the Laplacian D - W of the `count` smallest eigenvalues: the relaxed minimum cut,
     as the paper's published version has it (§3.2). Edges between layers that point apart have a negative weight."""
+    from sklearn.cluster import KMeans  # here, as it takes long to import
+
     laplacian = np.diag(similarity.sum(1)) - similarity
     vectors = np.linalg.eigh(laplacian.astype(np.float64))[1][:, :count]
     with warnings.catch_warnings():  # where there are fewer distinct layers than clusters
@@ -154,6 +155,8 @@ def _minimum_cut(similarity: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def _normalized_cut(similarity: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Spectral clustering by the normalised Laplacian (Shi and Malik 2000), which balances the clusters (our rule)."""
+    from sklearn.cluster import SpectralClustering
+
     clustering = SpectralClustering(count, affinity="precomputed", random_state=seed)
     with warnings.catch_warnings():
         # Layers whose weights point apart make a graph of several components: that is what is looked for.

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score
 from transformers import EvalPrediction
 
 from hf_devft.tasks.data import IGNORED
@@ -53,6 +52,8 @@ class ClassificationMetrics:
         self.f1 = f1
 
     def __call__(self, output: EvalPrediction) -> dict[str, float]:
+        from sklearn.metrics import accuracy_score, f1_score  # here, as it takes long to import
+
         predictions, labels = np.ravel(output.predictions), np.ravel(output.label_ids)
         predictions, labels = predictions[labels != IGNORED], labels[labels != IGNORED]
         metrics = {"accuracy": float(accuracy_score(labels, predictions))}

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 
 from hf_devft.federation.heterogeneity.label_features import label_features
 from hf_devft.federation.memory import SERVER
@@ -40,6 +39,8 @@ class DoFIT(FederatedMethod):
         self.domains, self.shared = domains, shared
 
     def begin_run(self, clients: Clients) -> None:
+        from sklearn.cluster import KMeans  # here, as it takes long to import
+
         super().begin_run(clients)
         if self.domains > len(clients.examples):
             raise ValueError(f"domains={self.domains}, but there are {len(clients.examples)} clients: give fewer.")
