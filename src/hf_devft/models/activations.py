@@ -1,13 +1,12 @@
 """What a forward pass keeps for the backward pass, found without memory."""
 
 import copy
-from collections import Counter
+import weakref
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -24,7 +23,6 @@ class _Kept:
     """A tensor that is kept for the backward pass, for as long as it is."""
 
     tensor: torch.Tensor
-    number: int
     times: int
 
 
@@ -37,12 +35,12 @@ class _Keeping:
 
     def __init__(self) -> None:
         self.times = 1
-        self._number = count()
         # Not what nothing needs any more, such as inputs of layers without gradient.
-        self._kept: WeakSet[_Kept] = WeakSet()
+        self._kept: list[weakref.ref[_Kept]] = []
 
     def pack(self, tensor: torch.Tensor) -> _Kept:
-        self._kept.add(kept := _Kept(tensor, next(self._number), self.times))
+        kept = _Kept(tensor, self.times)
+        self._kept.append(weakref.ref(kept))
         return kept
 
     def pass_on(self, times: int, *_: Any) -> None:
@@ -52,9 +50,10 @@ class _Keeping:
     def sizes(self) -> dict[int, tuple[int, int]]:
         """{storage: (bytes, times)}, by the first that keeps it: what all layers share is kept once."""
         found: dict[int, tuple[int, int]] = {}
-        for kept in sorted(self._kept, key=lambda kept: kept.number):
-            storage = kept.tensor.untyped_storage()
-            found.setdefault(storage._cdata, (storage.nbytes(), kept.times))
+        for reference in self._kept:
+            if (kept := reference()) is not None:
+                storage = kept.tensor.untyped_storage()
+                found.setdefault(storage._cdata, (storage.nbytes(), kept.times))
         return found
 
 
@@ -113,17 +112,12 @@ def _times(kinds: Sequence[Hashable], layers: Sequence[nn.Module]) -> dict[int, 
     others. What a layer keeps depends on its adapter, too, and on whether there is one below it."""
     adapters = [tuple((name, p.shape) for name, p in layer.named_parameters() if p.requires_grad) for layer in layers]
     lowest = next((index for index, adapter in enumerate(adapters) if adapter), 0)
-    like = [
-        (kind, adapter, (index > lowest) - (index < lowest))
-        for index, (kind, adapter) in enumerate(zip(kinds, adapters, strict=True))
-    ]
-    counts, seen = Counter(like), Counter[Hashable]()
-    times = {}
-    for index, one in enumerate(like):
-        seen[one] += 1
-        if seen[one] <= 2:
-            times[index] = 1 if seen[one] == 1 else counts[one] - 1
-    return times
+    alike: defaultdict[Hashable, list[int]] = defaultdict(list)
+    for index, (kind, adapter) in enumerate(zip(kinds, adapters, strict=True)):
+        alike[kind, adapter, (index > lowest) - (index < lowest)].append(index)
+    times = {first: 1 for first, *_ in alike.values()}
+    times |= {others[0]: len(others) for _, *others in alike.values() if others}
+    return dict(sorted(times.items()))
 
 
 def _emptied(model: PreTrainedModel) -> PreTrainedModel:
