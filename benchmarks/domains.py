@@ -10,12 +10,14 @@ rows of each domain, and of 200 of GSM8K the share whose number is found (greedi
 `results/domains.jsonl` and `.md`; a run that is already there is not repeated.
 """
 
+import argparse
+import json
 from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from real_base import COLUMNS, own_flags, runs_on
+from real_base import COLUMNS, in_both_precisions, own_flags, runs_on
 from recipe_runs import arguments, publish_runs, run_all, table
 from transformers import (
     AutoModelForCausalLM,
@@ -81,16 +83,25 @@ def columns() -> dict:
     return losses | right | {title: COLUMNS[title] for title in COLUMNS if title != "loss"}
 
 
+def before(options: argparse.Namespace, test: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """What the base finds, in float32; measured once."""
+    path = options.results.with_name("domains_before.json")
+    if not path.exists():
+        base = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
+        path.write_text(json.dumps(measured(base, tokenizer, test)) + "\n")
+    return json.loads(path.read_text())
+
+
 def main() -> None:
     options = arguments("domains", __doc__, own_flags)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     test = tokenize(load_files([f"{options.data}/test.jsonl"]), tokenizer, MAX_LENGTH)
     variants = runs_on(options, RUNS, CLIENTS)
     results = run_all(variants, options, curve=True, measure=partial(measure, test, tokenizer))
-    dtype = torch.float32 if options.float32 else "auto"
-    base = measured(AutoModelForCausalLM.from_pretrained(options.base, dtype=dtype), tokenizer, test)
-    before = ", ".join(f"{name} {base[name]:.3f}" for name in DOMAINS)
-    publish_runs(options, f"{table(results, columns())}\nBefore: {before}; {base['right']:.1%} right.\n")
+    whole, said = in_both_precisions(options, results)
+    base = before(options, test, tokenizer)
+    losses = ", ".join(f"{name} {base[name]:.3f}" for name in DOMAINS)
+    publish_runs(options, f"{said}{table(whole, columns())}\nBefore: {losses}; {base['right']:.1%} right.\n")
 
 
 if __name__ == "__main__":

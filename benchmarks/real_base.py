@@ -31,17 +31,16 @@ LINEAR = ["--lr_scheduler_type", "linear"]
 LINEAR_8 = [*LINEAR, "--stage_rounds", "8"]
 DISTILLED = ["--calibration_samples", "192", "--distillation_steps", "60"]
 HEALED = ["--grouping", "even", "--healing_steps", "100", "--healing_learning_rate", "3e-4"]
+BRIDGED = ["--grouping", "bridged", "--fusion", "bridge", "--transfer", "anchor", "--calibration_samples", "192"]
 # After which loss: FedIT's after two rounds at its best rate, and after four.
 TARGETS = (0.95, 0.84)
 
 
+Runs = dict[str, dict[str, dict]]  # by name and seed
+
+
 def stages(option: str, layers: str, rounds: str, *more: str) -> list[str]:
     return [f"--{option}", *layers.split(), "--stage_rounds", *rounds.split(), *more]
-
-
-def bridged(layers: str, rounds: str, *more: str) -> list[str]:
-    rules = ["--grouping", "bridged", "--fusion", "bridge", "--transfer", "anchor", "--calibration_samples", "192"]
-    return stages("stage_layers", layers, rounds, *rules, *more)
 
 
 VARIANTS = {
@@ -68,9 +67,7 @@ VARIANTS = {
     "healed in 100 steps, distilled in 60, 9-18, 4 + 2 rounds": stages(
         "stage_layers", "9 18", "4 2", *DISTILLED, *HEALED
     ),
-    "bridged, 9-18, 4 + 2 rounds": bridged("9 18", "4 2"),
-    "bridged, 12-18, 4 + 2 rounds": bridged("12 18", "4 2"),
-    "bridged, 12-18, 2 + 4 rounds": bridged("12 18", "2 4"),
+    "bridged, 12-18, 4 + 2 rounds": stages("stage_layers", "12 18", "4 2", *BRIDGED),
     "adapters on the last 6, then all, 4 + 2 rounds": stages("adapter_layers", "6 18", "4 2"),
     "adapters on the last 9, then all, 4 + 2 rounds": stages("adapter_layers", "9 18", "4 2"),
     "adapters on the first 6, then all, 4 + 2 rounds": stages(
@@ -108,7 +105,7 @@ def until(runs: dict[str, dict], target: float, measure: str, unit: float) -> st
     return "-" if None in costs else f"{sum(costs) / len(costs) / unit:.1f}"
 
 
-def table(results: dict[str, dict[str, dict]]) -> str:
+def table(results: Runs) -> str:
     """A row for each variant that has run."""
     targets = [
         (f"{unit} until {target}", target, measure, size)
@@ -125,21 +122,25 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def filled(results: dict[str, dict[str, dict]], others: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]]:
-    """Runs, by name and seed, and of the others those that are missing."""
+def filled(results: Runs, others: Runs) -> Runs:
+    """Runs, and of the others those that are missing."""
     return {name: dict(sorted((others.get(name, {}) | runs).items())) for name, runs in results.items()}
+
+
+def in_both_precisions(options: argparse.Namespace, results: Runs) -> tuple[Runs, str]:
+    """Runs in bfloat16 and, where there is none, in float32, and which these are; in float32: as they are."""
+    if options.float32:
+        return results, ""
+    whole = filled(results, read_runs(options.results.with_stem(f"{options.results.stem}_float32")))
+    new = {name: sorted(runs.keys() - results[name].keys()) for name, runs in whole.items()}
+    more = [f"{name} (seed {', '.join(seeds)})" for name, seeds in new.items() if seeds]
+    return whole, f"In float32: {'; '.join(more)}; all others in bfloat16.\n\n" if more else ""
 
 
 def main() -> None:
     options = arguments("real_base", __doc__, own_flags)
-    results = run_all(runs_on(options, VARIANTS), options, curve=True)
-    if options.float32:
-        return publish_runs(options, table(results))
-    whole = filled(results, read_runs(options.results.with_stem(f"{options.results.stem}_float32")))
-    new = {name: sorted(runs.keys() - results[name].keys()) for name, runs in whole.items()}
-    more = [f"{name} (seed {', '.join(seeds)})" for name, seeds in new.items() if seeds]
-    said = f"In float32: {'; '.join(more)}; all others in bfloat16.\n\n" if more else ""
-    publish_runs(options, said + table(whole))
+    results, said = in_both_precisions(options, run_all(runs_on(options, VARIANTS), options, curve=True))
+    publish_runs(options, said + table(results))
 
 
 def runs_on(
