@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from hf_devft.files import atomic_file, atomic_folder, delete_folders, link_or_copy
+from hf_devft.files import atomic_file, atomic_folder, delete_folders, link_whole
 
 
 def test_a_folder_appears_whole(tmp_path):
@@ -69,6 +69,6 @@ def test_a_second_name_changes_no_other(tmp_path, monkeypatch, links):
     first.write_text("1")
     second.write_text("2")
     for source in (first, first, second):
-        link_or_copy(source, place)
+        link_whole(source, place)
         assert place.read_text() == source.read_text()
     assert (first.read_text(), second.read_text()) == ("1", "2")

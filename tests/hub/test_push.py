@@ -1,5 +1,6 @@
 import gc
 import json
+import os
 from pathlib import Path
 
 import huggingface_hub.utils._http
@@ -9,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from server import TOKEN, Fault, serve
 from transformers import TrainerCallback
 
-from hf_devft.hub.push import HubPusher, finished_stages, left_over, push_run, stage_push
+from hf_devft.hub.push import HubPusher, Push, finished_stages, left_over, push_run, push_stages, stage_push
 from hf_devft.run.benchmarks import Score, push_scores
 
 
@@ -56,6 +57,29 @@ def test_a_stage_is_one_commit_and_a_tag(hub, output):
     assert at["stage-2"]["adapter_model.safetensors"] == at["stage-2"]["stage-2/adapter_model.safetensors"]
     assert at["stage-2"]["adapter_model.safetensors"] != at["stage-1"]["adapter_model.safetensors"]
     assert set(first) < set(at["stage-2"])
+
+
+def test_secrets_and_what_simulated_clients_keep_stay_here(output):
+    folder = output / "stage-1"
+    (folder / "clients" / "client-0").mkdir(parents=True)
+    for name in ("privacy_secret", "federation.safetensors", "clients/client-0/round-1.safetensors"):
+        (folder / name).write_text("1")
+    pushed = [each.path_in_repo for each in Push("Adapter", {"": folder, "stage-1": folder}).operations()]
+    names = {"README.md", "adapter_model.safetensors", "stage_config.json"}
+    assert {*pushed} == names | {f"stage-1/{name}" for name in (*names, "submodel/adapter_model.safetensors")}
+
+
+@pytest.mark.parametrize("pushed", [[], [1], [2], [1, 2]], ids=str)
+def test_the_last_stage_is_at_the_root_whatever_was_there(hub, output, pushed):
+    for stage in pushed:
+        pusher(hub).push(stage_push(output, stage))
+    for missing in ([1, 2][len(pushed) if pushed != [2] else 0 :], []):
+        anew = HubPusher("run", HfApi(endpoint=hub.url, token=TOKEN))  # whose owner is not known yet
+        assert len(push_stages(anew, output)) == len(missing)
+        repo = hub.repos["me/run"]
+        newest = repo.commits[repo.branches["main"]]
+        assert newest["adapter_model.safetensors"] == newest["stage-2/adapter_model.safetensors"]
+        assert set(repo.tags) == {"stage-1", "stage-2"}
 
 
 def test_a_branch_of_its_own(hub, output):
@@ -153,7 +177,10 @@ def test_the_owner_is_asked_for_by_several_threads_at_once(hub, monkeypatch):
     assert asked.full_name() == asked.full_name() == "me/run"
 
 
-def test_checkpoints_are_pushed_as_the_strategy_says(hub, make_trainer, monkeypatch):
+@pytest.mark.parametrize("links", [True, False])
+def test_checkpoints_are_pushed_as_the_strategy_says(hub, make_trainer, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError("no links on this disk")))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     make_trainer(
         push_to_hub=True, hub_model_id="all", hub_strategy="all_checkpoints", hub_token=TOKEN, hub_always_push=True,

@@ -129,9 +129,17 @@ def delete_folders(paths: Iterable[Path], leftovers: Iterable[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, or a copy where the disk has no links, and note its checksum. For files
-    that are never written to again; what was at `target` is deleted.
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Make `target` a hard link to `source`, or a copy where the disk has no links."""
+    try:
+        os.link(Path(source).resolve(), target)  # a hub's cache has links that lead from there
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def link_whole(source: Path, target: Path) -> None:
+    """`link_or_copy`, of a file that is not damaged, and note its checksum. For files that are never written to
+    again; what was at `target` is deleted.
 
     Raises:
         ValueError: `source` is damaged.
@@ -140,10 +148,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     forget_checksum(target)
     target.unlink(missing_ok=True)
-    try:
-        os.link(source.resolve(), target)  # a hub's cache has links that lead from there
-    except OSError:
-        shutil.copyfile(source, target)
+    link_or_copy(source, target)
     note_checksum(target)
 
 

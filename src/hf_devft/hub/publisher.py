@@ -1,7 +1,6 @@
 """What of a run goes to the Hub, and when: `Trainer`'s Hub options, for stages."""
 
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo
 from transformers.trainer_utils import HubStrategy
 
+from hf_devft.files import link_or_copy
 from hf_devft.hub.push import HubPusher, Push, finished_stages, left_over, push_stages, stage_push
 
 
@@ -47,7 +47,7 @@ class RunPublisher:
             return
         # Linked, so that the checkpoint can be rotated away while it is pushed.
         copy = tempfile.TemporaryDirectory(prefix=".push-", dir=self.output_dir)
-        shutil.copytree(folder, copy.name, copy_function=os.link, dirs_exist_ok=True)
+        shutil.copytree(folder, copy.name, copy_function=link_or_copy, dirs_exist_ok=True)
         self.pusher.submit(Push(f"Round {round_number}, checkpoint", {name: Path(copy.name)}, keep=copy))
 
     def finish(self) -> None:

@@ -10,6 +10,7 @@ import shlex
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from hf_devft.configuration import STAGE_CONFIG_NAME, StageConfig
-from hf_devft.configuration.stage_folder import FEDERATION, SUBMODEL
+from hf_devft.configuration.stage_folder import CLIENTS, FEDERATION, SECRET, SUBMODEL
 from hf_devft.models.adapter_files import ADAPTER_WEIGHTS
 
 
 logger = logging.getLogger(__name__)
 
+_STAYS = {FEDERATION, SECRET, CLIENTS}  # on this machine
 
 @dataclass(frozen=True)
 class Push:
@@ -41,8 +43,8 @@ class Push:
     keep: Any = None
 
     def operations(self) -> list[CommitOperationAdd]:
-        """Every file of the folders but what stays with the clients, and links, which may lead anywhere; a compact
-        adapter, checkpoints and hidden files stay out of the root.
+        """Every file of the folders but what stays with the clients, what the noise was drawn by, and links, which may
+        lead anywhere; a compact adapter, checkpoints and hidden files stay out of the root.
 
         Raises:
             FileNotFoundError: a folder is not there any more.
@@ -54,7 +56,7 @@ class Push:
             for where, folder in self.folders.items()
             for path in sorted(folder.rglob("*"))
             if _is_own(path, folder)
-            and path.name != FEDERATION
+            and _STAYS.isdisjoint(path.relative_to(folder).parts)
             and (where or _belongs_to_root(path.relative_to(folder)))
         ]
 
@@ -207,9 +209,11 @@ def left_over(pusher: HubPusher, output_dir: str | Path) -> str:
 
 
 def push_stages(pusher: HubPusher, output_dir: str | Path) -> list[CommitInfo]:
-    """Push at once, in order, every stage of `output_dir` that the repository does not hold yet."""
+    """Push at once the first stage of `output_dir` that the repository does not hold yet, and all after it, so that
+    the last one is at the root."""
+    pusher.full_name()
     pushes = [stage_push(output_dir, stage) for stage in finished_stages(output_dir)]
-    return [pusher.push(push) for push in pushes if not pusher.holds(push)]
+    return [pusher.push(push) for push in dropwhile(pusher.holds, pushes)]
 
 
 def push_run(output_dir: str, repo_id: str, revision: str | None, private: bool | None) -> None:

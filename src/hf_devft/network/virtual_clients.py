@@ -19,6 +19,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from hf_devft.cli.recipe import load_data
+from hf_devft.configuration.stage_folder import CLIENTS
 from hf_devft.federation.partition import ClientData
 from hf_devft.network.messages import JOIN, refusal
 from hf_devft.network.participant import Participant
@@ -58,7 +59,7 @@ class VirtualClients:
 def virtual_clients(config: str, overrides: str) -> VirtualClients:
     """Make the clients of a run, once a process."""
     recipe, args = asked_run({"config": config, "overrides": overrides})
-    data, folder = clients_of(args, load_data(recipe, args)[0]), Path(args.output_dir) / "clients"
+    data, folder = clients_of(args, load_data(recipe, args)[0]), Path(args.output_dir) / CLIENTS
     options = {"use_cpu": args.use_cpu, "model_init_kwargs": args.model_init_kwargs}
     return VirtualClients(
         data, Participant("", recipe.model_name_or_path, data.dataset, folder, options=options), folder

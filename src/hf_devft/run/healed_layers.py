@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_devft.configuration import StageConfig
 from hf_devft.configuration.stage_folder import SUBMODEL
-from hf_devft.files import check_whole, link_or_copy
+from hf_devft.files import check_whole, link_whole
 from hf_devft.models.layer_files import healed_path
 
 
@@ -39,7 +39,7 @@ class HealedLayers:
     def copy_into(self, folder: Path, stage: int) -> None:
         """Link what `stage` needs into a folder of its compact adapter."""
         for needed in self.needed_by(stage):
-            link_or_copy(self.path(needed), healed_path(folder, needed))
+            link_whole(self.path(needed), healed_path(folder, needed))
 
     def take_from(self, folder: str | Path, stage: int) -> None:
         """Take over what `stage` needs from a checkpoint, or from a finished stage's folder.
@@ -57,7 +57,7 @@ class HealedLayers:
                 )
             check_whole(paths[0])
             if self._is_main:
-                link_or_copy(paths[0], self.path(needed))
+                link_whole(paths[0], self.path(needed))
 
     def delete(self) -> None:
         """Delete what an earlier run has left here."""

@@ -51,8 +51,9 @@ class GlobalAdapter:
         values, where `sub` are an adapter's, else zeros."""
         full = expand_adapter({key: torch.zeros_like(value) for key, value in sub.items()}, {}, self.names, groups)
         full = self._on_all_layers(full)
-        if is_adapter:
-            full |= {key: self.state[key] for key in full if key in self.state}
+        if not is_adapter:  # no magnitudes of weights, whose changes would be compared
+            return full | expand_adapter(sub, {}, self.names, groups, transfer)
+        full |= {key: self.state[key] for key in full if key in self.state}
         return expand_adapter(sub, full, self.names, groups, transfer)
 
     def _on_all_layers(self, zeros: State) -> State:
