@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import ANCHORS, lora, tiny_llama
+from conftest import ANCHORS, CopyAtSaves, lora, tiny_llama
 from peft import IA3Config, LoHaConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from hf_devft import load_submodel
+from hf_devft.models.adapter import adapter_state
+from hf_devft.models.supported import check_adapter
 
 
 TOKENS = torch.tensor([[5, 6, 7, 8]])
@@ -89,6 +91,18 @@ def test_dora_members_keep_norms_of_their_own(make_trainer):
     for change in changes[1:]:
         torch.testing.assert_close(change, changes[0])
     assert not torch.equal(trainer.run.adapter.state[key.format(1)], trainer.run.adapter.state[key.format(0)])
+
+
+@pytest.mark.parametrize("transfer", ["broadcast", "split"])
+@pytest.mark.parametrize("options", [{"wire_dtype": "int4"}, {"federated_method": "fedit+scaffold"}], ids=str)
+def test_what_is_remembered_of_doras_norms_outlives_a_stage(make_trainer, options, transfer):
+    rounds = {"stage_layers": [2, 4], "clients_per_round": 4, "num_clients": 4, "transfer": transfer}
+    trainer = make_trainer(peft_config=lora(use_dora=True), **rounds, **options)
+    trainer.train()
+    remembered = {key: value for key, value in trainer.run.federation.state_dict().items() if "magnitude" in key}
+    assert remembered
+    assert all(value.isfinite().all() for value in remembered.values())
+    assert all(len(row.clients) == 4 for row in trainer.ledger.rounds)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
@@ -179,6 +193,10 @@ def test_an_adapter_on_weights_that_were_changed_elsewhere_is_refused(make_train
     (lora(target_modules=r".*layers\.[01]\..*q_proj"), {}, "not on all layers alike"),
     (lora(modules_to_save=["input_layernorm"]), {}, "belongs to a single layer"),
     (lora(trainable_token_indices=[1]), {}, "trainable_token_indices"),
+    (lora(target_modules=["q_proj"], bias="none", lora_bias=True), {}, "lora_bias"),
+    (lora(rank_pattern={r"(.*\.)?q_proj": 4}), {}, "a pattern that may take forever"),
+    (lora(target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 1, "v_proj": 1}), {}, "that no module has"),
+    (lora(lora_alpha=0), {}, "lora_alpha or an alpha_pattern is 0"),
     (LoHaConfig(target_modules=["q_proj"]), {}, "LoHaConfig is not supported"),
     (IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
      {"federated_method": "ffa_lora"}, "IA3: use a `LoraConfig`"),
@@ -186,6 +204,23 @@ def test_an_adapter_on_weights_that_were_changed_elsewhere_is_refused(make_train
 def test_what_stages_cannot_carry_is_refused_at_once(make_trainer, adapter, options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(peft_config=adapter, **options)
+
+
+def test_names_of_modules_may_have_numbers():
+    check_adapter(lora(rank_pattern={"fc1": 4, "w2": 1}, target_modules=["fc1", "w2"]), new=True)
+
+
+def test_ranks_above_the_others_outlive_the_end_of_a_stage_and_a_stop(make_trainer, tmp_path, eval_tasks):
+    """They are not cut to the others' rank, as those that a residual was added to."""
+    options = {
+        "peft_config": lora(rank_pattern={"q_proj": 4}), "eval_dataset": eval_tasks, "save_strategy": "steps",
+        "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True,
+    }  # fmt: skip
+    whole = make_trainer(output_dir=tmp_path / "whole", callbacks=[CopyAtSaves()], **options)
+    whole.train()
+    resumed = make_trainer(output_dir=tmp_path / "whole-at-1", **options)
+    resumed.train(resume_from_checkpoint=True)
+    torch.testing.assert_close(adapter_state(resumed.model), adapter_state(whole.model), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", [

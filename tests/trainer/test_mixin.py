@@ -541,6 +541,31 @@ def test_a_run_that_goes_on_with_another_rate_and_more_rounds_says_so(make_train
     assert said.endswith("rounds 2 → 3 in stage 2, learning_rate 0.01 → 0.0001 in stage 2.")
 
 
+def test_a_run_that_goes_on_with_fewer_rounds_has_all_its_stages(make_trainer, tmp_path):
+    options = {"stage_layers": [2, 3, 4], "save_strategy": "steps", "save_steps": 1}
+    make_trainer(output_dir=tmp_path / "run", callbacks=[CopyAtSaves()], **options).train()
+    resumed = make_trainer(output_dir=tmp_path / "run", stage_rounds=[1], **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "stage-1"))
+    assert [(stage.rounds, stage.rounds_done) for stage in resumed.stages] == [(2, 2), (1, 1), (1, 1)]
+    assert StageConfig.from_pretrained(tmp_path / "run" / "stage-3").metrics is not None
+    with pytest.raises(ValueError, match="has 2 rounds of stage 2, stage_rounds asks for 1: ask for as many"):
+        make_trainer(stage_rounds=[1], **options).train(
+            resume_from_checkpoint=str(tmp_path / "run-at-4" / "checkpoint-4")
+        )
+
+
+@pytest.mark.parametrize("folder", ["checkpoint-1", "stage-1"])
+def test_a_run_that_has_had_its_last_round_has_no_more(make_trainer, tmp_path, folder):
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(output_dir=tmp_path / "whole", **options)
+    whole.train()
+    resumed = make_trainer(output_dir=tmp_path / "again", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / folder))
+    assert clockless(resumed.ledger) == clockless(whole.ledger)
+    assert_equal(adapter_state(resumed.model), adapter_state(whole.model))
+    assert not (tmp_path / "again" / "stage-2").exists()
+
+
 @pytest.mark.parametrize("folder", ["checkpoint-1", "stage-1"])
 def test_a_checkpoint_with_another_adapter_is_refused(make_trainer, folder):
     trainer = make_trainer(save_strategy="steps", save_steps=1)

@@ -35,8 +35,7 @@ from hf_devft.federation.selection import SELECTIONS
 from hf_devft.models.adapter import chooses_layers
 from hf_devft.models.initialisation import moves_weights
 from hf_devft.models.layer_stack import find_layer_stack
-from hf_devft.models.layout import AdapterLayout
-from hf_devft.models.supported import uneven_options
+from hf_devft.models.layout import AdapterLayout, uneven_options
 from hf_devft.tasks import TASKS, answers_prompts
 
 

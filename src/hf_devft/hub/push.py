@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _STAYS = {FEDERATION, SECRET, CLIENTS}  # on this machine
 
+
 @dataclass(frozen=True)
 class Push:
     """One commit.

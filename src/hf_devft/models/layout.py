@@ -141,6 +141,12 @@ def lora_scaling(config: PeftConfig) -> float:
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
+def uneven_options(config: LoraConfig) -> list[str]:
+    """Those that are set of the options by which an adapter is not LoRA of one rank and scale everywhere."""
+    options = ("rank_pattern", "alpha_pattern", "use_dora", "target_parameters")
+    return [option for option in options if getattr(config, option)]
+
+
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

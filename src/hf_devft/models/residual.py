@@ -4,10 +4,10 @@ import copy
 import math
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
-from hf_devft.models.layout import RESIDUAL, State, lora_scaling
+from hf_devft.models.layout import RESIDUAL, State, lora_scaling, uneven_options
 
 
 def product_adapter(config: PeftConfig, state: State, residual: State) -> tuple[PeftConfig, State]:
@@ -34,8 +34,11 @@ def product_adapter(config: PeftConfig, state: State, residual: State) -> tuple[
     return widened, product
 
 
-def without_residual(product: State, rank: int) -> State:
-    """Cut the adapter of `rank` out of what `product_adapter` has made."""
+def without_residual(product: State, config: PeftConfig) -> State:
+    """Cut the adapter of `config` out of what `product_adapter` has made."""
+    if not isinstance(config, LoraConfig) or uneven_options(config):  # nothing is added beside those
+        return product
+    rank = config.r
     front = {".lora_A.": slice(rank), ".lora_B.": (slice(None), slice(rank))}  # embeddings have no residual
     return {
         key: tensor[next((part for name, part in front.items() if name in key), ...)]

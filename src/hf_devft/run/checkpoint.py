@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftConfig
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -148,11 +149,11 @@ class Checkpoint:
     schedule: dict | None
 
     @classmethod
-    def load(cls, folder: str | Path, rank: int) -> "Checkpoint":
+    def load(cls, folder: str | Path, config: PeftConfig) -> "Checkpoint":
         """Read a `checkpoint-N` or a finished stage's folder.
 
         Args:
-            rank: of the adapter that is trained; one with a residual has more (see `product_adapter`).
+            config: of the adapter that is trained; one with a residual has a larger rank (see `product_adapter`).
 
         Raises:
             ValueError: it is neither, or not whole.
@@ -165,8 +166,8 @@ class Checkpoint:
             run = _run_state(found, trainer, ledger, _remembered(folder, found.remembers), folder)
             _check_agreement(run, trainer)
             schedule = read_json(folder / SCHEDULE) if run.within and (folder / SCHEDULE).exists() else None
-            sub = without_residual(load_adapter(folder / SUBMODEL)[1], rank) if run.within else None
-            full = without_residual(load_adapter(folder)[1], rank)
+            sub = without_residual(load_adapter(folder / SUBMODEL)[1], config) if run.within else None
+            full = without_residual(load_adapter(folder)[1], config)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{folder} is not a checkpoint that a run can resume from: {error} Give a whole `checkpoint-N` "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.configuration.stage_folder import SUBMODEL
@@ -87,11 +87,6 @@ class FederatedRun:
         return {} if self.federation is None else self.federation.residual()
 
     @property
-    def rank(self) -> int:
-        """Of the adapter that is trained; 0 where it has none."""
-        return self.adapter.config.r if isinstance(self.adapter.config, LoraConfig) else 0
-
-    @property
     def num_rounds(self) -> int:
         """Of all stages, or fewer where `max_steps` or the privacy budget says so."""
         planned = planned_draws(self.args, self.stages, self.capacities)
@@ -149,7 +144,7 @@ class FederatedRun:
         assert federation is not None
         sub = active.state
         if best is not None:
-            sub = without_residual(load_adapter(best / SUBMODEL)[1], self.rank)
+            sub = without_residual(load_adapter(best / SUBMODEL)[1], self.adapter.config)
             federation.memory.load_state_dict(load_federation(best))
         compact = active.to_peft(sub, self.residual)
         self.adapter = active.expand(sub)
@@ -205,7 +200,7 @@ class FederatedRun:
         Raises:
             ValueError: it is neither, of another run, or of one that is over.
         """
-        checkpoint = Checkpoint.load(folder, self.rank)
+        checkpoint = Checkpoint.load(folder, self.adapter.config)
         check_same_setting(checkpoint.run.setting, self._setting(), folder)
         check_same_adapter(checkpoint.full, self.adapter.state, f" in {folder}")
         if checkpoint.run.stage > len(self.stages):
@@ -224,8 +219,14 @@ class FederatedRun:
         if changed and self.args.process_index == 0:
             logger.warning(f"the run in {folder} goes on with other options than it was begun with: {changed}.")
         for stage, old in zip(self.stages, checkpoint.run.stages, strict=True):
-            for name in ("groups", "metrics", "totals", "rounds_done"):
+            planned = ("rounds", "learning_rate") if stage.stage < checkpoint.run.stage else ()
+            for name in ("groups", "metrics", "totals", "rounds_done", *planned):
                 setattr(stage, name, getattr(old, name))
+        if begun.start < len(self.stages) and checkpoint.run.done > (asked := self.stages[begun.start].rounds):
+            raise ValueError(
+                f"{folder} has {checkpoint.run.done} rounds of stage {checkpoint.run.stage}, stage_rounds asks for "
+                f"{asked}: ask for as many, or resume from an earlier checkpoint."
+            )
         return checkpoint
 
     def check_start(self, checkpoint: Checkpoint | None) -> None:

@@ -168,11 +168,16 @@ class DevFTMixin(Base):
         session, start_time = self._session, time.time()
         log_how = (trial, ignore_keys_for_eval, start_time)
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         if args.eval_on_start and checkpoint is None:
             self.models.use_whole(self.run)
             known = self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
             self.run.start_metrics = evaluate_full_depth(self, 0, known)
         for record in self.stages[checkpoint.run.stage - 1 if checkpoint else 0 :]:
+            if self.control.should_training_stop and not (checkpoint and checkpoint.run.within):
+                if checkpoint:
+                    self.models.release()  # which has not the checkpoint's adapter yet
+                break
             active = self.run.active = session.enter(record, checkpoint)
             checkpoint = None
             self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
@@ -198,8 +203,6 @@ class DevFTMixin(Base):
             session.clients.end_stage()
             self._finish_stage(active)
             active = None  # what it held is not needed to make the next one
-            if self.control.should_training_stop:
-                break
         self.models.use_whole(self.run)
         if args.should_save and args.save_strategy != "no":
             # A run that was killed between its last save and the rotation has left one more than it keeps.

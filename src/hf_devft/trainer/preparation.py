@@ -18,6 +18,7 @@ from hf_devft.federation.heterogeneity.capacity import Capacities
 from hf_devft.federation.methods import make_methods
 from hf_devft.federation.partition import ClientData, hold_out, make_clients
 from hf_devft.models.adapter import adapter_state, chooses_layers
+from hf_devft.models.adapter_files import check_ranks
 from hf_devft.models.initialisation import initialise, moves_weights, without_weight_based_init
 from hf_devft.models.layer_stack import LayerStack
 from hf_devft.models.layout import AdapterLayout, lora_scaling
@@ -196,6 +197,7 @@ def prepare_run(
     keep_readable(model)
     patched = None if initialisation is None else initialise(model, initialisation)
     state = adapter_state(model)
+    check_ranks(config, state)
     stack = layer_stack(model.get_base_model(), args.stack, state if chooses_layers(config) else None)
     check_alike(state, stack.names, stack.kinds)
     stages = args.resolve_stages(len(stack))
