@@ -25,11 +25,27 @@ def test_a_flag_wins_over_the_file(default):
     assert args.model_init_kwargs == {"dtype": "float32"}
 
 
-@pytest.mark.parametrize(("key", "rival"), [("dataset_name", "train_file"), ("train_file", "dataset_name")])
+@pytest.mark.parametrize(("key", "rival"), [
+    ("dataset_name", "train_file"), ("train_file", "dataset_name"), ("dataset_eval_split", "eval_file"),
+    ("dataset_eval_split", "train_file"),
+])  # fmt: skip
 def test_data_of_the_command_line_replaces_the_files_data(tmp_path, key, rival):
     config = write(tmp_path / "data.yaml", f"output_dir: out\n{key}: of-the-file\n")
     recipe, _ = parse_arguments([f"--{rival}", "of-the-line"], config)
     assert (getattr(recipe, key), getattr(recipe, rival)) == (None, ["of-the-line"])
+
+
+@pytest.mark.parametrize("train", [["--dataset_name", "data"], ["--train_file", "data/train.jsonl"], []], ids=str)
+def test_files_to_evaluate_on_are_read_whatever_is_trained_on(tmp_path, monkeypatch, train):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    row = '{"prompt": "a", "completion": "b"}\n'
+    write(tmp_path / "data" / "train.jsonl", 20 * row)
+    write(tmp_path / "test.jsonl", 3 * row)
+    recipe, args = parse_arguments([*train, "--eval_file", "test.jsonl", "--output_dir", str(tmp_path / "out")])
+    trained, evaluated, _ = load_data(recipe, args)
+    assert len(evaluated) == 3
+    assert len(trained) == (20 if train else recipe.task_rows)
 
 
 @pytest.mark.parametrize(("flags", "partition"), [
@@ -138,6 +154,8 @@ def test_a_private_run_holds_out_none_of_its_clients_rows(tmp_path, server):
         (["--task_rows", "-5"], "task_rows=-5 is too small: give 1 or more"),
         (["--lora_r", "0"], "lora_r=0 is too small"),
         (["--train_file", "a.jsonl", "--dataset_name", "b"], "train_file and dataset_name are both given"),
+        (["--dataset_eval_split", "test"], "dataset_eval_split is a part of dataset_name"),
+        (["--dataset_name", "a", "--dataset_eval_split", "test", "--eval_file", "b"], "give either it or eval_file"),
         (["--eval_fraction", "1.5"], "eval_fraction=1.5: give a part"),
         (["--learning_rate", "abc"], "argument --learning_rate.*: invalid float value: 'abc'"),
         (["--stage_layers", "16", "4"], r"stage_layers=\[16, 4\] must increase"),

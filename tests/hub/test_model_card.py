@@ -7,6 +7,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from hf_devft import DevFTTrainer
+from hf_devft.cli.arguments import parse_arguments
+from hf_devft.cli.recipe import make_trainer as make_trainer_of
 
 
 @pytest.fixture
@@ -46,6 +48,22 @@ def test_the_metadata_is_the_hubs_own(make_trainer, eval_tasks):
     }  # fmt: skip
     assert {key: data[key] for key in expected} == expected
     assert data["model-index"][0]["results"][0]["dataset"]["type"] == "me/d"
+
+
+@pytest.mark.parametrize(("base", "named"), [("me/base-GGUF/base-q4.gguf", "me/base-GGUF"), ("me/base", "me/base")])
+def test_a_base_is_named_as_the_hub_knows_it(make_trainer, base, named):
+    trainer = make_trainer(stage_rounds=[1], stage_layers=[4])
+    trainer.model.get_base_model().config._name_or_path = base
+    trainer.train()
+    assert ModelCard.load(Path(trainer.args.output_dir) / "README.md").data.base_model == named
+
+
+def test_a_card_names_no_local_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clinic").mkdir()
+    (tmp_path / "clinic" / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
+    recipe, args = parse_arguments(["--dataset_name", "clinic", "--num_clients", "2", "--use_cpu", "true"])
+    assert make_trainer_of(recipe, args).args.card_datasets is None
 
 
 def test_the_cards_snippets_run(tmp_path, monkeypatch, tasks, tokenizer):

@@ -59,6 +59,16 @@ def test_the_plan_is_right_for_the_papers_set_ups(name):
     assert memories[0] < 0.6 * memories[-1]
 
 
+@pytest.mark.parametrize("data", [["--train_file", "a.csv", "b.csv"], []], ids=str)
+def test_more_clients_a_round_than_there_are_cannot_be_planned(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(f"{name}.csv").write_text("prompt,completion\n" + "a,b\n" * 20)
+    argv = [*NO_GPU, *data, "--clients_per_round", "30"]
+    with pytest.raises(ValueError, match=f"clients_per_round=30, but there are {2 if data else 20} clients: lower it"):
+        make_plan(*parse_arguments(argv))
+
+
 def test_the_plan_counts_the_labels_of_a_file(tmp_path):
     values = []
     for labels in (2, 5):

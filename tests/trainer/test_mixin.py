@@ -554,6 +554,17 @@ def test_a_run_that_goes_on_with_fewer_rounds_has_all_its_stages(make_trainer, t
         )
 
 
+def test_checkpoints_of_later_rounds_than_one_resumes_from_are_told(make_trainer, caplog):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(**options).train()
+    trainer = make_trainer(**options)
+    trainer.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-2")
+    assert "checkpoint-3, checkpoint-4 in" in caplog.text
+    caplog.clear()
+    make_trainer(**options).train(resume_from_checkpoint="last")
+    assert "stay as they are" not in caplog.text
+
+
 @pytest.mark.parametrize("folder", ["checkpoint-1", "stage-1"])
 def test_a_run_that_has_had_its_last_round_has_no_more(make_trainer, tmp_path, folder):
     options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}

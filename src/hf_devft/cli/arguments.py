@@ -24,7 +24,13 @@ from hf_devft.tasks.data import SOURCE
 # Trainer -> what the names of its class and its config begin with.
 TRAINERS = {"devft": "DevFT", "sft": "DevFTSFT", "dpo": "DevFTDPO"}
 # Where rows come from, one of them: a file's key yields to the other on the command line.
-_RIVALS = (("dataset_name", "train_file"), ("train_file", "dataset_name"))
+_RIVALS = (
+    ("dataset_name", "train_file"),
+    ("dataset_eval_split", "train_file"),
+    ("dataset_eval_split", "eval_file"),
+    ("train_file", "dataset_name"),
+    ("eval_file", "dataset_eval_split"),
+)
 
 
 @dataclass
@@ -107,6 +113,11 @@ class RecipeArguments:
                 raise ValueError(f"{option}={value} is too small: give 1 or more.")
         if self.train_file and self.dataset_name:
             raise ValueError("train_file and dataset_name are both given: leave one of them out.")
+        if self.dataset_eval_split and (self.eval_file or not self.dataset_name):
+            raise ValueError(
+                "dataset_eval_split is a part of dataset_name to evaluate on: give either it or eval_file, and no "
+                "split without a dataset."
+            )
         if self.eval_fraction is not None and not 0 <= self.eval_fraction < 1:
             raise ValueError(
                 f"eval_fraction={self.eval_fraction}: give a part from 0, which holds nothing out, to below 1."

@@ -1,6 +1,7 @@
 """What a recipe's arguments ask for: the data, the plan, the trainer."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoTokenizer, EarlyStoppingCallback
@@ -10,7 +11,7 @@ from hf_devft.cli.arguments import TRAINERS, RecipeArguments
 from hf_devft.configuration import DevFTConfig
 from hf_devft.embedded import resolve_model_name, task_dataset
 from hf_devft.embedded.families import preference_pairs
-from hf_devft.federation.partition import ClientData
+from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
 from hf_devft.hub.download import fetch_adapter
 from hf_devft.models.adapter_files import load_adapter
 from hf_devft.models.gguf import locate
@@ -21,7 +22,7 @@ from hf_devft.tasks.data import load_datasets, load_files, tokenize, unconverted
 from hf_devft.trainer.devft_trainer import DevFTTrainer, add_placeholder_answers, labels_of
 from hf_devft.trainer.interface import ClientLink
 from hf_devft.trainer.mixin import DevFTMixin
-from hf_devft.trainer.preparation import clients_of
+from hf_devft.trainer.preparation import check_enough, clients_of
 
 
 DEFAULT_EVAL_FRACTION = 0.1  # our choice, a common one
@@ -37,14 +38,15 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
     task = TASKS[args.task or "text-generation"]
     to_columns = task.to_columns if recipe.trainer == "devft" else unconverted
     asked, calibration = args.asks_server_texts, _calibration_rows(recipe, args)
+    evaluation = load_files(recipe.eval_file, to_columns) if recipe.eval_file else None
     if recipe.train_file or recipe.dataset_name:
         if recipe.train_file:
             train = load_files(recipe.train_file, to_columns)
-            evaluation = load_files(recipe.eval_file, to_columns) if recipe.eval_file else None
         else:
             names = (recipe.dataset_name, recipe.dataset_config)
             train = load_datasets(*names, recipe.dataset_train_split, to_columns)
-            evaluation = recipe.dataset_eval_split and load_datasets(*names, recipe.dataset_eval_split, to_columns)
+            if recipe.dataset_eval_split:
+                evaluation = load_datasets(*names, recipe.dataset_eval_split, to_columns)
         part = _part_held_out(recipe, args) if evaluation is None else 0.0
         if args.is_private and (part or (asked and calibration is None)):
             raise ValueError(
@@ -57,12 +59,13 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
             return train, evaluation, calibration
         train, calibration = _split(train, args.calibration_samples, args.seed)
         return train, evaluation, calibration
-    made_up = (
-        task_dataset(recipe.task_rows, recipe.task_families, seed=args.seed),
-        _made_up_evaluation(recipe),
-        _made_up_calibration(recipe, args) if calibration is None else calibration,
-    )
-    return tuple(map(preference_pairs, made_up)) if recipe.trainer == "dpo" else made_up
+    as_asked = preference_pairs if recipe.trainer == "dpo" else lambda rows: rows
+    train = as_asked(task_dataset(recipe.task_rows, recipe.task_families, seed=args.seed))
+    if evaluation is None:
+        evaluation = as_asked(_made_up_evaluation(recipe))
+    if calibration is None:
+        calibration = as_asked(_made_up_calibration(recipe, args))
+    return train, evaluation, calibration
 
 
 def _part_held_out(recipe: RecipeArguments, args: DevFTConfig) -> float:
@@ -166,7 +169,10 @@ def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
     if not recipe.dataset_name and task is TASKS["text-generation"] and recipe.trainer == "devft":
         tokenizer = AutoTokenizer.from_pretrained(path, **where_from(options))
         clients = clients_of(args, load_data(recipe, args)[0])
+        check_enough(args, len(clients.rows))
         clients = replace(clients, dataset=tokenize(clients.dataset, tokenizer, args.max_length))
+    elif args.partition != "natural":
+        check_enough(args, args.num_clients or DEFAULT_NUM_CLIENTS)
     return plan_run(args, empty_base(path, task.auto_class, **options), config, clients, recipe.trainer)
 
 
@@ -187,7 +193,8 @@ def make_trainer(
         ValueError: arguments or data that cannot be trained; before any work is spent.
     """
     if recipe.dataset_name and args.card_datasets is None:
-        args.card_datasets = recipe.dataset_name
+        # The Hub knows no local folders.
+        args.card_datasets = [name for name in recipe.dataset_name if not Path(name).exists()] or None
     patience = recipe.early_stopping_patience
     if patience is not None and (patience < 1 or not args.load_best_model_at_end):
         raise ValueError(

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_devft.configuration import StageConfig
 from hf_devft.embedded import EMBEDDED
+from hf_devft.models.gguf import locate
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def model_card(stages: list[StageConfig], context: CardContext, location: str) -
         location: arguments of `from_pretrained` in the snippet.
     """
     stage = stages[-1]
-    base = stage.base_model_name_or_path
+    base = _on_hub(stage.base_model_name_or_path)
     results = [
         EvalResult(
             task_type=stage.task,
@@ -70,10 +71,9 @@ def model_card(stages: list[StageConfig], context: CardContext, location: str) -
         for key, (kind, name) in _METRICS.items()
         if key in stage.metrics
     ]
-    on_hub = base not in (None, EMBEDDED) and not Path(base).exists()  # the Hub knows no local paths
     data = ModelCardData(
-        base_model=base if on_hub else None,
-        base_model_relation="adapter" if on_hub else None,
+        base_model=base,
+        base_model_relation=None if base is None else "adapter",
         license=context.license,
         language=context.language,
         datasets=context.datasets,
@@ -91,3 +91,10 @@ def model_card(stages: list[StageConfig], context: CardContext, location: str) -
         load=context.load.replace("LOCATION", location),
         sizes=[len(group) for group in stage.groups or []],
     )
+
+
+def _on_hub(base: str | None) -> str | None:
+    """The repository of a base on the Hub, also of a GGUF file in it; None for the embedded base and local paths."""
+    if base is None or base == EMBEDDED or Path(base).exists():
+        return None
+    return locate(base, {})[0]

@@ -122,7 +122,14 @@ def plan_run(
     check_adapter(peft_config, new=True)
     check_compatibility(Setup(args, trainer=trainer, adapter=peft_config, base=base))
     stages = args.resolve_stages(len(find_layer_stack(base, args.stack)))
-    ends = np.cumsum([0, *(stage.rounds for stage in stages)]).tolist()
+    examples = clients.examples if clients else []
+    everyone = range(len(examples) or args.num_clients or DEFAULT_NUM_CLIENTS)
+    planned = sum(stage.rounds for stage in stages)
+    rounds, privacy = _privacy(
+        args, planned if args.max_steps < 0 else min(planned, args.max_steps), everyone, examples
+    )
+    begun = _begun(stages, rounds)
+    ends = np.cumsum([0, *(stage.rounds for stage in begun)]).tolist()
     batches = functools.partial(planned_batches, args, clients)
     all_logits = trainer != "devft" or args.torch_compile or args.label_smoothing_factor > 0  # TRL has its own losses
     submodels = PlannedSubmodels(args, base, peft_config, all_logits)
@@ -131,23 +138,40 @@ def plan_run(
     check_compatibility(setup)
     plans = [
         _plan_stage(args, submodels, stage, batches(range(*span)), smaller)
-        for stage, span, smaller in zip(stages, itertools.pairwise(ends), [None, *stages[:-1]], strict=True)
+        for stage, span, smaller in zip(begun, itertools.pairwise(ends), [None, *begun[:-1]], strict=True)
     ]
-    full_depth_plan = _plan_stage(args, submodels, replace(stages[-1], rounds=ends[-1]), batches(range(ends[-1])))
-    examples = clients.examples if clients else []
-    everyone = range(len(examples) or args.num_clients or DEFAULT_NUM_CLIENTS)
+    full_depth_plan = _plan_stage(args, submodels, replace(stages[-1], rounds=rounds), batches(range(rounds)))
     without = replace(full_depth_plan, stage="none")
-    plan = RunPlan(plans, _total(plans), without, len(everyone), args.clients_per_round, clients is not None)
-    if args.protects_records and not examples:
-        return replace(plan, protects=args.dp_level)  # what it costs depends on how many rows a client has
-    draws = draws_of(args, ((index, everyone) for index in range(ends[-1])))
-    if (accountant := make_accountant(args, draws, examples)) is None:
-        return plan
-    spent = accountant.epsilon(draws)
+    return RunPlan(
+        plans, _total(plans), without, len(everyone), args.clients_per_round, clients is not None, **privacy
+    )
+
+
+def _begun(stages: list[StageConfig], rounds: int) -> list[StageConfig]:
+    """The stages that a run of so many rounds begins, each with the rounds that it has of them."""
+    starts = itertools.accumulate((stage.rounds for stage in stages), initial=0)
+    return [
+        replace(stage, rounds=min(stage.rounds, rounds - start))
+        for stage, start in zip(stages, starts, strict=False)
+        if start < rounds
+    ]
+
+
+def _privacy(
+    args: DevFTConfig, rounds: int, everyone: Sequence[int], examples: Sequence[int]
+) -> tuple[int, dict[str, Any]]:
+    """How many of so many rounds a private run's budget allows, and what protects its clients, as `RunPlan` has it."""
+    if not args.is_private:
+        return rounds, {}
+    if args.protects_records and not examples:  # what it costs depends on how many rows a client has
+        return rounds, {"protects": args.dp_level}
+    draws = draws_of(args, ((index, everyone) for index in range(rounds)))
+    accountant = make_accountant(args, draws, examples)
+    assert accountant is not None
     if args.dp_target_epsilon is not None:  # the run ends before it would spend more
-        spent = accountant.epsilon(draws[: affordable(accountant, draws, args.dp_target_epsilon)])
-    noise = accountant.noise_multiplier
-    return replace(plan, noise_multiplier=noise, epsilon=spent, delta=args.dp_delta, protects=args.dp_level)
+        rounds = affordable(accountant, draws, args.dp_target_epsilon)
+    spent = {"epsilon": accountant.epsilon(draws[:rounds]), "delta": args.dp_delta}
+    return rounds, {"noise_multiplier": accountant.noise_multiplier, "protects": args.dp_level} | spent
 
 
 def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range) -> list[tuple[int, int]]:

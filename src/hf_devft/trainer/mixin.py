@@ -175,8 +175,7 @@ class DevFTMixin(Base):
             self.run.start_metrics = evaluate_full_depth(self, 0, known)
         for record in self.stages[checkpoint.run.stage - 1 if checkpoint else 0 :]:
             if self.control.should_training_stop and not (checkpoint and checkpoint.run.within):
-                if checkpoint:
-                    self.models.release()  # which has not the checkpoint's adapter yet
+                self.models.release()  # which may not have the checkpoint's adapter yet
                 break
             active = self.run.active = session.enter(record, checkpoint)
             checkpoint = None

@@ -1,16 +1,20 @@
 """Where a run goes on from, and where it pushes to."""
 
+import logging
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from transformers import TrainerState
-from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from hf_devft.configuration import DevFTConfig
 from hf_devft.files import delete_folders
 from hf_devft.hub.download import download_stage, newest_commit
 from hf_devft.hub.push import HubPusher, finished_stages
+
+
+logger = logging.getLogger(__name__)
 
 
 def starting_point(args: DevFTConfig, resume_from_checkpoint: str | bool | None) -> str | None:
@@ -33,7 +37,21 @@ def starting_point(args: DevFTConfig, resume_from_checkpoint: str | bool | None)
             f"resume_from_checkpoint={resume_from_checkpoint!r} is no folder: give a `checkpoint-N`, a finished "
             'stage\'s, or "last".'
         )
+    if args.process_index == 0 and (later := _later(args, Path(resume_from_checkpoint))):
+        logger.warning(
+            f"{', '.join(later)} in {args.output_dir} stay as they are, from before: `--resume_from_checkpoint last` "
+            "would go on from there, so delete them, or name the checkpoint to resume from."
+        )
     return str(resume_from_checkpoint)
+
+
+def _later(args: DevFTConfig, chosen: Path) -> list[str]:
+    """The checkpoints of later rounds than a chosen one in `args.output_dir`."""
+    folder = Path(args.output_dir)
+    if chosen.resolve().parent != folder.resolve() or not chosen.name.startswith(PREFIX_CHECKPOINT_DIR):
+        return []
+    found = sort_checkpoints(str(folder), use_mtime=False)
+    return [Path(path).name for path in found if _round_of(path) > _round_of(chosen.name)]
 
 
 def _newest(folder: Path) -> str | None:
