@@ -5,7 +5,7 @@ from hf_devft.federation.client_side import ClientSide, exchange_here
 from hf_devft.federation.heterogeneity.resources import ClientResources, make_resources
 from hf_devft.federation.heterogeneity.staleness import late_weights
 from hf_devft.federation.memory import Memory
-from hf_devft.federation.methods import Clients
+from hf_devft.federation.methods import AGGREGATION_RULES, Clients
 from hf_devft.federation.methods.fedit import FedIT
 from hf_devft.federation.rounds import Federation, QuorumError
 from hf_devft.federation.sampling import Placement
@@ -91,6 +91,18 @@ def test_failing_clients_are_left_out_and_the_weights_renormalised(caplog):
     assert (outcome.bytes_down, outcome.bytes_up) == (24, 16), "one sent nothing, one sent what could not be used"
     assert f"client-{ill} failed and was left out: RuntimeError: client {ill} is ill" in caplog.text
     assert f"client-{infinite} returned an adapter that is not finite" in caplog.text
+
+
+@pytest.mark.parametrize("rule", ["geometric_median", "norm_clipping"])
+def test_a_client_that_claims_many_rows_does_not_outweigh_the_others(rule):
+    found = []
+    for claimed in (1, 10**12):
+        run = federation(clients=4, per_round=4)
+        run.rule = AGGREGATION_RULES[rule]()
+        run.method.clients.examples[:] = [1, 1, 1, claimed]
+        found.append(run_round(run, 0, torch.zeros(2), training()).adapter)
+    torch.testing.assert_close(*found)
+    assert found[0].tolist() != [3, 3], "the last client's own"
 
 
 def test_clients_that_drop_out_do_not_train():

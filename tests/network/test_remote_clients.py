@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ANCHORS, CopyAtSaves, lora, tiny_llama
 from cryptography.hazmat.primitives.asymmetric import ec
+from datasets import Dataset
 from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
@@ -215,8 +216,9 @@ HOSTILE = {
     "not bytes": (changed(adapter="all of it"), "adapter is a str, not a bytes"),
     "a count below zero": (changed(positions=[-5]), "not a number of tokens"),
     "endless operations": (changed(flops=float("inf")), "no number of operations"),
+    "more operations than there are": (changed(flops=1.7e308), "no number of operations"),
     "more tokens than there are": (changed(positions=[2**62, 2**62]), "not a number of tokens"),
-    "no loss": (changed(loss=float("nan")), "no loss"),
+    "no loss": (changed(loss=float("inf")), "no loss"),
     "another record": (lambda answer: RecordDict({"gift": ConfigRecord({})}), "has no record 'trained'"),
 }
 
@@ -229,6 +231,27 @@ def test_whatever_a_client_sends_the_run_goes_on_without_it(remote_run, particip
     assert trainer.ledger.rounds[0].dropped == ["org-b"]
     assert re.search(message, caplog.text)
     assert all(bool(torch.isfinite(value).all()) for value in adapters(Path(trainer.args.output_dir)).values())
+
+
+def test_a_client_counts_that_does_not_know_its_loss(remote_run, participants):
+    """As a simulated one, of whose steps one had no labels."""
+    grid = Changing(participants, 12, changed(loss=float("nan")))
+    trainer = remote_run(grid, clients_per_round=3, stage_layers=[4], stage_rounds=[1])
+    trainer.train()
+    (record,) = trainer.ledger.rounds
+    assert record.dropped == []
+    assert np.isfinite(record.loss)
+
+
+def test_an_error_about_rows_is_not_told_to_the_server(remote_run, participants, rows, caplog):
+    chat = Dataset.from_dict({"messages": [[{"role": "Dr Meier", "content": "Jane Roe has a cold."}]]})
+    participants[12].rows = chat
+    grid = Loopback(participants)
+    remote_run(grid, clients_per_round=3, stage_layers=[4], stage_rounds=[1]).train()
+    sent = b"".join(record.deflate() for _, content in grid.replied for record in content.values())
+    assert b"its own log says more" in sent
+    assert b"Meier" not in sent
+    assert "Meier" in caplog.text, "its own log"
 
 
 def test_nothing_but_the_update_leaves_a_client(remote_run, participants, rows, tokenizer):

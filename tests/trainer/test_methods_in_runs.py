@@ -114,6 +114,36 @@ def test_floras_adapter_has_all_that_was_stacked(make_trainer):
         assert tensor.shape[0 if "lora_A" in key else 1] == 12
 
 
+def test_flora_does_not_forget_an_adapter_that_was_trained(make_trainer, tmp_path):
+    make_trainer(stage_layers=[4], stage_rounds=[1], output_dir=tmp_path / "before").train()
+    for method in ("flora", "fedex_lora"):
+        options = {
+            "peft_config": str(tmp_path / "before"),
+            "federated_method": method,
+            "output_dir": tmp_path / method,
+        }
+        if method == "flora":
+            with pytest.raises(ValueError, match="an adapter that was trained before: every client"):
+                make_trainer(**options)
+        else:
+            make_trainer(**options)
+    make_trainer(peft_config=lora(init_lora_weights="orthogonal"), federated_method="flora")  # whose product is zero
+
+
+def test_clients_of_hetlora_prune_ranks_that_shrink(make_trainer):
+    """As weight decay makes all of them; half of them at a time."""
+    options = {"federated_method_kwargs": {"client_ranks": [4], "gamma": 0.5}, "weight_decay": 50.0}
+    trainer = make_trainer(
+        federated_method="hetlora", peft_config=lora(r=4), stage_layers=[4], stage_rounds=[3], clients_per_round=4,
+        **options,
+    )  # fmt: skip
+    trainer.train()
+    sent = [(record.bytes_down, record.bytes_up) for record in trainer.ledger.rounds]
+    whole = sent[0][0]
+    assert sent[:2] == [(whole, whole), (whole, whole // 2)]
+    assert sent[2][0] == whole // 2
+
+
 def test_after_training_the_adapter_can_be_saved_again_but_not_trained_further(make_trainer, tmp_path):
     trainer = make_trainer(federated_method="flora")
     trainer.train()

@@ -25,6 +25,10 @@ def test_what_a_private_run_writes_says_what_it_cost_and_nothing_of_a_client(mak
     spent = [ClientAccountant(0.5, 4).epsilon([12] * count) for count in range(1, len(trainer.ledger.rounds) + 1)]
     assert [record.epsilon for record in trainer.ledger.rounds] == spent
     assert [stage.totals["epsilon"] for stage in trainer.stages] == [spent[1], spent[-1]]
+    for record in trainer.ledger.rounds:  # as many as are expected, whoever was drawn
+        values = sum(tensor.numel() for tensor in trainer.run.adapter.state.values())
+        size = 4 * values * trainer.stages[record.stage - 1].num_layers // 4
+        assert (record.bytes_down, record.bytes_up) == (4 * size, 4 * size)
     logged = [row for row in trainer.state.log_history if "learning_rate" in row]
     assert [row["epsilon"] for row in logged] == spent
     card = (tmp_path / "run" / "README.md").read_text()

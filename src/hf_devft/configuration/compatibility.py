@@ -30,12 +30,14 @@ from hf_devft.federation.methods.droppeft import DropPEFT
 from hf_devft.federation.methods.fedit import FedIT
 from hf_devft.federation.methods.fedsa_lora import FedSALoRA
 from hf_devft.federation.methods.ffa_lora import FFALoRA
+from hf_devft.federation.methods.flora import FLoRA
 from hf_devft.federation.methods.hetlora import HetLoRA
+from hf_devft.federation.methods.lora import product_norm
 from hf_devft.federation.selection import SELECTIONS
 from hf_devft.models.adapter import chooses_layers
 from hf_devft.models.initialisation import moves_weights
 from hf_devft.models.layer_stack import find_layer_stack
-from hf_devft.models.layout import AdapterLayout, uneven_options
+from hf_devft.models.layout import AdapterLayout, State, uneven_options
 from hf_devft.tasks import TASKS, answers_prompts
 
 
@@ -47,7 +49,7 @@ class Setup:
         args: its `DevFTConfig`.
         trainer: "devft", "sft" or "dpo".
         adapter: the config of its adapter.
-        layout: the full-depth adapter's tensors.
+        layout: the full-depth adapter's tensors; state: their values at the start.
         base: its model without adapter; may be on the meta device.
         num_stages: how many stages it has.
         mixed_precision: "no", "fp16" or "bf16".
@@ -63,6 +65,7 @@ class Setup:
     trainer: str = "devft"
     adapter: PeftConfig | None = None
     layout: AdapterLayout | None = None
+    state: State | None = None
     base: PreTrainedModel | None = None
     num_stages: int | None = None
     mixed_precision: str | None = None
@@ -144,6 +147,15 @@ def _with(flag: str, value: bool = True) -> str:
 
 def _method_is(name: str) -> Callable[[Setup], bool]:
     return lambda setup: getattr(setup.methods.method, name)
+
+
+def _starts_trained(setup: Setup) -> bool:
+    """Whether the products of the adapter that a run starts from are not zero."""
+    if setup.state is None or setup.layout is None:
+        return False
+    tensors = [setup.state[key] for key in setup.layout.keys]
+    factors = [(tensors[pair.a], tensors[pair.b]) for pair in setup.layout.pairs]
+    return any(product_norm(a, b) > 1e-3 * a.norm() * b.norm() for a, b in factors)  # but for rounding
 
 
 def _records(setup: Setup) -> bool:
@@ -335,6 +347,7 @@ FACTS: dict[str, Fact] = {
         lambda s: s.layout is not None and not s.layout.pairs,
         lambda s: "an adapter without LoRA's factors" if s.adapter is None else f"{s.adapter.peft_type.value}",
     ),
+    "trained start": Fact("an adapter that was trained before", _starts_trained),
     "adapted embeddings": Fact(
         "an adapter on embeddings",
         lambda s: s.layout is not None and any("lora_embedding" in key for key in s.layout.keys),
@@ -385,6 +398,7 @@ FACTS: dict[str, Fact] = {
         lambda s: _records(s) or not s.methods.method.supports_late_updates,
         lambda s: _CORRECTION(s) if _records(s) else _METHOD(s),
     ),
+    "FLoRA": Fact("`flora`", lambda s: isinstance(s.methods.method, FLoRA), _METHOD),
     "FFA-LoRA": Fact("`ffa_lora`", lambda s: isinstance(s.methods.method, FFALoRA), _METHOD),
     "DropPEFT": Fact("`droppeft`", lambda s: isinstance(s.methods.method, DropPEFT), _METHOD),
     "not FedIT": Fact("a method other than `fedit`", lambda s: type(s.methods.method) is not FedIT, _METHOD),
@@ -648,6 +662,7 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("changed base", "quantised base", "it adds to the weights: use a base that is not quantised"),
     ("changed base", "ZeRO-3", "it adds to the weights, which are not whole: use ZeRO-2"),
     ("changed base", "adapted embeddings", "it cannot add to embeddings: leave them out of `target_modules`"),
+    ("FLoRA", "trained start", "every client starts from a new one: use a base that it is merged into"),
     ("FFA-LoRA", "adapted embeddings", "it freezes A, which is zero there: leave them out of `target_modules`"),
     ("DropPEFT", "not one stack of tokens", "it leaves out layers of one stack that tokens go through: use another"),
     ("recorded gradients", "not FedIT", "it corrects the gradients of all that travels: join it with fedit"),
@@ -706,6 +721,7 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ),
     ("private clients", "robust rule", "its noise is made for a mean: leave one out"),
     ("private clients", "secure aggregation", "the server clips each client's update: leave one out"),
+    ("private clients", "clock", "how long a round takes tells of its clients: leave it out"),
     ("private records", "clock", "how long a client takes tells of its rows: leave it out"),
     ("private records", "network", 'what clients say of their training has no noise: set dp_level="client"'),
     ("private records", "TRL", "its batches cannot be cut into rows: leave it out"),

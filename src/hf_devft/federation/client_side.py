@@ -100,12 +100,12 @@ class ClientSide:
         if isinstance(trained, Exception):
             return trained
         (result, adapter), client, method = trained, turn.client, self.method
-        count = method.payload(client, adapter).numel()
         extra = None if self.correction is None else self.correction.payload(client, result.mean_gradient)
         extra_count = 0 if extra is None else extra.numel()
         if not _is_finite(adapter, result.mean_gradient):
-            return FromClient(result, None, count, None, extra_count)
+            return FromClient(result, None, method.payload(client, adapter).numel(), None, extra_count)
         method.keep(client, turn.start, adapter)
+        count = method.payload(client, adapter).numel()  # of which the client may have pruned some
         pick = partial(method.payload, client)
         message = self.wire.up(client, adapter, turn.start, pick, error_feedback=method.supports_error_feedback)
         if self.correction is None or extra is None:

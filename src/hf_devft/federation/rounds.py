@@ -114,7 +114,8 @@ class RoundOutcome:
         many tokens, stays untold, as no noise covers it.
 
         Args:
-            epsilon: see `RoundRecord`. of_the_round: the arguments of `to_record`.
+            epsilon: see `RoundRecord`. of_the_round: the arguments of `to_record`; bytes must not tell how many took
+                part, see `Federation.expected_bytes`.
         """
         untold: dict[str, Any] = {"clients": [], "dropped": [], "late": [], "loss": None}
         untold |= {"tokens": 0, "padding": 0, "flops": 0.0}
@@ -228,16 +229,24 @@ class Federation:
     def _expected_work(self, flops: list[float]) -> Work:
         """Estimate what the stage's rounds ask of each client by the clock, where its first messages stand for
         all (rounds may differ where methods draw or take turns)."""
-        sizes, both = self.layout.sizes, 2 if self.correction is not None and self.correction.records else 1
-        sent = []
-        for client in range(len(flops)):
-            share = self._shares.get(client, 0.0)
-            down, up = (
-                both * round(share * sum(sizes[place] for place in places))
-                for places in (self.method.receives(client), self.method.sends(client))
-            )
-            sent.append(self.wire.bytes_down(down) + self.wire.bytes_up(up))
+        sent = [sum(self._message_bytes(client)) for client in range(len(flops))]
         return Work([self._shares.get(client, 0.0) * value for client, value in enumerate(flops)], sent)
+
+    def _message_bytes(self, client: int) -> tuple[int, int]:
+        """Bytes of a client's first messages of a stage, to it and from it."""
+        both = 2 if self.correction is not None and self.correction.records else 1
+        share, sizes = self._shares.get(client, 0.0), self.layout.sizes
+        down, up = (
+            both * round(share * sum(sizes[place] for place in places))
+            for places in (self.method.receives(client), self.method.sends(client))
+        )
+        return self.wire.bytes_down(down), self.wire.bytes_up(up)
+
+    def expected_bytes(self, clients: int) -> dict[str, int]:
+        """Return `bytes_down` and `bytes_up` of a round of so many clients of the largest messages, however many take
+        part and answer."""
+        down, up = self._message_bytes(max(self._shares, key=self._shares.__getitem__))
+        return {"bytes_down": clients * down, "bytes_up": clients * (up + 4 * self.method.num_extra_values)}
 
     # --- a round --------------------------------------------------------------------------------------------
 
@@ -391,6 +400,7 @@ class Federation:
             return
         clients, self._updates = sorted(everyone), {}
         weights = torch.tensor([self.method.clients.examples[client] for client in clients], dtype=torch.float64)
+        weights = weights.clamp_max(weights.median())  # as a client may claim any number of rows
         agreed = rule.combine(torch.stack([everyone[client] for client in clients]), weights)
         for client in mine:
             known = self.method.wide(self.method.payload(client, start))

@@ -24,6 +24,7 @@ KEYS, SHARES, TOLD, REVEAL = "keys", "shares", "told", "reveal"
 # Why a client refuses a turn: it does not have the stage, so that the server sends it.
 NO_STAGE = "no stage"
 _MOST = 2**40  # of anything that is counted
+_MOST_FLOPS = 1e24  # in a client's turn: what trains the largest models
 
 
 class ClientError(RuntimeError):
@@ -209,7 +210,8 @@ def answer_from_record(
     positions = tuple(values["positions"])
     if not all(type(each) is int and 0 <= each <= _MOST for each in (*positions, values["seen"], len(positions))):
         raise ValueError("what a client has counted is not a number of tokens")
-    if not 0 <= values["flops"] < math.inf or not math.isfinite(values["loss"]):
+    # A loss that is not a number is of a step whose rows have no labels.
+    if not 0 <= values["flops"] <= _MOST_FLOPS or abs(values["loss"]) > _MOST:
         raise ValueError(f"flops={values['flops']}, loss={values['loss']} are no number of operations and no loss")
     loss, norm = torch.tensor(values["loss"]), values["grad_norm"]
     norm = None if math.isnan(norm) else norm

@@ -55,9 +55,8 @@ def reply_to(participant: Participant, content: RecordDict) -> RecordDict:
         return RecordDict({TRAINED: participant.take_turn(turn, told)})
     except UnknownStageError:
         return refusal(NO_STAGE)
-    except (ValueError, SecureSumError) as error:
+    except Exception as error:
         logger.exception("a turn failed")
-        return refusal(str(error).replace(str(participant.folder), "its folder"))
-    except Exception as error:  # whose text may quote what stays here
-        logger.exception("a turn failed")
-        return refusal(f"{type(error).__name__}; its own log says more")
+        if type(error) in (ValueError, SecureSumError):  # ours, and none of rows
+            return refusal(str(error).replace(str(participant.folder), "its folder"))
+        return refusal(f"{type(error).__name__}; its own log says more")  # whose text may quote what stays here

@@ -21,6 +21,10 @@ IGNORED = -100
 TAKEN_FOR_LABELS = ("label", "label_ids")
 
 
+class RowError(ValueError):
+    """An error whose text quotes rows, and is for their owner alone."""
+
+
 def instruction_prompt(instruction: str, context: str | None = None) -> str:
     """Word an instruction, with what it is about, as a model is asked."""
     given = f"\n\n### Input:\n{context}" if context else ""
@@ -334,7 +338,7 @@ def _encode_chat(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_
         end = 1 + max((place for place, label in enumerate(labels) if label != IGNORED), default=-1)
         if end == 0:
             roles = ", ".join(str(message["role"]) for message in messages) or "none"
-            raise ValueError(
+            raise RowError(
                 f'a chat has no turn of the role "assistant" to learn (its roles: {roles}): leave it out, or name '
                 "roles as chat templates do."
             )

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from hf_devft.embedded import EMBEDDED
-from hf_devft.tasks.data import IGNORED, TAKEN_FOR_LABELS, refuse_missing, to_known_columns, tokenize
+from hf_devft.tasks.data import IGNORED, TAKEN_FOR_LABELS, RowError, refuse_missing, to_known_columns, tokenize
 from hf_devft.tasks.predictions import (
     ClassificationMetrics,
     argmax_logits,
@@ -189,7 +189,7 @@ def _class_finder(config: PretrainedConfig) -> Callable[[int | str], int]:
     def class_of(label: int | str) -> int:
         number = numbers.get(label) if isinstance(label, str) else label
         if not isinstance(number, Integral) or not (number == IGNORED or 0 <= number < config.num_labels):
-            raise ValueError(
+            raise RowError(
                 f"{label!r} is not one of the model's {config.num_labels} labels ({', '.join(numbers)}): load the "
                 "model with `num_labels`, or by name."
             )

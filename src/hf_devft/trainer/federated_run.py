@@ -125,6 +125,8 @@ class FederatedRun:
         rounds = [(record.round - 1, record.stage) for record in self.ledger.rounds]
         rounds.append((index, self.active.record.stage))
         outcome.seen = 0
+        if self.args.protects_clients and self.federation is not None:
+            vars(outcome).update(self.federation.expected_bytes(self.args.clients_per_round))
         spent = self.accountant.epsilon(_draws(self.args, rounds, self.capacities))
         self.ledger.add(outcome.to_private_record(spent, **of_the_round))
 
@@ -239,7 +241,7 @@ class FederatedRun:
             raise ValueError(
                 f"federated_method={self.args.federated_method!r} has changed the base beside the adapter, and "
                 "another `train` would begin without that: resume from a checkpoint, or start a new trainer from the "
-                "adapter in `output_dir`."
+                "adapter in `output_dir`, merged into the base."
             )
 
     def begin(self, adapter: State, folder: str | None, checkpoint: Checkpoint | None) -> None:

@@ -288,7 +288,7 @@ def check_run(trainer: FederatedTrainer, run: FederatedRun, setup: Setup) -> Non
     state = run.adapter.state
     shapes = tuple(tensor.shape for tensor in state.values())
     layout = AdapterLayout(tuple(state), shapes, lora_scaling(run.adapter.config))
-    setup = replace(setup, layout=layout, num_stages=len(run.stages))
+    setup = replace(setup, layout=layout, state=state, num_stages=len(run.stages))
     check_compatibility(setup)
     federation = federation_of(trainer, accountant=run.accountant)
     federation.method.begin_stage(layout, torch.zeros(sum(layout.sizes)))  # raises, and says why

@@ -6,8 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rounds_of import begin, layout, mean_products, products, random_adapter, round_of
 
+from hf_devft.federation.client_side import ClientSide, ToClient
 from hf_devft.federation.memory import SERVER
 from hf_devft.federation.methods import METHODS
+from hf_devft.federation.turns import LocalResult
+from hf_devft.federation.wire import Wire
 from hf_devft.models.layout import RESIDUAL, A, B
 
 
@@ -207,6 +210,22 @@ def test_hetlora_drops_a_tail_that_shrinks():
     assert method.rank(0) == 2, "half of its ranks"
     assert method.rank(1) == 4
     assert method.payload(0, adapter).numel() == sum(of.sizes) // 2
+
+
+def test_what_hetlora_prunes_is_neither_sent_nor_counted_in_the_round_that_prunes_it():
+    of, start = layout(), random_adapter(layout())
+    method = METHODS["hetlora"](client_ranks=[4], gamma=0.5)
+    begin(method, of, [1], start)
+    method.begin_round(0, start, [0])
+    side = ClientSide(method, None, wire := Wire("fp32", 1.0, method.memory))
+    wire.begin_stage(of)
+    message = ToClient(0, 0, wire.down(method.download(0)))
+    turn = side.begin(message, [])
+    result = LocalResult(torch.tensor(1.0), positions=(1,), padding=0, seen=0, grad_norm=None, flops=0.0)
+    answer = side.end(turn, (result, turn.start * 0.5))
+    assert method.rank(0) == 2
+    assert answer.count == answer.adapter.decoded.numel() == sum(of.sizes) // 2
+    torch.testing.assert_close(method.start(0, message.adapter.decoded), start, msg="what it was sent has four ranks")
 
 
 def test_hetloras_penalty_is_the_gradient_of_the_norms():

@@ -49,13 +49,17 @@ class HeterogeneousRanks(FederatedMethod):
         return self.payload(client, self.adapter)
 
     def start(self, client: int, received: torch.Tensor) -> torch.Tensor:
-        return self.unpacked(client, received)
+        return self.padded(received, self.rank(client))
 
     def payload(self, client: int, adapter: torch.Tensor) -> torch.Tensor:
         return adapter[self._rank_of_value < self.rank(client)]
 
     def unpacked(self, client: int, payload: torch.Tensor) -> torch.Tensor:
         """The adapter of full rank of which `payload` holds the client's ranks."""
+        return self.padded(payload, self.rank(client))
+
+    def padded(self, payload: torch.Tensor, rank: int) -> torch.Tensor:
+        """The adapter of full rank of which `payload` holds the first ones; the others are zero."""
         adapter = torch.zeros_like(self.adapter)
-        adapter[self._rank_of_value < self.rank(client)] = payload.to(adapter.dtype)
+        adapter[self._rank_of_value < rank] = payload.to(adapter.dtype)
         return adapter

@@ -35,10 +35,15 @@ class HetLoRA(HeterogeneousRanks):
 
     def rank(self, client: int) -> int:
         """r_k, as far as it has been pruned."""
-        if client in self._pruned:
-            return self._pruned[client]
+        return self._pruned.get(client, self._received_rank(client))
+
+    def _received_rank(self, client: int) -> int:
+        """The ranks that the client has received in this round, before it prunes any."""
         state = self.memory.get(client, "rank")
         return super().rank(client) if state is None else int(state["rank"])
+
+    def start(self, client: int, received: torch.Tensor) -> torch.Tensor:
+        return self.padded(received, self._received_rank(client))
 
     def _tail(self, client: int) -> slice:
         rank = self.rank(client)

@@ -23,7 +23,8 @@ class AggregationRule(ABC):
         """Return one update for all, of `values`.
 
         Args:
-            updates: clients x values, float64. weights: of the clients, their examples.
+            updates: clients x values, float64. weights: of the clients, their examples, but none
+                above the round's median.
         """
 
 
