@@ -45,6 +45,21 @@ def test_every_stage_loads_with_plain_peft(make_trainer, name):
     assert logits(load_submodel(untied(), folder, stage=1)).isfinite().all()
 
 
+@pytest.mark.parametrize("head", ["lm_head", "embed_tokens"])
+def test_a_module_is_trained_whole_in_float32_beside_a_base_in_half_precision(make_trainer, eval_tasks, head):
+    """As LoRA is; plain PEFT leaves it in the base's precision."""
+    adapter = lora(target_modules=["q_proj"], modules_to_save=[head])
+    trainer = make_trainer(peft_config=adapter, model=untied().to(torch.bfloat16), eval_dataset=eval_tasks)
+    key = next(key for key in trainer.run.adapter.state if head in key)
+    before = trainer.run.adapter.state[key].clone()
+    trainer.train()
+    assert trainer.run.adapter.state[key].dtype == torch.float32
+    assert not torch.equal(trainer.run.adapter.state[key], before.float())
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    loaded = PeftModel.from_pretrained(untied().to(torch.bfloat16), trainer.args.output_dir)
+    torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0.1, atol=0.01)
+
+
 def untied():
     model = tiny_llama()
     model.config.tie_word_embeddings = False

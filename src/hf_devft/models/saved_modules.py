@@ -1,0 +1,41 @@
+"""Modules that are trained whole, PEFT's `modules_to_save`, beside a base in half precision."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+def compute_in_own_dtype(model: PeftModel) -> list[RemovableHandle]:
+    """Have each module that is trained whole compute in the dtype of its weights and give back that of the base, so
+    that it can be trained in float32, as LoRA is, beside a base in half precision; returns the hooks."""
+    hooks = []
+    for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
+        base = _dtype(wrapper.original_module)
+        trained = wrapper.modules_to_save[model.active_adapter]
+        hooks.append(trained.register_forward_pre_hook(_take, with_kwargs=True))
+        hooks.append(trained.register_forward_hook(partial(_give, base)))
+    return hooks
+
+
+def _take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    own = _dtype(module)
+    return tuple(_cast(each, own) for each in args), {name: _cast(each, own) for name, each in kwargs.items()}
+
+
+def _give(dtype: torch.dtype | None, module: nn.Module, args: tuple, output: Any) -> Any:
+    return _cast(output, dtype)
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((each.dtype for each in module.parameters() if each.is_floating_point()), None)
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    """Floating-point tensors in another dtype; everything else as it is."""
+    is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_floating and dtype is not None else value
