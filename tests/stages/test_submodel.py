@@ -6,6 +6,7 @@ from architectures import tiny_model
 
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.stages.fusion import fuse
+from hf_devft.stages.grouping import weight_gram
 from hf_devft.stages.submodel import build_submodel
 
 
@@ -44,6 +45,28 @@ def test_full_capacity_is_the_model_again_on_the_same_tensors():
 
 
 @torch.no_grad()
+class Packed(torch.nn.Module):
+    """A linear module as GPTQ's: integers in a buffer."""
+
+    def __init__(self, of: torch.nn.Linear):
+        super().__init__()
+        self.in_features = of.in_features
+        self.register_buffer("qweight", of.weight.to(torch.int32))
+
+
+def test_weights_in_buffers_are_neither_compared_nor_fused():
+    model = tiny_model("llama")
+    stack = find_layer_stack(model)
+    for layer in stack.layers:
+        layer.mlp.up_proj = Packed(layer.mlp.up_proj)
+    with pytest.raises(ValueError, match=r"weights of torch.int32: only bitsandbytes .* can be grouped by similarity"):
+        weight_gram(stack)
+    groups = [[0, 1], [2, 3]]
+    with pytest.raises(ValueError, match="Load it in 4 bits or unquantised"):
+        build_submodel(model, stack, groups, "differential")
+    build_submodel(model, stack, groups, "anchor")
+
+
 def test_equal_layers_fuse_to_a_model_of_those_layers():
     model = tiny_model("llama")
     stack = find_layer_stack(model)

@@ -37,6 +37,10 @@ class Stored:
         return values.to(getattr(torch, where["dtype"]))
 
 
+_NOT_DENSE = (
+    "the base has weights of {}: only bitsandbytes 4-bit bases can be grouped by similarity and fused. Load it in "
+    '4 bits or unquantised, or use fusion="anchor" with another grouping.'
+)
 _REPACKED = (
     "the base has been used on this CPU, for which bitsandbytes has repacked its 4-bit weights, and cannot undo it "
     "exactly: load it again."
@@ -126,6 +130,21 @@ def gathered(parameters: Iterable[torch.Tensor]) -> AbstractContextManager:
     return zero.GatheredParameters(sharded)
 
 
+def check_dense(module: nn.Module) -> None:
+    """Refuse weights that are packed into buffers, as GPTQ and AWQ do, where nobody who goes through the parameters
+    sees them.
+
+    Raises:
+        ValueError: a linear module has no matrix among its parameters.
+    """
+    for each in module.modules():
+        is_linear = hasattr(each, "in_features") or hasattr(each, "infeatures")  # as older kernels call it
+        has_matrix = any(parameter.dim() > 1 for parameter in each.parameters())
+        packed = next((b for b in each.buffers(recurse=False) if b.dim() > 1 and not b.is_floating_point()), None)
+        if is_linear and not has_matrix and packed is not None:
+            raise ValueError(_NOT_DENSE.format(packed.dtype))
+
+
 def dense(parameter: torch.Tensor) -> torch.Tensor:
     """Return the parameter's values: dequantised where it is a loaded bitsandbytes `Params4bit`, gathered where it is
     sharded, read where it is stored, else itself.
@@ -141,10 +160,7 @@ def dense(parameter: torch.Tensor) -> torch.Tensor:
             return parameter.data.clone()
     state = getattr(parameter, "quant_state", None)
     if state is None and not parameter.is_floating_point():
-        raise ValueError(
-            f"the base has weights of {parameter.dtype}: only bitsandbytes 4-bit bases can be grouped by similarity "
-            'and fused. Load it in 4 bits or unquantised, or use fusion="anchor" with another grouping.'
-        )
+        raise ValueError(_NOT_DENSE.format(parameter.dtype))
     if state is None:
         return parameter
     if _is_repacked(parameter):

@@ -15,7 +15,7 @@ import torch
 
 from hf_devft.models.layer_stack import LayerStack
 from hf_devft.models.layout import State
-from hf_devft.models.weights import dense, is_cheap_to_read, piece_size, read_slice
+from hf_devft.models.weights import check_dense, dense, is_cheap_to_read, piece_size, read_slice
 from hf_devft.stages.bridges import best_blocks
 
 
@@ -49,7 +49,11 @@ def weight_gram(stack: LayerStack) -> torch.Tensor:
 
     One Gram matrix per parameter name, added up over pieces of it, so that no more than a piece of each layer is held
     beside the layers themselves. Between layers of different kinds it is 0.
+
+    Raises:
+        ValueError: weights that cannot be compared; see `check_dense`, `dense`.
     """
+    check_dense(stack.layers[0])
     gram = torch.zeros(len(stack), len(stack), dtype=torch.float64)
     for members in _by_kind(stack.kinds).values():
         index = torch.tensor(members)

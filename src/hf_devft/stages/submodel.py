@@ -5,7 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_devft.models.layer_stack import LayerStack, find_layer_stack, with_layers
-from hf_devft.models.weights import DenseValues, is_stored, store_like
+from hf_devft.models.weights import DenseValues, check_dense, is_stored, store_like
 from hf_devft.stages.bridges import add_bridges, check_contiguous
 from hf_devft.stages.fusion import FUSIONS, anchor_only, fuse
 from hf_devft.stages.grouping import Groups
@@ -27,7 +27,7 @@ def build_submodel(
         the checkpoint; 4-bit parameters are dequantised, fused and quantised again. Bridges change nothing as yet.
 
     Raises:
-        ValueError: groups that cannot be bridged.
+        ValueError: groups that cannot be bridged, or weights that cannot be fused.
     """
     submodel = with_layers(model, stack, [group[0] for group in groups])
     for layer, group in zip(layers_of(submodel, stack, groups), groups, strict=True):
@@ -58,6 +58,7 @@ def build_whole(model: PreTrainedModel, which: str | None = None) -> PreTrainedM
 @torch.no_grad()
 def _fuse_into(layer: nn.Module, members: list[nn.Module], fusion: str, beta: float) -> None:
     """Give `layer` (a copy of the anchor) the fused parameters of `members`, one parameter at a time."""
+    check_dense(layer)
     for name, anchor in list(layer.named_parameters()):
         values = fuse(DenseValues([member.get_parameter(name) for member in members]), fusion, beta)
         parent, _, leaf = name.rpartition(".")
