@@ -13,8 +13,9 @@ from hf_devft.tasks.data import load_files
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("folder", type=Path, help="with a file for each client")
-clients = {path.stem: load_files([path]) for path in sorted(parser.parse_args().folder.iterdir())}
+parser.add_argument("folder", type=Path, help="with a file for each client, .csv or .jsonl")
+files = sorted(path for path in parser.parse_args().folder.iterdir() if path.suffix in (".csv", ".jsonl"))
+clients = {path.name: load_files([path]) for path in files}
 trainer = DevFTTrainer(
     "embedded",  # or any name on the Hub
     DevFTConfig(

@@ -19,9 +19,10 @@ class ElectedSign(Stacking):
 
     def end_round(self) -> torch.Tensor:
         adapters, _ = self.received()
-        changes = torch.stack([torch.cat([tensor.flatten() for tensor in each]) for each in adapters]) - self.adapter
+        before = self.wide(self.adapter)  # where, and as precise as, sums are
+        changes = torch.stack([torch.cat([tensor.flatten() for tensor in each]) for each in adapters]) - before
         agrees = changes.sign() == changes.sum(dim=0).sign()
-        return (self.adapter + (changes * agrees).sum(dim=0) / agrees.sum(dim=0).clamp_min(1)).float()
+        return (before + (changes * agrees).sum(dim=0) / agrees.sum(dim=0).clamp_min(1)).float()
 
 
 METHODS["elected_sign"] = ElectedSign

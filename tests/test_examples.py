@@ -62,10 +62,11 @@ def test_own_clients_then_what_can_be_done_with_a_stage(run, tmp_path):
 
 def test_clients_from_files(run, tmp_path):
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".DS_Store").write_text("not a client's")
     for name in ("north", "south"):
         (tmp_path / "mine" / f"{name}.csv").write_text("question,answer\n" + "1+1?,2\n2+2?,4\n" * 8)
     said = run(EXAMPLES / "clients_from_files.py", "mine")
-    assert "north: loss" in said
+    assert "north.csv: loss" in said
     assert "worst" in said
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from hf_devft.cli.arguments import parse_arguments
-from hf_devft.cli.recipe import load_data
+from hf_devft.cli.recipe import load_data, make_trainer
 
 
 def write(path, text):
@@ -35,6 +35,15 @@ def test_data_of_the_command_line_replaces_the_files_data(tmp_path, key, rival):
     assert (getattr(recipe, key), getattr(recipe, rival)) == (None, ["of-the-line"])
 
 
+@pytest.mark.parametrize("key", ["eval_file", "eval_fraction", "dataset_eval_split"])
+def test_rows_held_out_of_the_clients_replace_the_files_evaluation(tmp_path, key):
+    value = 0.2 if key == "eval_fraction" else "test"
+    config = write(tmp_path / "data.yaml", f"output_dir: out\ndataset_name: rows\n{key}: {value}\n")
+    recipe, args = parse_arguments(["--client_eval_size", "0.1"], config)
+    assert getattr(recipe, key) is None
+    assert args.client_eval_size == 0.1
+
+
 @pytest.mark.parametrize("train", [["--dataset_name", "data"], ["--train_file", "data/train.jsonl"], []], ids=str)
 def test_files_to_evaluate_on_are_read_whatever_is_trained_on(tmp_path, monkeypatch, train):
     monkeypatch.chdir(tmp_path)
@@ -46,6 +55,20 @@ def test_files_to_evaluate_on_are_read_whatever_is_trained_on(tmp_path, monkeypa
     trained, evaluated, _ = load_data(recipe, args)
     assert len(evaluated) == 3
     assert len(trained) == (20 if train else recipe.task_rows)
+
+
+def test_a_run_on_own_rows_can_do_without_evaluation(tmp_path):
+    rows = write(tmp_path / "rows.jsonl", 40 * '{"prompt": "a", "completion": "b"}\n')
+    flags = ["--train_file", str(rows), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    recipe, args = parse_arguments([*flags, "--eval_strategy", "no"])
+    assert args.eval_on_start, "as the config has it"
+    assert not make_trainer(recipe, args).args.eval_on_start
+
+
+def test_clients_of_made_up_tasks_can_hold_rows_out(tmp_path):
+    flags = ["--client_eval_size", "0.1", "--output_dir", str(tmp_path), "--use_cpu", "true", "--task_rows", "400"]
+    trainer = make_trainer(*parse_arguments(flags))
+    assert len(trainer.eval_dataset) == len(trainer.clients.names)
 
 
 @pytest.mark.parametrize(("flags", "partition"), [

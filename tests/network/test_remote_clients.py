@@ -436,14 +436,15 @@ def test_the_server_sees_only_the_sum(remote_run, participants, simulated, tmp_p
 
 
 class Failing(Loopback):
-    """One participant fails at a step of a secure sum."""
+    """One participant, or more, fails at a step of a secure sum."""
 
-    def __init__(self, participants, step):
+    def __init__(self, participants, step, failing=(12,)):
         super().__init__(participants)
-        self.step = step
+        self.step, self.failing = step, failing
 
     def answer(self, node, content):
-        return refusal("a power cut") if node == 12 and self.step in content else super().answer(node, content)
+        fails = node in self.failing and self.step in content
+        return refusal("a power cut") if fails else super().answer(node, content)
 
 
 @pytest.mark.parametrize("step", ["keys", "shares", "train", "reveal"])
@@ -455,6 +456,15 @@ def test_a_secure_sum_survives_a_client(remote_run, make_trainer, participants, 
     counts = step == "reveal"
     assert trainer.ledger.rounds[0].dropped == ([] if counts else ["org-b"])
     assert trainer.ledger.rounds[0].attempts == 1
+
+
+def test_a_sum_is_of_more_than_half_of_those_that_were_asked(remote_run, participants, rows, base, tmp_path):
+    """Of four clients two send no keys, and the sum would be of the other two."""
+    participants[14] = Participant("org-d", base, rows["org-a"], tmp_path / "org-d", options={"use_cpu": True})
+    grid = Failing(participants, "keys", failing=(12, 14))
+    options = {"num_clients": 4, "clients_per_round": 4, "round_retries": 0, "secure_aggregation": True}
+    with pytest.raises(QuorumError, match="2 clients have sent their keys, 3 are needed"):
+        remote_run(grid, **options).train()
 
 
 def test_a_sum_of_one_is_none(remote_run, participants):

@@ -531,6 +531,8 @@ def test_a_checkpoint_of_a_larger_rank_is_refused_not_cut(make_trainer):
     rank = trainer.model.peft_config["default"].r
     with pytest.raises(ValueError, match=rf"is of a run with lora_r {rank} \(now {rank // 2}\): resume with the same"):
         make_trainer(peft_config=lora(r=rank // 2)).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"is of a run with use_rslora False \(now True\)"):
+        make_trainer(peft_config=lora(use_rslora=True)).train(resume_from_checkpoint=True)
 
 
 def test_a_run_that_goes_on_with_another_rate_and_more_rounds_says_so(make_trainer, caplog):

@@ -37,7 +37,9 @@ def test_what_a_private_run_writes_says_what_it_cost_and_nothing_of_a_client(mak
     for stage in ("stage-1", "stage-2"):
         folder = tmp_path / "run" / stage
         ledger = json.loads((folder / "ledger.json").read_text())
-        assert all((row["clients"], row["dropped"], row["loss"]) == ([], [], None) for row in ledger)
+        untold = ("clients", "dropped", "loss", "tokens", "peak_memory")
+        assert all([row[name] for name in untold] == [[], [], None, 0, 0] for row in ledger)
+        assert not any("checksum" in name for name in json.loads((folder / "devft_state.json").read_text())["setting"])
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         assert not any({"loss", "grad_norm", "train_loss"} & row.keys() for row in history)
         assert not list(folder.rglob("privacy_secret"))
@@ -94,6 +96,16 @@ def test_a_run_ends_before_its_budget_does(make_trainer, caplog):
 def test_what_cannot_be_private_is_refused(make_trainer, options, says):
     with pytest.raises(ValueError, match=says):
         make_trainer(**PRIVATE | options)
+
+
+def test_a_resumed_run_needs_its_secret(make_trainer, tmp_path):
+    options = PRIVATE | {"output_dir": tmp_path / "run", "save_strategy": "steps", "save_steps": 1}
+    make_trainer(**options).train()
+    (tmp_path / "run" / "privacy_secret").unlink()
+    with pytest.raises(ValueError, match=r"privacy_secret is missing, by which this run's .*: put it back"):
+        make_trainer(**options).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    elsewhere = make_trainer(**options | {"output_dir": tmp_path / "elsewhere"})
+    elsewhere.train(resume_from_checkpoint=str(tmp_path / "run" / "stage-1"))
 
 
 RECORDS = {

@@ -30,6 +30,7 @@ _RIVALS = (
     ("dataset_eval_split", "eval_file"),
     ("train_file", "dataset_name"),
     ("eval_file", "dataset_eval_split"),
+    *((others, "client_eval_size") for others in ("eval_file", "eval_fraction", "dataset_eval_split")),
 )
 
 

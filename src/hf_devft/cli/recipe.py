@@ -61,7 +61,7 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
         return train, evaluation, calibration
     as_asked = preference_pairs if recipe.trainer == "dpo" else lambda rows: rows
     train = as_asked(task_dataset(recipe.task_rows, recipe.task_families, seed=args.seed))
-    if evaluation is None:
+    if evaluation is None and not args.client_eval_size:
         evaluation = as_asked(_made_up_evaluation(recipe))
     if calibration is None:
         calibration = as_asked(_made_up_calibration(recipe, args))
@@ -202,6 +202,8 @@ def make_trainer(
             "`load_best_model_at_end`, and `save_strategy` as `eval_strategy`."
         )
     train, evaluation, calibration = load_data(recipe, args) if data is None else data
+    if evaluation is None and not args.client_eval_size and args.eval_strategy == "no":
+        args.eval_on_start = False  # which configs ask for
     given = {"train_dataset": train, "eval_dataset": evaluation, "calibration_dataset": calibration}
     if patience is not None:
         given["callbacks"] = [EarlyStoppingCallback(patience)]

@@ -110,15 +110,15 @@ class RoundOutcome:
         )
 
     def to_private_record(self, epsilon: float, **of_the_round: Any) -> RoundRecord:
-        """Return the ledger's record of a differentially private round: who took part, with which loss, and on how
-        many tokens, stays untold, as no noise covers it.
+        """Return the ledger's record of a differentially private round: who took part, with which loss, on how many
+        tokens and in how much memory, stays untold, as no noise covers it.
 
         Args:
             epsilon: see `RoundRecord`. of_the_round: the arguments of `to_record`; bytes must not tell how many took
                 part, see `Federation.expected_bytes`.
         """
         untold: dict[str, Any] = {"clients": [], "dropped": [], "late": [], "loss": None}
-        untold |= {"tokens": 0, "padding": 0, "flops": 0.0}
+        untold |= {"tokens": 0, "padding": 0, "flops": 0.0, "peak_memory": 0}
         return replace(self.to_record(**of_the_round), epsilon=epsilon, **untold)
 
 

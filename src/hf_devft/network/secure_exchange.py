@@ -105,8 +105,8 @@ class SecureRound:
         """
         keys = {client: RecordDict({KEYS: ConfigRecord({"client": client})}) for client in self._node_of}
         public = dict(self._ask(keys, KEYS, _public_keys))
-        threshold = len(public) // 2 + 1
-        _check(len(public), 2, "sent their keys")
+        threshold = max(2, len(self._asked) // 2 + 1)
+        _check(len(public), threshold, "sent their keys")
         share = RecordDict({SHARES: ConfigRecord({"threshold": threshold}), TOLD: to_clients(public)})
         told = dict(self._ask(dict.fromkeys(public, share), SHARES, by_client))
         for client in [client for client, words in told.items() if words.keys() != public.keys() - {client}]:

@@ -22,7 +22,8 @@ _FEDERATION = (
     "local_steps", "seed", "data_seed",
 )  # fmt: skip
 _ANSWERING = ("calibration_samples", "generation_max_new_tokens")
-_NEW = ("lora_r",)  # which checkpoints of 0.1 do not tell
+_SCALES = ("use_rslora", "rank_pattern", "alpha_pattern")
+_NEW = ("lora_r", *_SCALES)  # which earlier checkpoints do not tell
 
 
 def run_setting(
@@ -47,6 +48,7 @@ def run_setting(
         "adapter_layers": [stage.adapted for stage in stages] if args.adapter_layers else None,
         "lora_r": getattr(adapter, "r", None),
         "lora_alpha": getattr(adapter, "lora_alpha", None),
+        **{option: getattr(adapter, option, None) for option in _SCALES},
         "init_lora_weights": initialisation,
         "distillation": of("distillation_steps", *_ANSWERING),
         "bridged on": args.calibration_samples if args.fusion == "bridge" else None,
@@ -64,9 +66,10 @@ def run_setting(
         if args.is_private
         else None,
         "num_clients": len(clients.rows),
-        "rows of the clients (checksum)": zlib.crc32(np.concatenate([*clients.rows.values()]).tobytes()),
         "clients elsewhere": clients.names if clients.elsewhere is not None else None,
     }
+    if not args.is_private:  # in a private run it would tell how many rows there are
+        setting["rows of the clients (checksum)"] = zlib.crc32(np.concatenate([*clients.rows.values()]).tobytes())
     if clients.elsewhere is not None:  # each client says for itself what it can hold, when it joins
         setting["client_max_layers"] = None
     return setting

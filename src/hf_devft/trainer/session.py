@@ -70,7 +70,7 @@ class TrainingSession:
     ):
         args = trainer.args
         self.trainer, self.run, self.models = trainer, run, models
-        secret = self._secret()
+        secret = self._secret(checkpoint)
         self.federation = run.federation = federation_of(trainer, checkpoint, run.accountant, secret)
         self._privacy = None if run.accountant is None or not args.protects_records else RecordPrivacy(
             run.accountant.noise_multiplier, args.dp_clipping_norm, args.train_batch_size, secret
@@ -90,12 +90,20 @@ class TrainingSession:
             self.clients = trainer.remote_clients
             self.clients.begin_run(run, self.federation)
 
-    def _secret(self) -> int:
+    def _secret(self, checkpoint: Checkpoint | None) -> int:
         """What a private run's clients and noise are drawn by, the same on all processes; 0 in other runs."""
         if self.run.accountant is None:
             return 0
-        is_main = self.trainer.args.process_index == 0
-        return broadcast_object_list([read_secret(self.trainer.args.output_dir) if is_main else None])[0]
+        folder, found = Path(self.trainer.args.output_dir), None
+        if self.trainer.args.process_index == 0:
+            goes_on = checkpoint is not None and checkpoint.folder.resolve().parent == folder.resolve()
+            try:
+                found = read_secret(folder, is_new=not goes_on)
+            except ValueError as error:  # which all processes raise
+                found = error
+        if isinstance(found := broadcast_object_list([found])[0], ValueError):
+            raise found
+        return found
 
     def seed_round(self) -> None:
         """Make whatever is drawn between rounds the same on all processes, and in a resumed run."""
