@@ -1,12 +1,15 @@
 """A tiny run, to be launched on several processes: `launched.py '{"option": value}'`.
 
-Options are those of `conftest.config`, and `fail`: [process, round], where that process meets an error.
+Options are those of `conftest.config`, `fail`: [process, round], where that process meets an error, and
+`makes_adapter`: each process brings an adapter of its own making.
 """
 
 import json
 import sys
 
+import torch
 from conftest import config, lora, tiny_llama
+from peft import get_peft_model
 from transformers import AutoTokenizer, TrainerCallback
 
 from hf_devft import DevFTTrainer
@@ -23,12 +26,16 @@ class Fail(TrainerCallback):
 
 
 def main(options: dict) -> DevFTTrainer:
-    fail = options.pop("fail", None)
+    fail, makes_adapter = options.pop("fail", None), options.pop("makes_adapter", False)
     args = config(**options)  # before the model, as ZeRO-3 needs it
+    model = tiny_llama()
+    if makes_adapter:  # each process by random numbers of its own
+        torch.manual_seed(args.process_index)
+        model = get_peft_model(model, lora())
     trainer = DevFTTrainer(
-        tiny_llama(),
+        model,
         args,
-        peft_config=lora(),
+        peft_config=None if makes_adapter else lora(),
         train_dataset=task_dataset(120, seed=0),
         eval_dataset=task_dataset(16, split="test", seed=0) if args.eval_strategy != "no" else None,
         calibration_dataset=task_dataset(8, seed=1),

@@ -26,6 +26,7 @@ LAUNCH_CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 OPTIONS = {
     "clients_per_round": 3,
     "eval_strategy": "steps",
+    "eval_on_start": True,  # by DeepSpeed, too, before there is a stage
     "eval_steps": 1,
     "predict_with_generate": True,
     "generation_max_new_tokens": 3,
@@ -125,6 +126,17 @@ def test_half_precision_under_zero2(tmp_path):
         assert losses[1] == pytest.approx(losses[0], rel=2e-3), name
 
 
+def test_processes_start_from_one_adapter_whatever_each_has_made(tmp_path):
+    options = {"clients_per_round": 4, "stage_rounds": [1], "makes_adapter": True}
+    one, two = tmp_path / "one", tmp_path / "two"
+    for result in (
+        run([sys.executable], options | {"output_dir": str(one)}),
+        launch(tmp_path, "cpu-2", 2, options | {"output_dir": str(two)}),
+    ):
+        assert result.returncode == 0, result.stderr
+    assert difference(one, two) == 0
+
+
 @pytest.mark.parametrize("placement", ["client_parallel", "data_parallel"])
 def test_a_process_that_fails_ends_the_launch_with_its_error(tmp_path, placement):
     options = {"output_dir": str(tmp_path / "output"), "client_placement": placement, "fail": [1, 2]}
@@ -140,6 +152,7 @@ def test_no_engine_outlives_its_stage(tmp_path):
     script = tmp_path / "count.py"
     script.write_text(COUNT)
     options = {"output_dir": str(tmp_path / "output"), "stage_layers": [1, 2, 3, 4], "stage_rounds": [1]}
+    options |= {"eval_on_start": True, "eval_strategy": "epoch"}
     result = launch(tmp_path, "zero3", 2, options | {"fail": [0, 0]}, script)
     assert result.returncode == 0, result.stderr
     assert "engines alive: [1, 1, 1, 1]" in result.stdout

@@ -70,7 +70,8 @@ def test_losses_fall(make_trainer, eval_tasks):
     assert losses[-1] < losses[0] - 0.2
 
 
-def test_one_stage_of_full_depth_is_plain_fedit_bit_for_bit(make_trainer, tasks, tokenizer, tmp_path):
+@pytest.mark.parametrize("optim", ["adamw_torch", "adagrad"])  # which has sums from the start
+def test_one_stage_of_full_depth_is_plain_fedit_bit_for_bit(make_trainer, tasks, tokenizer, tmp_path, optim):
     """Against a loop that knows nothing of stages, buffers or the Trainer's own loop; but for the rounding of a loss
     that leaves out the logits that it does not need."""
 
@@ -79,7 +80,9 @@ def test_one_stage_of_full_depth_is_plain_fedit_bit_for_bit(make_trainer, tasks,
             return super().compute_loss(*args, **kwargs)
 
     trainers = [
-        make_trainer(cls=cls, output_dir=tmp_path / cls.__name__, stage_layers=[4], stage_rounds=[3], num_clients=3)
+        make_trainer(
+            cls=cls, output_dir=tmp_path / cls.__name__, stage_layers=[4], stage_rounds=[3], num_clients=3, optim=optim
+        )
         for cls in (AllLogits, DevFTTrainer)
     ]
     for trainer in trainers:
@@ -182,6 +185,7 @@ def test_the_base_is_untouched(make_trainer):
     {"grouping": "even", "fusion": "mean", "transfer": "split", "adapter_fusion": "sum"},
     {"grouping": "random", "fusion": "sum", "transfer": "anchor", "adapter_fusion": "anchor"},
     {"grouping": "calibrated", "fusion": "anchor", "transfer": "anchor"},
+    {"grouping": "calibrated", "label_smoothing_factor": 0.1},
 ])  # fmt: skip
 def test_every_rule_runs_by_config_alone(make_trainer, eval_tasks, rules):
     trainer = make_trainer(eval_dataset=eval_tasks, stage_layers=[2, 3, 4], stage_rounds=[1], **rules)
@@ -420,6 +424,47 @@ def test_the_best_round_is_handed_on(make_trainer, eval_tasks, save_only_model):
     assert trainer.stages[0].metrics["eval_loss"] == max(losses)
 
 
+def test_a_round_that_is_not_saved_is_not_the_best(make_trainer, eval_tasks):
+    trainer = make_trainer(
+        eval_dataset=eval_tasks, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True, stage_layers=[4],
+        stage_rounds=[5],
+    )  # fmt: skip
+    trainer.train()
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert max(losses) == losses[0], "of a round that is not saved"
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert trainer.stages[0].metrics["eval_loss"] == losses[1]
+    assert trainer.stages[0].metrics["eval_full_loss"] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_checkpoint_that_is_asked_for_is_written_where_only_the_best_is_saved(make_trainer, eval_tasks):
+    class Ask(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save |= state.global_step == 2
+
+    trainer = make_trainer(
+        eval_dataset=eval_tasks, eval_strategy="steps", eval_steps=1, save_strategy="best", stage_layers=[4],
+        metric_for_best_model="loss", greater_is_better=True, stage_rounds=[3], callbacks=[Ask()],
+    )  # fmt: skip
+    trainer.train()
+    saved = sorted(path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*"))
+    assert saved == ["checkpoint-1", "checkpoint-2"], "the first round's loss is the largest"
+
+
+@pytest.mark.parametrize(("stopping", "scheduler"), [(True, "constant"), (False, "reduce_lr_on_plateau")])
+def test_several_sets_stop_a_stage_and_lower_the_rate_by_their_mean(make_trainer, stopping, scheduler):
+    stop = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=100.0)
+    trainer = make_trainer(
+        client_eval_size=0.2, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        metric_for_best_model="loss", load_best_model_at_end=True, stage_rounds=[4], lr_scheduler_type=scheduler,
+        callbacks=[stop] if stopping else None,
+    )  # fmt: skip
+    trainer.train()
+    assert [stage.rounds_done for stage in trainer.stages] == ([2, 2] if stopping else [4, 4])
+    assert {"eval_loss", "eval_worst_loss"} <= trainer.evaluate().keys()
+
+
 # --- stops, resumes, failures --------------------------------------------------------------------------------
 
 
@@ -541,6 +586,13 @@ def test_a_run_that_goes_on_with_another_rate_and_more_rounds_says_so(make_train
     make_trainer(stage_rounds=[2, 3], learning_rate=1e-4).train(resume_from_checkpoint=f"{folder}/stage-1")
     (said,) = [record.message for record in caplog.records if "other options" in record.message]
     assert said.endswith("rounds 2 → 3 in stage 2, learning_rate 0.01 → 0.0001 in stage 2.")
+
+
+def test_a_run_that_goes_on_saves_as_it_is_asked_now(make_trainer, tmp_path):
+    make_trainer(save_strategy="epoch").train()
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    trainer.train(resume_from_checkpoint=f"{trainer.args.output_dir}/stage-1")
+    assert (Path(trainer.args.output_dir) / "checkpoint-3").exists()
 
 
 def test_a_run_that_goes_on_with_fewer_rounds_has_all_its_stages(make_trainer, tmp_path):

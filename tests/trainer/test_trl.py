@@ -144,6 +144,31 @@ def test_dpo_raises_the_reward_margin_at_each_stage(tmp_path, tokenizer):
     assert trainer.stages[0].metrics["eval_rewards/margins"] > 0.02, "of the submodel, against itself untrained"
 
 
+def test_what_a_method_freezes_stays_frozen_beside_a_reference(tmp_path, tokenizer):
+    """For which PEFT turns the adapter off, and all of it on again."""
+    args = DevFTDPOConfig(
+        str(tmp_path), **options(federated_method="ffa_lora", stage_layers=[4], stage_rounds=[1], local_steps=4)
+    )
+    pairs = preference_pairs(task_dataset(40, seed=0))
+    trainer = DevFTDPOTrainer(tiny_llama(), args, peft_config=lora(), train_dataset=pairs, processing_class=tokenizer)
+    changes, start = [], {}
+
+    original = trainer.training_step
+
+    def step(model, *rest, **kwargs):
+        loss = original(model, *rest, **kwargs)
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                start.setdefault(name, parameter.detach().clone())
+                changes.append(not torch.equal(parameter, start[name]) or parameter.grad is not None)
+        return loss
+
+    trainer.training_step = step
+    trainer.train()
+    assert changes
+    assert not any(changes)
+
+
 def test_an_adapter_on_weights_that_peft_has_changed_is_refused(tmp_path, tokenizer):
     model = get_peft_model(tiny_llama(), lora(init_lora_weights="pissa"))
     rows = task_dataset(8)

@@ -503,6 +503,7 @@ FACTS: dict[str, Fact] = {
         _given("task"),
     ),
     "DeepSpeed": Fact("DeepSpeed", lambda s: s.args.deepspeed_plugin is not None),
+    "Adagrad": Fact('`optim="adagrad"`', lambda s: s.args.optim == "adagrad", _given("optim")),
     "ZeRO-3": Fact("DeepSpeed ZeRO-3", lambda s: s.zero_stage == 3),
     "decay under DeepSpeed": Fact(
         "`weight_decay` under DeepSpeed",
@@ -738,6 +739,11 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("differential privacy", "chosen clients", 'accounting needs equal chances: set client_selection="uniform"'),
     ("differential privacy", "held out rows", "metrics of clients' rows have no noise: pass an `eval_dataset`"),
     ("DeepSpeed", "client_parallel", 'it trains each client on all processes: set client_placement="data_parallel"'),
+    (
+        "DeepSpeed",
+        "Adagrad",
+        "it has sums before its first step, which are not made anew for each client: use another",
+    ),
     ("DeepSpeed", "own optimizer", "each client starts a fresh one: leave it out, and set `optim`"),
     ("DeepSpeed", "own scheduler", "a schedule counts rounds: leave it out, and set `lr_scheduler_type`"),
     (

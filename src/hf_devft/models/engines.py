@@ -115,7 +115,7 @@ class Engine:
 
     def reset_optimizer(self) -> None:
         """Make the optimiser as it was when it was made, and its loss scale, too."""
-        self.optimizer.load_state_dict(self._blank_optimizer)
+        self.optimizer.load_state_dict(copy.deepcopy(self._blank_optimizer))  # some would write into it
         if self._blank_scaler is not None:
             self.accelerator.scaler.load_state_dict(self._blank_scaler)
             self.accelerator.scaler._per_optimizer_states.clear()  # of a step that was not finished

@@ -15,10 +15,9 @@ def compute_in_own_dtype(model: PeftModel) -> list[RemovableHandle]:
     that it can be trained in float32, as LoRA is, beside a base in half precision; returns the hooks."""
     hooks = []
     for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
-        base = _dtype(wrapper.original_module)
         trained = wrapper.modules_to_save[model.active_adapter]
         hooks.append(trained.register_forward_pre_hook(_take, with_kwargs=True))
-        hooks.append(trained.register_forward_hook(partial(_give, base)))
+        hooks.append(trained.register_forward_hook(partial(_give, wrapper.original_module)))
     return hooks
 
 
@@ -27,8 +26,8 @@ def _take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     return tuple(_cast(each, own) for each in args), {name: _cast(each, own) for name, each in kwargs.items()}
 
 
-def _give(dtype: torch.dtype | None, module: nn.Module, args: tuple, output: Any) -> Any:
-    return _cast(output, dtype)
+def _give(original: nn.Module, module: nn.Module, args: tuple, output: Any) -> Any:
+    return _cast(output, _dtype(original))  # as it is now: an engine may have cast the base
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:

@@ -74,8 +74,9 @@ class CalibrationLoss:
             if index % self._count == self._index:
                 with self._autocast():
                     if goes_on:
-                        self._loss(model, batch)  # fills `inputs`
-                    losses[index] = [self._loss(end, batch).item() for end in models]
+                        self._loss(model, dict(batch))  # fills `inputs`
+                    # A loss of one's own may take the labels out of its batch.
+                    losses[index] = [self._loss(end, dict(batch)).item() for end in models]
         parts = gather_object([losses]) if self._count > 1 else [losses]
         return np.mean([loss for _, loss in sorted(item for part in parts for item in part.items())], axis=0).tolist()
 

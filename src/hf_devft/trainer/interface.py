@@ -17,6 +17,7 @@ from hf_devft.federation.clients.hooks import TrainingHooks
 from hf_devft.federation.partition import ClientData
 from hf_devft.federation.rounds import Federation
 from hf_devft.federation.sampling import Placement
+from hf_devft.hub.publisher import RunPublisher
 
 
 class ClientLink(Protocol):
@@ -51,6 +52,7 @@ class FederatedTrainer(TrainingHooks, Protocol):
         calibration_dataset: the server's own rows, or None.
         placement: this process's share of the work.
         remote_clients: the way to clients on other machines; None where they are trained here.
+        publisher: pushes to the Hub; None where nothing is pushed, and on other processes than the main one.
     """
 
     args: DevFTConfig
@@ -77,6 +79,7 @@ class FederatedTrainer(TrainingHooks, Protocol):
     calibration_dataset: Dataset | None
     placement: Placement
     remote_clients: ClientLink | None
+    publisher: RunPublisher | None
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         """See `Trainer.create_optimizer`."""

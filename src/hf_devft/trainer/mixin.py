@@ -221,6 +221,7 @@ class DevFTMixin(Base):
             self.models.use_whole(run)  # where a run was interrupted
         run.begin(adapter_state(self.model), resume_from_checkpoint, checkpoint)
         self._init_training_state(run.num_rounds, run.num_rounds, len(self.stages), resume_from_checkpoint, trial)
+        self.state.compute_steps(args, run.num_rounds)  # as the config has them now
         self._session = TrainingSession(self, run, self.models, checkpoint)
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
         self._initial_global_step = self._globalstep_last_logged = self.state.global_step
@@ -229,9 +230,13 @@ class DevFTMixin(Base):
         return checkpoint
 
     def _log_save_evaluate(self, grad_norm, learning_rate, trial, ignore_keys, start_time) -> None:
+        asked = self.control.should_save and self.args.save_strategy == "best"  # a signal has, say
         self._maybe_log_save_evaluate(
             self._tr_loss, grad_norm, self.model, trial, self.state.epoch, ignore_keys, start_time, learning_rate
         )
+        if asked and self.state.best_global_step != self.state.global_step:  # nor has the evaluation
+            self._save_checkpoint(self.model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _finish_stage(self, active: ActiveStage) -> None:
         """Finish a stage: transfer its adapter to full depth, measure that, write it, show it, push it."""
@@ -261,16 +266,25 @@ class DevFTMixin(Base):
         """As `Trainer`'s; a stop that it brings about ends the stage, and the run only in the last one."""
         stopping = self.control.should_training_stop
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        if isinstance(self.eval_dataset, dict):
-            metrics |= over_the_sets(metrics, "eval", self.eval_dataset)
         if self.control.should_training_stop and not stopping:
             self.control.should_training_stop = False
             self.control.should_epoch_stop = True
         self._session.peak_memory.release()
         return metrics
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `Trainer`'s; of several sets also the mean and the worst, which callbacks are told at the end."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        sets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(sets, dict):
+            metrics |= over_the_sets(metrics, metric_key_prefix, sets)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def _determine_best_metric(self, metrics, trial):
-        """As `Trainer`'s; the stage's record has the metrics of the round that the stage will hand on."""
+        """As `Trainer`'s, of rounds that are saved; the stage's record has the metrics of the one it will hand on."""
+        if self.args.load_best_model_at_end and not (self.control.should_save or self.args.save_strategy == "best"):
+            return False
         is_new_best = super()._determine_best_metric(metrics, trial)
         if self.run.active is not None and (is_new_best or not self.args.load_best_model_at_end):
             self.run.active.record.metrics = submodel_metrics(metrics, self.eval_dataset)
@@ -307,20 +321,8 @@ class DevFTMixin(Base):
             self.push_to_hub(commit_message="Model save")
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write a whole `checkpoint-N/` in one move, on the main process; pushes it and deletes the oldest, where
-        asked."""
-        run_dir = Path(self._get_output_dir(trial=trial))
-        target = run_dir / f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:
-            best = run_dir / f"checkpoint-{self.state.best_global_step}"
-            if best == target or best.exists():
-                self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            self._session.save_checkpoint(target)
-            if self.publisher is not None and self.args.push_to_hub:
-                self.publisher.submit_checkpoint(target, self.state.global_step)
-            rotate(run_dir, self.args, self.state)
-        self.accelerator.wait_for_everyone()
+        """As `Trainer`'s, in one move."""
+        self._session.save_checkpoint(Path(self._get_output_dir(trial=trial)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Nothing: `train` has read and checked it, and the stage it stopped in takes it up."""
@@ -346,9 +348,7 @@ class DevFTMixin(Base):
         revision: str | None = None,
         private: bool | None = None,
     ) -> CommitInfo | None:
-        """Push every finished stage, each as a commit and a tag; where there is none, the adapter as it is.
-
-        A stage that is there already is not pushed again.
+        """Push each finished stage that is not there, as a commit and a tag; where none is, the adapter as it is.
 
         Args:
             commit_message: where there is no stage; a stage's commit has its name.

@@ -39,7 +39,8 @@ class ModelInUse:
         self._leaves_logits_out = False
         self.base: PreTrainedModel | None = None
         self.engine: Engine | None = None
-        self.is_whole = not any(map(is_stored, trainer.model.parameters()))
+        # DeepSpeed evaluates by an engine of its own, and would keep it.
+        self.is_whole = not (trainer.is_deepspeed_enabled or any(map(is_stored, trainer.model.parameters())))
 
     def build_engine(self, model: PeftModel, train: bool = True) -> Engine:
         """Build an engine for a model, with the trainer's optimiser where it is to be trained; the model in use

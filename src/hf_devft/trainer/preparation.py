@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 
@@ -17,7 +17,7 @@ from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compat
 from hf_devft.federation.heterogeneity.capacity import Capacities
 from hf_devft.federation.methods import make_methods
 from hf_devft.federation.partition import ClientData, hold_out, make_clients
-from hf_devft.models.adapter import adapter_state, chooses_layers
+from hf_devft.models.adapter import adapter_state, chooses_layers, load_adapter_state
 from hf_devft.models.adapter_files import check_ranks
 from hf_devft.models.initialisation import initialise, moves_weights, without_weight_based_init
 from hf_devft.models.layer_stack import LayerStack
@@ -197,6 +197,9 @@ def prepare_run(
     keep_readable(model)
     patched = None if initialisation is None else initialise(model, initialisation)
     state = adapter_state(model)
+    if args.world_size > 1:  # each may have made its own, by other random numbers
+        state = broadcast_object_list([state])[0]
+        load_adapter_state(model, state)
     check_ranks(config, state)
     stack = layer_stack(model.get_base_model(), args.stack, state if chooses_layers(config) else None)
     check_alike(state, stack.names, stack.kinds)

@@ -45,6 +45,7 @@ from hf_devft.trainer.interface import ClientLink, FederatedTrainer
 from hf_devft.trainer.local_clients import LocalClients
 from hf_devft.trainer.model_in_use import ModelInUse
 from hf_devft.trainer.recomputation import Recomputation
+from hf_devft.trainer.resuming import rotate
 from hf_devft.trainer.schedule import RoundSchedule
 from hf_devft.trainer.server_teacher import ServerTeacher
 from hf_devft.trainer.stage_factory import StageFactory
@@ -283,8 +284,23 @@ class TrainingSession:
             repo_id=repo_id,
         )
 
-    def save_checkpoint(self, target: Path) -> None:
-        """Write a whole checkpoint in one move."""
+    def save_checkpoint(self, run_dir: Path) -> None:
+        """Write a whole `checkpoint-N/` of a run in one move, on the main process; push it and delete the oldest,
+        where asked."""
+        trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
+        target = run_dir / f"checkpoint-{state.global_step}"
+        if state.best_global_step:
+            best = run_dir / f"checkpoint-{state.best_global_step}"
+            if best == target or best.exists():
+                state.best_model_checkpoint = str(best)
+        if args.should_save:
+            self._write_checkpoint(target)
+            if trainer.publisher is not None and args.push_to_hub:
+                trainer.publisher.submit_checkpoint(target, state.global_step)
+            rotate(run_dir, args, state)
+        trainer.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, target: Path) -> None:
         trainer, active = self.trainer, self.run.active
         with atomic_folder(target) as folder:
             trainer.save_model(str(folder), _internal_call=True)

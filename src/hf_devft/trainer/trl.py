@@ -4,8 +4,11 @@ TRL's own configs, data handling and losses; rounds, stages and artifacts are `D
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -86,7 +89,8 @@ class TRLMixin(DevFTMixin):
         return prepared.remove_columns(_ROW)
 
     def remap_client_rows(self, clients: ClientData) -> ClientData:
-        return replace(clients, dataset=self.train_dataset, rows=self._rows)
+        rows = getattr(self, "_rows", clients.rows)  # TRL can be told to leave them as they are
+        return replace(clients, dataset=self.train_dataset, rows=rows)
 
     def prepare_model_in_use(self, model: PeftModel) -> None:
         # TRL has patched the base's `forward`; a submodel's copy of that would run the base.
@@ -142,3 +146,17 @@ class DevFTDPOTrainer(TRLMixin, DPOTrainer):
                 "but each stage has its own, the submodel without adapter: leave them out, and pass `peft_config`."
             )
         super().__init__(model, args, **kwargs)
+
+    def prepare_model_in_use(self, model: PeftModel) -> None:
+        super().prepare_model_in_use(model)
+        model.disable_adapter = MethodType(_without_adapter, model)
+
+
+@contextmanager
+def _without_adapter(model: PeftModel) -> Iterator[None]:
+    """PEFT's `disable_adapter`, which afterwards would train all of the adapter, what a method has frozen, too."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with PeftModel.disable_adapter(model):
+        yield
+    for parameter, is_trained in trained:
+        parameter.requires_grad_(is_trained)
