@@ -242,11 +242,11 @@ class Federation:
         )
         return self.wire.bytes_down(down), self.wire.bytes_up(up)
 
-    def expected_bytes(self, clients: int) -> dict[str, int]:
-        """Return `bytes_down` and `bytes_up` of a round of so many clients of the largest messages, however many take
+    def expected_bytes(self, clients: int) -> tuple[int, int]:
+        """Count the bytes, to clients and from them, of a round of so many of the largest messages, however many take
         part and answer."""
         down, up = self._message_bytes(max(self._shares, key=self._shares.__getitem__))
-        return {"bytes_down": clients * down, "bytes_up": clients * (up + 4 * self.method.num_extra_values)}
+        return clients * down, clients * (up + 4 * self.method.num_extra_values)
 
     # --- a round --------------------------------------------------------------------------------------------
 

@@ -15,19 +15,23 @@ def compute_in_own_dtype(model: PeftModel) -> list[RemovableHandle]:
     that it can be trained in float32, as LoRA is, beside a base in half precision; returns the hooks."""
     hooks = []
     for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
-        trained = wrapper.modules_to_save[model.active_adapter]
-        hooks.append(trained.register_forward_pre_hook(_take, with_kwargs=True))
-        hooks.append(trained.register_forward_hook(partial(_give, wrapper.original_module)))
+        trained, original = wrapper.modules_to_save[model.active_adapter], wrapper.original_module
+        hooks.append(trained.register_forward_pre_hook(partial(_take, original), with_kwargs=True))
+        hooks.append(trained.register_forward_hook(partial(_give, original)))
     return hooks
 
 
-def _take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+# Dtypes are asked for in each call: an engine may have cast the base. Where both have one, nothing is done.
+def _take(original: nn.Module, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     own = _dtype(module)
+    if own == _dtype(original):
+        return None
     return tuple(_cast(each, own) for each in args), {name: _cast(each, own) for name, each in kwargs.items()}
 
 
 def _give(original: nn.Module, module: nn.Module, args: tuple, output: Any) -> Any:
-    return _cast(output, _dtype(original))  # as it is now: an engine may have cast the base
+    base = _dtype(original)
+    return output if base == _dtype(module) else _cast(output, base)
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:

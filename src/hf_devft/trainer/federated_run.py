@@ -126,7 +126,7 @@ class FederatedRun:
         rounds.append((index, self.active.record.stage))
         outcome.seen = 0
         if self.args.protects_clients and self.federation is not None:
-            vars(outcome).update(self.federation.expected_bytes(self.args.clients_per_round))
+            outcome.bytes_down, outcome.bytes_up = self.federation.expected_bytes(self.args.clients_per_round)
         spent = self.accountant.epsilon(_draws(self.args, rounds, self.capacities))
         self.ledger.add(outcome.to_private_record(spent, **of_the_round))
 

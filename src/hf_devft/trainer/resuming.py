@@ -1,12 +1,13 @@
 """Where a run goes on from, and where it pushes to."""
 
 import logging
+import re
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from transformers import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from hf_devft.configuration import DevFTConfig
 from hf_devft.files import delete_folders
@@ -48,7 +49,7 @@ def starting_point(args: DevFTConfig, resume_from_checkpoint: str | bool | None)
 def _later(args: DevFTConfig, chosen: Path) -> list[str]:
     """The checkpoints of later rounds than a chosen one in `args.output_dir`."""
     folder = Path(args.output_dir)
-    if chosen.resolve().parent != folder.resolve() or not chosen.name.startswith(PREFIX_CHECKPOINT_DIR):
+    if chosen.resolve().parent != folder.resolve() or not re.fullmatch(r"checkpoint-\d+", chosen.name):
         return []
     found = sort_checkpoints(str(folder), use_mtime=False)
     return [Path(path).name for path in found if _round_of(path) > _round_of(chosen.name)]
