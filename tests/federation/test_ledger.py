@@ -3,6 +3,7 @@ import json
 import torch
 from conftest import lora, tiny_llama
 from peft import get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_devft.federation.ledger import Ledger, RoundRecord
 from hf_devft.files import as_record
@@ -67,6 +68,19 @@ def test_flops_count_every_matrix_once():
     model = get_peft_model(base, lora())
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert flops_per_token(model) == (4 * (matrices + head) + 6 * adapter,)
+
+
+def test_of_a_mixture_the_experts_count_that_a_position_goes_through():
+    found = []
+    for chosen in (1, 2):
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = MixtralConfig(
+            vocab_size=64, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=chosen, **sizes
+        )
+        (flops,) = flops_per_token(MixtralForCausalLM(config).requires_grad_(False))
+        found.append(flops)
+    expert = 3 * config.hidden_size * config.intermediate_size
+    assert found[1] - found[0] == 4 * config.num_hidden_layers * expert
 
 
 def test_no_gradient_goes_through_layers_below_all_that_is_trained():

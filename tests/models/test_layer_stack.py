@@ -3,7 +3,15 @@ import torch
 from architectures import ARCHITECTURES, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AlbertConfig, AlbertModel, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoModelForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_devft.models.layer_stack import LayerNames, find_layer_stack, with_layers, without_layers
 
@@ -97,6 +105,14 @@ def test_attention_kinds_and_per_layer_lists_follow_the_layers():
 def tiny_t5() -> T5ForConditionalGeneration:
     sizes = {"vocab_size": 32, "d_model": 8, "d_ff": 8, "d_kv": 4, "num_heads": 2, "decoder_start_token_id": 0}
     return T5ForConditionalGeneration(T5Config(**sizes, num_layers=4, num_decoder_layers=3)).eval()
+
+
+def test_layers_that_attend_otherwise_are_of_another_kind():
+    neo = GPTNeoConfig(
+        vocab_size=64, hidden_size=16, num_layers=4, num_heads=2, attention_types=[[["global", "local"], 2]]
+    )
+    kinds = find_layer_stack(GPTNeoForCausalLM(neo)).kinds
+    assert kinds[0] == kinds[2] != kinds[1] == kinds[3]
 
 
 def test_an_encoder_and_a_decoder_are_counted_through():

@@ -1,4 +1,5 @@
 import stat
+from datetime import timedelta
 
 import pytest
 from cryptography import x509
@@ -13,6 +14,7 @@ def test_a_certificate_is_for_its_hosts_and_signed_by_the_authority(tmp_path):
     authority = x509.load_pem_x509_certificate((tmp_path / "ca.crt").read_bytes())
     server = x509.load_pem_x509_certificate((tmp_path / "server.crt").read_bytes())
     server.verify_directly_issued_by(authority)
+    assert authority.not_valid_after_utc - server.not_valid_after_utc > timedelta(days=2000), "it can be renewed"
     names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["superlink.example.org"]
     assert [str(each) for each in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.1"]
@@ -24,14 +26,16 @@ def test_secrets_are_their_owners_and_stay_as_they_are(tmp_path):
     key = make_node_key(tmp_path, "org-a")
     for path in (key, tmp_path / "ca.key", tmp_path / "server.key"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    with pytest.raises(FileExistsError, match="delete it, or choose another name"):
+    with pytest.raises(FileExistsError, match=r"org-a.key and .*org-a.key.pub is there already: delete both"):
         make_node_key(tmp_path, "org-a")
-    with pytest.raises(FileExistsError, match="delete it, or choose another folder"):
+    with pytest.raises(FileExistsError, match=r"server.key and .*server.crt is there already: delete both"):
         make_server_certificate(tmp_path, ["localhost"])
     authority = (tmp_path / "ca.crt").read_bytes()
     (tmp_path / "server.crt").unlink()
+    with pytest.raises(FileExistsError, match=r"server.key is there already: delete both"):
+        make_server_certificate(tmp_path, ["localhost"])
     (tmp_path / "server.key").unlink()
-    make_server_certificate(tmp_path, ["other"])
+    make_server_certificate(tmp_path, [f"{'a' * 60}.elb.example.org"])  # longer than a common name may be
     assert (tmp_path / "ca.crt").read_bytes() == authority, "one authority for further certificates"
 
 

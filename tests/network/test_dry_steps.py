@@ -61,4 +61,6 @@ def test_it_is_measured_once_before_it_joins(tasks, tmp_path, tokenizer, monkeyp
     assert participant.join(settings, b"").max_layers == 3
     monkeypatch.setattr(dry_steps, "layers_that_fit", lambda *given: 2)
     assert participant.join(settings, b"").max_layers == 3
+    other = shared_settings(config(tmp_path, per_device_train_batch_size=1), lora())
+    assert participant.join(other, b"").max_layers == 2, "a run of other options"
     assert not list((tmp_path).glob("own/stage-*"))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_devft.federation.rounds import QuorumError
-from hf_devft.network.messages import TRAINED, refusal
+from hf_devft.network.messages import TRAIN, TRAINED, refusal
 from hf_devft.network.participant import Participant
 from hf_devft.network.remote_clients import RemoteClients, in_order
 from hf_devft.trainer import recomputation
@@ -231,6 +231,54 @@ def test_whatever_a_client_sends_the_run_goes_on_without_it(remote_run, particip
     assert trainer.ledger.rounds[0].dropped == ["org-b"]
     assert re.search(message, caplog.text)
     assert all(bool(torch.isfinite(value).all()) for value in adapters(Path(trainer.args.output_dir)).values())
+
+
+class Forging(Loopback):
+    """One participant's replies say that they answer another message, or cannot be read."""
+
+    def __init__(self, participants, readable):
+        super().__init__(participants)
+        self.readable = readable
+
+    def pull_messages(self, message_ids):
+        replies = super().pull_messages(message_ids)  # which are gone then
+        for reply in replies:
+            if TRAINED in reply.content and reply.metadata.src_node_id == 12:
+                if not self.readable:
+                    raise ValueError("no message")
+                reply.metadata.__dict__["_reply_to_message_id"] = "another"
+        return replies
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_what_a_reply_says_of_itself_ends_no_run_and_takes_no_other_with_it(remote_run, participants, readable):
+    trainer = remote_run(Forging(participants, readable), clients_per_round=3, stage_layers=[4], stage_rounds=[1])
+    trainer.train()
+    assert trainer.ledger.rounds[0].dropped == ([] if readable else ["org-b"])
+
+
+def test_a_refusal_is_one_line_in_the_log(remote_run, participants, caplog):
+    class Shouting(Loopback):
+        def answer(self, node, content):
+            shouts = node == 12 and TRAIN in content
+            return refusal("no\nround 7/20\x1b[2J" + "x" * 10**6) if shouts else super().answer(node, content)
+
+    trainer = remote_run(Shouting(participants), clients_per_round=3, stage_layers=[4], stage_rounds=[1])
+    trainer.train()
+    (said,) = [record.message for record in caplog.records if "round 7/20" in record.message]
+    assert said.isprintable()
+    assert len(said) < 1000
+
+
+def test_beside_a_secure_sum_nothing_is_sent_in_the_clear(remote_run, participants):
+    """Such as SCAFFOLD's gradients, whatever a server asks for."""
+    options = {"federated_method": "scaffold", "clients_per_round": 3, "stage_layers": [4], "stage_rounds": [1]}
+    grid = Loopback(participants)
+    trainer = remote_run(grid, round_retries=0, **options)
+    trainer.args.secure_aggregation = True  # behind the checks of a server of ours
+    with pytest.raises(QuorumError):
+        trainer.train()
+    assert not any(TRAINED in content for _, content in grid.replied)
 
 
 def test_a_client_counts_that_does_not_know_its_loss(remote_run, participants):
@@ -559,4 +607,7 @@ def test_answers_are_added_up_in_the_order_of_the_messages(arrival):
         assert answer == f"of {message.client}"
         assert set(range(message.client + 1)) <= set(arrived)
     assert list(ordered) == []
+    known = [client for client in arrival if client != 2]  # one is not heard of
+    late = in_order(messages, ((messages[client], client) for client in known))
+    assert [message.client for message, _ in late] == [0, 1, 3, 4]
     assert [message.client for message, _ in in_order(messages, answers())] == list(range(5))

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_devft import load_submodel
 from hf_devft.models.adapter_files import load_adapter
+from hf_devft.run import loading
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,30 @@ def test_merged_it_is_a_plain_model(run, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
     assert plain.config.num_hidden_layers == 2
     torch.testing.assert_close(plain(input_ids=ids).logits, expected)
+
+
+@torch.no_grad()
+def test_merging_it_changes_no_other_model(run):
+    base = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    for stage in (1, 2):
+        load_submodel(base, run, stage=stage).merge_and_unload()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+def test_a_base_by_name_is_of_the_revision_that_was_trained_on(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    record = tmp_path / "run" / "stage-1" / "stage_config.json"
+    names = {"base_model_name_or_path": "me/base", "base_model_revision": "abc"}
+    record.write_text(json.dumps(json.loads(record.read_text()) | names))
+    (record.parent / "checksums.json").unlink()
+    asked = {}
+    monkeypatch.setattr(
+        loading, "load_base", lambda name, *rest, **options: asked.update({name: options}) or tiny_llama()
+    )
+    for base in ("me/base", "me/other"):
+        load_submodel(base, tmp_path / "run", stage=1)
+    assert asked == {"me/base": {"revision": "abc"}, "me/other": {}}
 
 
 def broken(run, tmp_path, name, change):

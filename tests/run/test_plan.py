@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import init_empty_weights
-from conftest import config, lora, tiny_llama
+from conftest import ANCHORS, config, lora, tiny_llama
 from launching import environment
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,6 +56,16 @@ def test_the_ledger_counts_what_was_planned(make_trainer, tmp_path, name):
             stage.totals["setup_flops"], rel=0.7
         )  # as long texts as a batch of a client
     assert plan.total.bytes == trainer.ledger.bytes
+
+
+def test_a_head_for_the_early_stages_is_planned_beside_all_linear_modules(make_trainer):
+    """Which PEFT has not taken apart, as in a recipe."""
+    trainer = make_trainer(temporary_head=True, grouping="prefix", **ANCHORS)
+    plan = plan_run(trainer.args, empty_like(trainer.model.get_base_model()), lora())
+    trainer.train()
+    clients = trainer.args.clients_per_round
+    planned = [stage.bytes_down for stage in plan.stages]
+    assert planned == [trainer.ledger.totals(stage)["bytes_down"] / (2 * clients) for stage in (1, 2)]
 
 
 def test_what_distillation_takes_of_the_server_is_planned(make_trainer):

@@ -3,6 +3,7 @@ import json
 
 import pytest
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from hf_devft.tasks.data import load_files, to_known_columns, tokenize
 
@@ -67,6 +68,16 @@ def test_labels_are_on_the_completion_only(tokenizer):
     assert tokenizer.decode(labelled) == " blue<|endoftext|>"
     assert row["input_ids"][: -len(labelled)] == tokenizer("Hello there:").input_ids
     assert row["labels"][: -len(labelled)] == [-100] * (len(row["labels"]) - len(labelled))
+
+
+def test_tokenizers_that_end_every_text_end_a_row_once(tokenizer):
+    ending = copy.deepcopy(tokenizer)
+    end = (ending.eos_token, ending.eos_token_id)
+    ending._tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    assert ending("a b").input_ids[-1] == ending.eos_token_id
+    for row in ({"prompt": "Hello there:", "completion": " blue"}, {"text": "Hello there"}):
+        rows = Dataset.from_list([row])
+        assert tokenize(rows, ending, 32)[0] == tokenize(rows, tokenizer, 32)[0]
 
 
 @pytest.mark.parametrize("max_length", [2, 5, 10])

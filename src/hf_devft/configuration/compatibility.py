@@ -431,6 +431,11 @@ FACTS: dict[str, Fact] = {
         lambda s: s.network and s.args.transfer == "anchor",
         _given("transfer"),
     ),
+    "network with growing adapters": Fact(
+        "clients on other machines and `adapter_layers`",
+        lambda s: s.network and s.args.adapter_layers,
+        _given("adapter_layers"),
+    ),
     "label counts": Fact(
         "methods that ask for the clients' label counts (`c2a`, `dofit`)",
         lambda s: isinstance(s.methods.method, (C2A, DoFIT)),
@@ -705,6 +710,11 @@ CONFLICTS: list[tuple[str, str, str]] = [
         "FedSA-LoRA",
         "network with anchor transfer",
         'a client does not know what other layers have: set transfer="broadcast"',
+    ),
+    (
+        "FedSA-LoRA",
+        "network with growing adapters",
+        "a client does not know what layers have that come later: use another method",
     ),
     ("robust rule", "not averaged", "it needs updates that stand for the same: use fedit, ffa_lora or rolora"),
     ("robust rule", "recorded gradients", "what it sends beside the update would go unwatched: leave it out"),

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from peft import (
@@ -12,8 +12,11 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_devft.models.initialisation import without_weight_based_init
 from hf_devft.models.layout import State
@@ -21,7 +24,9 @@ from hf_devft.models.weights import gathered, stand_ins
 
 
 def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """Put a new adapter on `base` (changed in place), as `get_peft_model` does."""
+    """Put a new adapter on `base` (changed in place), as `get_peft_model` does; its config has the base's revision,
+    which PEFT's auto classes load."""
+    config.revision = getattr(base.config, "_commit_hash", None) or config.revision
     with warnings.catch_warnings(), stand_ins(base):  # PEFT puts an adapter where its layer is
         # PEFT still reads an alias that transformers 5 has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -87,11 +92,23 @@ def with_head(config: PeftConfig, base: PreTrainedModel) -> tuple[PeftConfig, st
         raise ValueError(f"temporary_head adapts output embeddings, which {type(base).__name__} does not have.")
     name = next(name for name, module in base.named_modules() if module is head).rpartition(".")[2]
     config = copy.deepcopy(config)
-    if isinstance(config.target_modules, str):
+    if config.target_modules == "all-linear":  # as PEFT has not taken it apart yet
+        linear = (path for path, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+        config.target_modules = {*(path.rpartition(".")[2] for path in linear)}
+    elif isinstance(config.target_modules, str):
         config.target_modules = rf"(?:{config.target_modules})|(?:.*\.)?{name}"
     else:
         config.target_modules = {*config.target_modules, name}
     return config, name
+
+
+def own_adapted_weights(model: PeftModel, layers: Iterable[nn.Module]) -> None:
+    """Give the modules of layers that have an adapter copies of their weights, in place, so that merging it changes
+    no other model's."""
+    for module in (module for layer in layers for module in layer.modules() if isinstance(module, BaseTunerLayer)):
+        base = module.get_base_layer()
+        for name, weight in list(base.named_parameters(recurse=False)):
+            setattr(base, name, copy.deepcopy(weight))
 
 
 def detach_adapter(model: PeftModel) -> PreTrainedModel:

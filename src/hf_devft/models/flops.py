@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_devft.models.layer_stack import find_layer_stack
 
@@ -18,7 +18,8 @@ def flops_per_token(
 
     Two for the forward pass and two for the gradient of the input; two more for a weight's own gradient (Kaplan
     et al. 2020, arXiv 2001.08361, §2.1, without the weight gradients that LoRA does not take). Attention scores,
-    norms and the embedding's look-up are left out, a tied head is counted.
+    norms and the embedding's look-up are left out, a tied head is counted, and so are, in a mixture, as many experts
+    as a position goes through.
 
     Args:
         skipped: modules that the token does not go through.
@@ -42,7 +43,8 @@ def flops_per_token(
         out |= set(map(id, weights))
         matrices = [(weight, shape) for weight in weights if len(shape := _shape(weight)) > 1]
         per_weight = [2 if id(weight) in below else 6 if weight.requires_grad else 4 for weight, _ in matrices]
-        flops.append(float(sum(map(operator.mul, per_weight, (shape.numel() for _, shape in matrices)))))
+        used = [shape.numel() * _used_part(model, shape) for _, shape in matrices]
+        flops.append(float(sum(map(operator.mul, per_weight, used))))
     return tuple(flops)
 
 
@@ -70,6 +72,18 @@ def _embeddings(model: torch.nn.Module) -> torch.nn.Parameter | None:
         return getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:  # audio
         return None
+
+
+def _used_part(model: torch.nn.Module, shape: torch.Size) -> float:
+    """The part of a weight that a position goes through: of a mixture's experts, which are its first dimension, those
+    that are chosen."""
+    config = getattr(model, "config", None)
+    if isinstance(config, PretrainedConfig):
+        config = config.get_text_config()
+    experts = {getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
+    if len(shape) < 3 or shape[0] not in experts:
+        return 1.0
+    return getattr(config, "num_experts_per_tok", shape[0]) / shape[0]
 
 
 def _shape(weight: torch.Tensor) -> torch.Size:

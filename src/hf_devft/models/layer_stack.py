@@ -18,6 +18,8 @@ from hf_devft.models.weights import shape_of
 
 # The stacks of an encoder-decoder model.
 STACKS = ("encoder", "decoder")
+# A config's lists of what each layer is; layers that differ in one share no group.
+_TYPES = ("layer_types", "attention_layers", "no_rope_layers")
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,10 @@ def find_layer_stack(model: PreTrainedModel, which: str | None = None) -> LayerS
     layers: list[nn.Module] = []
     kinds: list[Hashable] = []
     for part, (path, members) in found.items():
-        types = getattr(sections[part][0], "layer_types", None) or [None] * len(members)
+        given = [getattr(sections[part][0], name, None) for name in _TYPES]
+        types = zip(*(each for each in given if isinstance(each, list) and len(each) == len(members)), strict=True)
         layers += members
-        kinds += [(path, *_kind(layer, layer_type)) for layer, layer_type in zip(members, types, strict=True)]
+        kinds += [(path, *_kind(layer, next(types, ()))) for layer in members]
     return LayerStack(LayerNames({path: len(members) for path, members in found.values()}), layers, tuple(kinds))
 
 
@@ -173,7 +176,7 @@ def _find_list(model: PreTrainedModel, part: str, depth: int) -> tuple[str, nn.M
     return found[0], lists[found[0]]
 
 
-def _kind(layer: nn.Module, layer_type: str | None) -> tuple:
+def _kind(layer: nn.Module, layer_type: tuple) -> tuple:
     """The same with an adapter and without."""
     parameters = [(name, weight) for name, weight in layer.named_parameters() if not re.search(r"\.(lora|ia3)_", name)]
     shapes = tuple((name.replace(".base_layer", ""), tuple(shape_of(weight))) for name, weight in parameters)

@@ -31,6 +31,7 @@ from transformers import HfArgumentParser
 
 
 DAYS = 825  # the most that Apple's and other verifiers accept of a server's certificate
+AUTHORITY_DAYS = 3650  # so that servers' certificates can be renewed
 
 
 @dataclass
@@ -51,8 +52,7 @@ def make_server_certificate(folder: Path, hosts: Sequence[str]) -> None:
         FileExistsError: there is a server's certificate already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "server.crt").exists():
-        raise FileExistsError(f"{folder / 'server.crt'} is there already: delete it, or choose another folder.")
+    _check_free(folder / "server.key", folder / "server.crt")
     authority_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hf-devft federation")])
     if (folder / "ca.crt").exists():
         authority = load_pem_private_key((folder / "ca.key").read_bytes(), None)
@@ -60,7 +60,7 @@ def make_server_certificate(folder: Path, hosts: Sequence[str]) -> None:
         authority = ec.generate_private_key(ec.SECP384R1())
         rules = x509.BasicConstraints(ca=True, path_length=0)
         certificate = (
-            _builder(authority_name, authority_name, authority.public_key(), authority.public_key())
+            _builder(authority_name, authority_name, authority.public_key(), authority.public_key(), AUTHORITY_DAYS)
             .add_extension(rules, True)
             .add_extension(_usage(signs_certificates=True), True)
         )
@@ -69,7 +69,7 @@ def make_server_certificate(folder: Path, hosts: Sequence[str]) -> None:
     key = ec.generate_private_key(ec.SECP384R1())
     certificate = (
         _builder(
-            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0])]),
+            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hf-devft SuperLink")]),  # its hosts are below
             authority_name,
             key.public_key(),
             authority.public_key(),
@@ -91,12 +91,21 @@ def make_node_key(folder: Path, name: str) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.key"
-    if path.exists():
-        raise FileExistsError(f"{path} is there already: delete it, or choose another name.")
+    _check_free(path, folder / f"{name}.key.pub")
     key = ec.generate_private_key(ec.SECP384R1())
     _write(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), secret=True)
     _write(folder / f"{name}.key.pub", key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     return path
+
+
+def _check_free(*pair: Path) -> None:
+    """Refuse to write a pair of files of which one is there.
+
+    Raises:
+        FileExistsError: says which.
+    """
+    if there := [str(path) for path in pair if path.exists()]:
+        raise FileExistsError(f"{' and '.join(there)} is there already: delete both of the pair, or choose another.")
 
 
 def _usage(signs_certificates: bool) -> x509.KeyUsage:
@@ -114,7 +123,11 @@ def _usage(signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, authority: ec.EllipticCurvePublicKey
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    authority: ec.EllipticCurvePublicKey,
+    days: int = DAYS,
 ) -> x509.CertificateBuilder:
     now = datetime.now(timezone.utc)
     return (
@@ -124,7 +137,7 @@ def _builder(
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(minutes=5))
-        .not_valid_after(now + timedelta(days=DAYS))
+        .not_valid_after(now + timedelta(days=days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority), False)
     )

@@ -56,7 +56,7 @@ class ClientState:
         write_tensors(self._path(round_index), state | {_STAGE: torch.tensor(stage)})
         paths = sorted(self._folder.glob("round-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
         for old in paths[: -self._keep]:
-            if old != self._path(needed):
+            if old not in (self._path(needed), self._path(round_index)):  # clocks jump
                 forget_checksum(old)
                 old.unlink()
 

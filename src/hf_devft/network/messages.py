@@ -24,6 +24,7 @@ KEYS, SHARES, TOLD, REVEAL = "keys", "shares", "told", "reveal"
 # Why a client refuses a turn: it does not have the stage, so that the server sends it.
 NO_STAGE = "no stage"
 _MOST = 2**40  # of anything that is counted
+_LONGEST_TEXT = 500  # of what a node says
 _MOST_FLOPS = 1e24  # in a client's turn: what trains the largest models
 
 
@@ -230,7 +231,12 @@ def joining_from_record(record: Mapping[str, Any]) -> Joining:
         ValueError: it is something else.
     """
     joining = Joining(**{name: typed(record, name, kind) for name, kind in Joining.__annotations__.items()})
-    if not 0 < len(joining.name) <= 100 or not 0 < joining.examples <= _MOST or not 0 <= joining.max_layers <= _MOST:
+    if (
+        not 0 < len(joining.name) <= 100
+        or not joining.name.isprintable()
+        or not 0 < joining.examples <= _MOST
+        or not 0 <= joining.max_layers <= _MOST
+    ):
         said = f"name={joining.name[:100]!r}, examples={joining.examples}, max_layers={joining.max_layers}"
         raise ValueError(f"{said}: it needs a name, an example or more, and no negative number of layers")
     return joining
@@ -259,7 +265,12 @@ def why_refused(reply: Reply) -> str | None:
     """Return why a client refuses; None where it does not."""
     if isinstance(reply, ClientError) or REFUSED not in reply:
         return None
-    return str(reply[REFUSED].get("why"))
+    return one_line(str(reply[REFUSED].get("why")))
+
+
+def one_line(text: str) -> str:
+    """What a stranger has written, for a log: one line, and no long one."""
+    return "".join(each if each.isprintable() else " " for each in text[:_LONGEST_TEXT])
 
 
 def record_of(reply: RecordDict, name: str) -> ConfigRecord:

@@ -86,6 +86,8 @@ class DataArguments:
             raise ValueError("give the participant's rows: --train_file or --dataset_name, one of them.")
         if self.max_layers and self.measure_layers:
             raise ValueError(f"max_layers={self.max_layers} is not to be measured: leave measure_layers out.")
+        if self.keep_states < 1:
+            raise ValueError(f"keep_states={self.keep_states}: give 1 or more.")
         if self.task not in TASKS:
             raise ValueError(f"task={self.task!r} is unknown: choose one of {', '.join(TASKS)}.")
         to_columns = TASKS[self.task].to_columns

@@ -27,7 +27,7 @@ from hf_devft.network.dry_steps import measure_layers
 from hf_devft.network.messages import Joining, StageMessage, Turn, answer_to_record
 from hf_devft.network.names import sign_name
 from hf_devft.network.secure_sum import SecureSumError, SummingClient, to_fixed
-from hf_devft.network.settings import OWN_OPTIONS, read_settings
+from hf_devft.network.settings import OWN_OPTIONS, read_settings, training_options
 from hf_devft.run.client_batches import make_sampler
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.devft_trainer import DevFTTrainer
@@ -69,7 +69,8 @@ class Participant:
         folder: where it keeps what it must find again.
         own: which of the rows are its own; default: all.
         max_layers: most layers that it can train; 0 for no limit.
-        measures_layers: whether it finds that out itself when it is asked to join, see `measure_layers`.
+        measures_layers: whether it finds that out itself, see `measure_layers`, when it is asked to join a run of
+            other options than before.
         options: of its own `DevFTConfig`, such as `use_cpu`; what local training depends on comes from the server.
         keep_states: of how many of its turns it keeps the state, for servers that go back to a checkpoint.
         secure_only: whether its updates go into secure sums alone.
@@ -90,6 +91,7 @@ class Participant:
 
     def __post_init__(self):
         self._settings: str | None = None
+        self._measured: dict[str, Any] | None = None  # the options for which layers were measured
         self._trainer: DevFTTrainer | None = None
         self._session: TrainingSession | None = None
         self._stage: RunningStage | None = None
@@ -123,9 +125,9 @@ class Participant:
             settings: of the run, as far as they are known; see `shared_settings`.
             challenge: what the server has drawn, for the signature of its name.
         """
-        if self.measures_layers:
-            self.max_layers = measure_layers(self.model, settings, self.rows, self.options)
-            self.measures_layers = False
+        if self.measures_layers and (asked := training_options(settings)) != self._measured:
+            self._settings = self._trainer = self._session = self._stage = None  # what they hold is free then
+            self.max_layers, self._measured = measure_layers(self.model, settings, self.rows, self.options), asked
             logger.info(f"{self.name} can train {self.max_layers or 'all'} layers")
         signature = b"" if self.key is None else sign_name(self.key, self.name, challenge)
         return Joining(self.name, self.examples, self.max_layers, signature)
@@ -183,6 +185,8 @@ class Participant:
         kept = ClientState(self.folder / "state" / f"run-{run}-client-{turn.client}", self.keep_states)
         side, memory = self._side(stage, turn, *kept.load(turn.state_round))
         counts = _counts(side, turn.client)
+        if told is not None and counts[1]:
+            raise ValueError("a secure sum has updates alone, and this method sends more beside them")
         logger.info(f"round {turn.round_index + 1}: {self.name} trains {len(stage.active.layers)} layers")
         local = side.begin(turn.to_message(side.wire, *counts), self._batches(turn))
         trained = stage.runner.train_client(turn.learning_rate, local)

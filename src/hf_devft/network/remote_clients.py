@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import httpx
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import DEFAULT_TTL, Message, MessageType, RecordDict
@@ -30,6 +31,7 @@ from hf_devft.network.messages import (
     StageMessage,
     Turn,
     answer_from_record,
+    one_line,
     record_of,
     why_refused,
 )
@@ -296,24 +298,24 @@ class RemoteClients:
 
     def _push(self, message: Message) -> str | None:
         """Send a message; returns its number, None where Flower does not take it."""
-        return next(iter(self.grid.push_messages([message])), None)
+        return next(iter(self.grid.push_messages([message])), None) or None  # an empty one, of protobuf
 
     def _pull(self, numbers: list[str]) -> Iterator[tuple[str, Reply]]:
-        """Fetch the replies to messages, as far as they are there; one that cannot be read is a client's error."""
-        try:
-            replies = list(self.grid.pull_messages(numbers))
-        except Exception as error:
-            if len(numbers) > 1:
-                for number in numbers:
-                    yield from self._pull([number])
-            elif isinstance(error, ConnectionError | TimeoutError):
+        """Fetch the replies to messages, as far as they are there; one that cannot be read is a client's error.
+
+        One by one: Flower forgets what it has handed out, so that one that cannot be read would take others with it;
+        and a reply's own metadata, which its sender writes, do not say whose it is.
+        """
+        for number in numbers:
+            try:
+                reply = next(iter(self.grid.pull_messages([number])), None)
+            except (OSError, httpx.HTTPError) as error:
                 logger.warning(f"the SuperLink does not answer: {error}.")
+            except Exception as error:
+                yield number, ClientError(f"its answer cannot be read: {type(error).__name__}: {one_line(str(error))}")
             else:
-                yield numbers[0], ClientError(f"its answer cannot be read: {type(error).__name__}: {error}")
-            return
-        for reply in replies:
-            answer = ClientError(reply.error.reason) if reply.has_error() else reply.content
-            yield reply.metadata.reply_to_message_id, answer
+                if reply is not None:
+                    yield number, ClientError(one_line(reply.error.reason)) if reply.has_error() else reply.content
 
 
 def _size(content: RecordDict) -> int:
@@ -332,3 +334,4 @@ def in_order(
         early[message.client] = message, answer
         while left and left[0] in early:
             yield early.pop(left.popleft())
+    yield from (early[client] for client in left if client in early)  # after one that was not heard of

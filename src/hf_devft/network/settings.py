@@ -68,6 +68,19 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", str(value))
 
 
+def training_options(text: str) -> dict[str, Any]:
+    """Read the options of local training of a server's settings, but not the adapter's, which are put in another way
+    when a run has begun.
+
+    Raises:
+        ValueError: they are none.
+    """
+    try:
+        return json.loads(text)["options"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the server's settings cannot be read: {error}") from error
+
+
 def read_settings(text: str, own: dict[str, Any]) -> tuple[DevFTConfig, PeftConfig]:
     """Read a server's settings: the config of a client's training, and of its adapter.
 

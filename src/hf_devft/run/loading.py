@@ -11,7 +11,7 @@ from hf_devft.configuration.stage_folder import SUBMODEL
 from hf_devft.embedded import resolve_model_name
 from hf_devft.files import naming
 from hf_devft.hub.download import fetch_adapter
-from hf_devft.models.adapter import attach_adapter
+from hf_devft.models.adapter import attach_adapter, own_adapted_weights
 from hf_devft.models.adapter_files import load_adapter
 from hf_devft.models.base_difference import BaseDifference, base_difference
 from hf_devft.models.layer_files import healed_path, read_healed
@@ -36,8 +36,9 @@ def load_submodel(
     not where it has bridges.
 
     Args:
-        base: the run's base, as a model or by name (then only the layers of the submodel's groups are read); give it
-            in the dtype it was trained in.
+        base: the run's base, by name (then only the layers of the submodel's groups are read, of the revision that
+            was trained on), or as a model, which is frozen and shares all weights but the adapted ones; give it in
+            the dtype it was trained in.
         name_or_path: the run's `output_dir`, or its repository.
         stage: from 1.
         revision, token: of the repository.
@@ -57,9 +58,12 @@ def load_submodel(
             f"stage {stage} of {name_or_path} has groups {config.groups}, fusion {config.fusion!r} and task "
             f"{config.task!r}."
         )
+    by_name = isinstance(base, str)
     if isinstance(base, str):
-        head: dict[str, Any] = {"id2label": dict(enumerate(config.labels))} if config.labels else {}
-        base = load_base(resolve_model_name(base), TASKS[config.task].auto_class, config.stack, **head)
+        options: dict[str, Any] = {"id2label": dict(enumerate(config.labels))} if config.labels else {}
+        if base == config.base_model_name_or_path and config.base_model_revision and not Path(base).exists():
+            options["revision"] = config.base_model_revision
+        base = load_base(resolve_model_name(base), TASKS[config.task].auto_class, config.stack, **options)
     stack = find_layer_stack(base, config.stack)
     if len(stack) != config.full_layers:
         raise ValueError(
@@ -72,7 +76,10 @@ def load_submodel(
         if config.is_taught:
             state = read_healed(healed_path(folder, stage))
             load_taught_state(layers_of(submodel, stack, config.groups), state, bridges_only=not config.healing_steps)
-        return attach_adapter(submodel, *adapter).requires_grad_(False).eval()
+        model = attach_adapter(submodel, *adapter).requires_grad_(False).eval()
+    if not by_name:
+        own_adapted_weights(model, layers_of(submodel, stack, config.groups))
+    return model
 
 
 def compare_bases(old: str | PreTrainedModel, new: str | PreTrainedModel) -> BaseDifference:

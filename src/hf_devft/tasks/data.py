@@ -319,6 +319,7 @@ def _encode_pair(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase,
     completions = tokenizer(rows["completion"], add_special_tokens=False).input_ids
     encoded: Encoded = {"input_ids": [], "labels": []}
     for prompt, completion in zip(prompts, completions, strict=True):
+        prompt = _without_end(prompt, tokenizer)
         completion = (completion + [tokenizer.eos_token_id])[: max_length - 1]
         prompt = prompt[max(0, len(prompt) + len(completion) - max_length) :]
         encoded["input_ids"].append(prompt + completion)
@@ -327,8 +328,14 @@ def _encode_pair(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase,
 
 
 def _encode_text(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    texts = [(tokens + [tokenizer.eos_token_id])[:max_length] for tokens in tokenizer(rows["text"]).input_ids]
+    encoded = (_without_end(tokens, tokenizer) for tokens in tokenizer(rows["text"]).input_ids)
+    texts = [(tokens + [tokenizer.eos_token_id])[:max_length] for tokens in encoded]
     return {"input_ids": texts, "labels": [list(text) for text in texts]}
+
+
+def _without_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Leave out the end that some tokenizers add to every text."""
+    return tokens[:-1] if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
 
 
 def _encode_chat(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
