@@ -315,11 +315,10 @@ Encoded = dict[str, list[list[int]]]
 
 
 def _encode_pair(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    prompts = tokenizer(rows["prompt"], truncation=False).input_ids
+    prompts = _without_end(tokenizer(rows["prompt"], truncation=False).input_ids, tokenizer)
     completions = tokenizer(rows["completion"], add_special_tokens=False).input_ids
     encoded: Encoded = {"input_ids": [], "labels": []}
     for prompt, completion in zip(prompts, completions, strict=True):
-        prompt = _without_end(prompt, tokenizer)
         completion = (completion + [tokenizer.eos_token_id])[: max_length - 1]
         prompt = prompt[max(0, len(prompt) + len(completion) - max_length) :]
         encoded["input_ids"].append(prompt + completion)
@@ -328,14 +327,15 @@ def _encode_pair(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase,
 
 
 def _encode_text(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    encoded = (_without_end(tokens, tokenizer) for tokens in tokenizer(rows["text"]).input_ids)
-    texts = [(tokens + [tokenizer.eos_token_id])[:max_length] for tokens in encoded]
+    texts = _without_end(tokenizer(rows["text"]).input_ids, tokenizer)
+    texts = [(tokens + [tokenizer.eos_token_id])[:max_length] for tokens in texts]
     return {"input_ids": texts, "labels": [list(text) for text in texts]}
 
 
-def _without_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Leave out the end that some tokenizers add to every text."""
-    return tokens[:-1] if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
+def _without_end(texts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Leave out the end, where the tokenizer adds one to every text."""
+    ends = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+    return [tokens[:-1] for tokens in texts] if ends else texts
 
 
 def _encode_chat(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
