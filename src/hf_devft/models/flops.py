@@ -31,6 +31,7 @@ def flops_per_token(
     out = {id(weight) for module in skipped for weight in module.parameters()}
     below = {id(weight) for layer in _layers_below(model) for weight in layer.parameters()}
     flops = []
+    chosen = _chosen_experts(model)
     embeddings = _embeddings(model)
     if embeddings is not None and not (
         model.get_output_embeddings() is not None and getattr(model.config, "tie_word_embeddings", False)
@@ -43,7 +44,7 @@ def flops_per_token(
         out |= set(map(id, weights))
         matrices = [(weight, shape) for weight in weights if len(shape := _shape(weight)) > 1]
         per_weight = [2 if id(weight) in below else 6 if weight.requires_grad else 4 for weight, _ in matrices]
-        used = [shape.numel() * _used_part(model, shape) for _, shape in matrices]
+        used = (shape.numel() * (chosen.get(shape[0], 1.0) if len(shape) > 2 else 1.0) for _, shape in matrices)
         flops.append(float(sum(map(operator.mul, per_weight, used))))
     return tuple(flops)
 
@@ -74,16 +75,15 @@ def _embeddings(model: torch.nn.Module) -> torch.nn.Parameter | None:
         return None
 
 
-def _used_part(model: torch.nn.Module, shape: torch.Size) -> float:
-    """The part of a weight that a position goes through: of a mixture's experts, which are its first dimension, those
-    that are chosen."""
+def _chosen_experts(model: torch.nn.Module) -> dict[int, float]:
+    """{number of a mixture's experts, which are the first of three dimensions: the part of them that a position goes
+    through}."""
     config = getattr(model, "config", None)
     if isinstance(config, PretrainedConfig):
         config = config.get_text_config()
-    experts = {getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
-    if len(shape) < 3 or shape[0] not in experts:
-        return 1.0
-    return getattr(config, "num_experts_per_tok", shape[0]) / shape[0]
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = filter(None, (getattr(config, name, None) for name in names))
+    return {number: getattr(config, "num_experts_per_tok", number) / number for number in experts}
 
 
 def _shape(weight: torch.Tensor) -> torch.Size:

@@ -75,10 +75,7 @@ def training_options(text: str) -> dict[str, Any]:
     Raises:
         ValueError: they are none.
     """
-    try:
-        return json.loads(text)["options"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the server's settings cannot be read: {error}") from error
+    return _parts(text)[0]
 
 
 def read_settings(text: str, own: dict[str, Any]) -> tuple[DevFTConfig, PeftConfig]:
@@ -90,11 +87,7 @@ def read_settings(text: str, own: dict[str, Any]) -> tuple[DevFTConfig, PeftConf
     Raises:
         ValueError: they have what no server of ours sends.
     """
-    try:
-        content = json.loads(text)
-        options, model_options, adapter = content["options"], content["model_options"], content["adapter"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the server's settings cannot be read: {error}") from error
+    options, model_options, adapter = _parts(text)
     unknown = options.keys() - set(SHARED_OPTIONS)
     unknown |= {name for name, value in model_options.items() if value not in SHARED_MODEL_OPTIONS.get(name, ())}
     if unknown:
@@ -103,3 +96,12 @@ def read_settings(text: str, own: dict[str, Any]) -> tuple[DevFTConfig, PeftConf
     config.inference_mode = False
     own_model_options = own.pop("model_init_kwargs", None) or {}
     return DevFTConfig(**(options | own), model_init_kwargs=model_options | own_model_options), config
+
+
+def _parts(text: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(options, model options, adapter) of a server's settings."""
+    try:
+        content = json.loads(text)
+        return content["options"], content["model_options"], content["adapter"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the server's settings cannot be read: {error}") from error
