@@ -53,7 +53,7 @@ def main() -> None:
         {name: ("paper.yaml", overrides) for name, overrides in VARIANTS.items()},
         options,
     )
-    publish_runs(options, table(results, title="grouping, fusion, transfer"))
+    publish_runs(options, results, table(results, title="grouping, fusion, transfer"))
 
 
 if __name__ == "__main__":

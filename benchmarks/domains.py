@@ -101,7 +101,7 @@ def main() -> None:
     whole, said = in_both_precisions(options, results)
     base = before(options, test, tokenizer)
     losses = ", ".join(f"{name} {base[name]:.3f}" for name in DOMAINS)
-    publish_runs(options, f"{said}{table(whole, columns())}\nBefore: {losses}; {base['right']:.1%} right.\n")
+    publish_runs(options, whole, f"{said}{table(whole, columns())}\nBefore: {losses}; {base['right']:.1%} right.\n")
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def main() -> None:
         "after stage 1, submodel": (lambda run: run["stages"][0]["metrics"]["eval_loss"], "{:.3f}"),
         "at full depth": (lambda run: run["stages"][0]["metrics"]["eval_full_loss"], "{:.3f}"),
     }
-    publish_runs(options, table(results, early | COLUMNS))
+    publish_runs(options, results, table(results, early | COLUMNS))
 
 
 if __name__ == "__main__":

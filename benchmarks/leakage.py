@@ -137,12 +137,12 @@ def recovered(trainer: DevFTMixin, gradient: torch.Tensor, client: int) -> tuple
     base, layer = trainer.model.get_base_model(), trainer.model.get_base_model().model.layers[0]
     a = layer.self_attn.q_proj.lora_A["default"].weight
     inputs = layer.input_layernorm(base.get_input_embeddings().weight) @ a.T  # vocabulary x rank
-    _, values, span = torch.linalg.svd(gradient.double())
-    span = span[: len(values)][values > 1e-5 * values[0]]
-    inputs = inputs.double()
-    distance = (inputs - inputs @ span.T @ span).norm(dim=1) / inputs.norm(dim=1)
     row = list(trainer.clients.rows.values())[client]
     own = set(trainer.train_dataset[int(row[0])]["input_ids"])
+    _, values, span = torch.linalg.svd(gradient.double())
+    span = span[: len(values)][values > 1e-5 * values[0]][: len(own)]  # below are what int8 and noise have added
+    inputs = inputs.double()
+    distance = (inputs - inputs @ span.T @ span).norm(dim=1) / inputs.norm(dim=1)
     order = torch.randperm(len(distance), generator=torch.Generator().manual_seed(0))  # of those at one distance
     ranked = order[distance[order].sort(stable=True).indices]
     return len(own & set(ranked[: len(own)].tolist())) / len(own), len(own)
@@ -155,7 +155,7 @@ def inversion(name: str, flags: str) -> list[str]:
     update = updates[client]
     if "secure" in name:
         update = mean
-    if "noisy" in name:  # 100 clients of 1,000 a round, as in private.yaml: clipped to their own norm, z = 0.63
+    if "noisy" in name:  # clipped to their own norm, z = 0.63; with more clients the mean and its noise shrink alike
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
         update = mean + 0.63 * update.norm() / len(updates) * noise
     part, count = recovered(trainer, first_b(trainer, update), client)

@@ -12,10 +12,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from machine import RESULTS, machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
-RESULTS = Path(__file__).parent / "results" / "memory.md"
+TARGET = RESULTS / "memory.md"
 STAGES = [2, 4, 8, 16]
 
 
@@ -49,7 +50,7 @@ def measure(folder: Path, loaded: bool) -> list[list[float]]:
     memory.reset()
     before = memory.read()
     args = DevFTConfig(
-        output_dir=str(folder.parent / "run"), stage_layers=STAGES, stage_rounds=[1], num_clients=2, local_steps=1,
+        output_dir=str(folder.parent / "run"), stage_layers=STAGES, fusion="differential", stage_rounds=[1], num_clients=2, local_steps=1,
         per_device_train_batch_size=1, save_strategy="no", disable_tqdm=True, use_cpu=True,
         model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
@@ -72,7 +73,7 @@ def table(shared: float, layer: float, named: list, loaded: list) -> str:
     for layers, by_name, in_memory in zip(STAGES, named, loaded, strict=True):
         cells = [shared + layers * layer, *by_name, *in_memory]
         lines.append(f"| {layers} | " + " | ".join(f"{cell:.0f}" for cell in cells) + " |")
-    return "\n".join(lines) + "\n\n`python benchmarks/memory.py`\n"
+    return "\n".join(lines) + f"\n\n`python benchmarks/memory.py`, {machine()}.\n"
 
 
 def main() -> None:
@@ -83,8 +84,8 @@ def main() -> None:
             json.loads(subprocess.check_output([sys.executable, __file__, base, kind], text=True).splitlines()[-1])
             for kind in ("name", "loaded")
         )
-    RESULTS.write_text(table(shared, layer, named, loaded))
-    print(RESULTS.read_text())
+    TARGET.write_text(table(shared, layer, named, loaded))
+    print(TARGET.read_text())
 
 
 if __name__ == "__main__":

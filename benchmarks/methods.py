@@ -89,7 +89,7 @@ def main() -> None:
     options = arguments("methods", __doc__)
     results = run_all(variants(), options)
     text = "\n".join(table(results, partition) for partition in PARTITIONS)
-    publish_runs(options, text, plot(results))
+    publish_runs(options, results, text, plot(results))
 
 
 if __name__ == "__main__":

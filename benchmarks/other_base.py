@@ -59,7 +59,7 @@ def main() -> None:
         plain_table(results, END, "at the end"),
     )
     text = "\n".join(tables)
-    publish_runs(options, text)
+    publish_runs(options, results, text)
 
 
 if __name__ == "__main__":

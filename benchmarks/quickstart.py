@@ -29,7 +29,8 @@ SHOWN = COLUMNS | {
 
 def main() -> None:
     options = arguments("quickstart", __doc__)
-    publish_runs(options, table(run_all(VARIANTS, options), SHOWN))
+    results = run_all(VARIANTS, options)
+    publish_runs(options, results, table(results, SHOWN))
 
 
 if __name__ == "__main__":

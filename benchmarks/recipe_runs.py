@@ -210,21 +210,27 @@ def table(
     return "\n".join(lines) + "\n"
 
 
-def note(options: argparse.Namespace) -> str:
+def note(options: argparse.Namespace, results: Mapping[str, dict[str, dict]]) -> str:
     """When and where the results were measured."""
-    known = read_runs(options.results)
-    counts = [len(runs) for runs in known.values()]
-    newest = [run["machine"] for runs in known.values() for run in runs.values()][-1]
+    counts = [len(runs) for runs in results.values() if runs]
+    days, machines = zip(
+        *(run["machine"].split(", ", 1) for runs in results.values() for run in runs.values()), strict=True
+    )
+    days = f"{min(days)} to {max(days)}" if min(days) < max(days) else min(days)
     seeds = f"{min(counts)} to {max(counts)} seeds" if min(counts) < max(counts) else f"{max(counts)} seeds"
     measured = "one seed" if max(counts) == 1 else f"mean ± s.d. of {seeds}"
-    base = f" --base {os.path.relpath(options.base, HERE.parent)}" if options.base else ""
+    flags = {"base": options.base, "data": getattr(options, "data", None)}
+    named = "".join(f" --{name} {os.path.relpath(path, HERE.parent)}" for name, path in flags.items() if path)
     precision = " --float32" if options.float32 else ""
-    return f"`python benchmarks/{options.name}.py{base}{precision}`, {newest}; {measured}.\n"
+    where = "; ".join(dict.fromkeys(machines))
+    return f"`python benchmarks/{options.name}.py{named}{precision}`, {days}, {where}; {measured}.\n"
 
 
-def publish_runs(options: argparse.Namespace, text: str, figure: Figure | None = None) -> None:
-    """Write what the runs in the results came to beside them, and show it."""
-    options.results.with_suffix(".md").write_text(f"{text}\n{note(options)}")
+def publish_runs(
+    options: argparse.Namespace, results: Mapping[str, dict[str, dict]], text: str, figure: Figure | None = None
+) -> None:
+    """Write what runs came to, `text` and when it was measured, beside the results, and show it."""
+    options.results.with_suffix(".md").write_text(f"{text}\n{note(options, results)}")
     if figure is not None:
         figure.savefig(options.image, dpi=110)
     print(text)
@@ -254,7 +260,7 @@ def arguments(
     return options
 
 
-def spread(runs: Mapping[str, dict], value: Callable[[dict], float], style: str) -> str:
-    """Mean ± standard deviation over the seeds."""
-    values = [value(run) for run in runs.values()]
+def spread(runs: Mapping[str, dict], value: Callable[[dict], float | None], style: str) -> str:
+    """Mean ± standard deviation over the seeds; a run without a value is left out."""
+    values = [found for run in runs.values() if (found := value(run)) is not None]
     return mean_and_spread(values, style) if values else ""

@@ -268,7 +268,7 @@ def main() -> None:
     for regime, named in VARIANTS.items():
         runs = {name: results[f"{regime}: {name}"] for name in named}
         text += f"{table(regime, runs, TARGETS[regime])}\n{plain_table(runs, END, f'{regime}, at the end')}\n"
-    publish_runs(options, text, plot(results))
+    publish_runs(options, results, text, plot(results))
 
 
 if __name__ == "__main__":
