@@ -132,7 +132,9 @@ def filled(results: Runs, others: Runs) -> Runs:
     """Runs, and of the others those that are missing; these `fill_in` where the row has runs of its own."""
     return {
         name: dict(
-            sorted(({seed: run | {"fills_in": bool(runs)} for seed, run in others.get(name, {}).items()} | runs).items())
+            sorted(
+                ({seed: run | {"fills_in": bool(runs)} for seed, run in others.get(name, {}).items()} | runs).items()
+            )
         )
         for name, runs in results.items()
     }

@@ -1,11 +1,13 @@
 import pytest
 import torch
 
-from hf_devft.federation.client_side import ClientSide, exchange_here
+from rounds_of import begin, layout, random_adapter
+
+from hf_devft.federation.client_side import ClientSide, ToClient, exchange_here
 from hf_devft.federation.heterogeneity.resources import ClientResources, make_resources
 from hf_devft.federation.heterogeneity.staleness import late_weights
 from hf_devft.federation.memory import Memory
-from hf_devft.federation.methods import AGGREGATION_RULES, Clients
+from hf_devft.federation.methods import AGGREGATION_RULES, METHODS, SERVER_OPTIMIZERS, Clients
 from hf_devft.federation.methods.fedit import FedIT
 from hf_devft.federation.rounds import Federation, QuorumError
 from hf_devft.federation.sampling import Placement
@@ -60,11 +62,13 @@ def training(failing=(), infinite=(), trained=None):
         if client in failing:
             raise RuntimeError(f"client {client} is ill")
         adapter = torch.full((2,), float("inf") if client in infinite else float(client))
-        return LocalResult(
-            torch.tensor(float(client)), positions=(10,), padding=2, seen=5, grad_norm=None, flops=7.0
-        ), adapter
+        return ended(client), adapter
 
     return one_after_another(train_client)
+
+
+def ended(client: int) -> LocalResult:
+    return LocalResult(torch.tensor(float(client)), positions=(10,), padding=2, seen=5, grad_norm=None, flops=7.0)
 
 
 def mean(clients) -> float:
@@ -91,6 +95,40 @@ def test_failing_clients_are_left_out_and_the_weights_renormalised(caplog):
     assert (outcome.bytes_down, outcome.bytes_up) == (24, 16), "one sent nothing, one sent what could not be used"
     assert f"client-{ill} failed and was left out: RuntimeError: client {ill} is ill" in caplog.text
     assert f"client-{infinite} returned an adapter that is not finite" in caplog.text
+
+
+def test_a_client_whose_update_is_absurd_keeps_nothing():
+    """What the server will refuse must not stay with the client as if it had counted."""
+    run = federation()
+    side = ClientSide(run.method, run.correction, Wire("int4", 1.0, run.memory))
+    side.wire.begin_stage(LAYOUT)
+    run.method.begin_round(0, torch.zeros(2), [0])
+    message = ToClient(0, 0, run.wire.down(torch.zeros(2)))
+    for absurd in (1e7, float("nan")):
+        answer = side.end(side.begin(message, []), (ended(0), torch.full((2,), absurd)))
+        assert answer.adapter is None
+        run.memory.commit()
+        assert not run.memory.state_dict()
+    assert side.end(side.begin(message, []), (ended(0), torch.tensor([0.3, 7.0]))).adapter is not None
+    run.memory.commit()
+    assert run.memory.state_dict(), "what int4 left out"
+
+
+def test_a_server_optimiser_steps_from_the_start_along_the_mean():
+    run = federation()
+    run.optimizer = SERVER_OPTIMIZERS["fedavgm"](server_learning_rate=0.5, server_momentum=0.0)
+    run.optimizer.begin_stage(LAYOUT, torch.zeros(2))
+    start = torch.tensor([10.0, -10.0])
+    outcome = run_round(run, 0, start, training())
+    expected = [(value + mean(outcome.sampled)) / 2 for value in start.tolist()]
+    assert outcome.adapter.tolist() == pytest.approx(expected)
+
+
+def test_a_clients_messages_count_by_its_rank_on_the_clock():
+    method, of = METHODS["flexlora"](client_ranks=[1, 4]), layout(modules=1)
+    begin(method, of, [1, 1], random_adapter(of))
+    assert method.message_sizes(0) == (5 + 6, 5 + 6)
+    assert method.message_sizes(1) == (4 * 11, 4 * 11)
 
 
 @pytest.mark.parametrize("rule", ["geometric_median", "norm_clipping"])

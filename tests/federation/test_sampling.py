@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_devft.federation.sampling import Placement, client_seed, local_trainings, sample_clients
+from hf_devft.federation.sampling import (
+    ClientSelection,
+    Placement,
+    client_seed,
+    local_trainings,
+    sample_clients,
+)
 
 
 @given(count=st.integers(1, 50), seed=st.integers(0, 2**31), round_index=st.integers(0, 1000), data=st.data())
@@ -46,6 +52,18 @@ def test_processes_share_the_clients_or_each_batch(count, clients):
     together = [Placement("data_parallel", index, count) for index in range(count)]
     assert all(placement.clients(clients) == clients for placement in together)
     assert sorted(row for placement in together for row in placement.rows(clients)) == sorted(clients)
+
+
+def test_every_client_drops_out_as_often_as_another():
+    selection = ClientSelection()
+    selection.begin_run(2, [1] * 20, 0.1, seed=3, resources=None)
+    selection.begin_stage(range(20), range(0), None, 0.0)
+    asked, lost = Counter(), Counter()
+    for index in range(6000):
+        sampled = selection.sampled(index)
+        asked.update(sampled)
+        lost.update(set(sampled) - set(selection.training(index)))
+    assert [lost[client] / asked[client] for client in range(20)] == pytest.approx([0.1] * 20, abs=0.05)
 
 
 class Some:

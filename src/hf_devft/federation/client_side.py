@@ -10,6 +10,7 @@ from hf_devft.federation.encoding import Encoded
 from hf_devft.federation.methods import FederatedMethod, LocalCorrection
 from hf_devft.federation.turns import ClientTurn, LocalResult, TrainClients, Trained
 from hf_devft.federation.wire import Wire
+from hf_devft.files import is_sound
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class FromClient:
 
     Attributes:
         result: what its local training came to.
-        adapter: its message; None where what it has trained is not finite.
+        adapter: its message; None where what it has trained is not finite, or has values above 1e6.
         count: how many values the message stands for.
         correction, correction_count: the same of the correction's message; None and 0 without one.
     """
@@ -96,13 +97,14 @@ class ClientSide:
         )
 
     def end(self, turn: ClientTurn, trained: Trained) -> Answer:
-        """Make the client's message of what it has trained, and remember what stays with it, where that is finite."""
+        """Make the client's message of what it has trained, and remember what stays with it, where the server will take
+        it: values that are finite, and none that is absurd."""
         if isinstance(trained, Exception):
             return trained
         (result, adapter), client, method = trained, turn.client, self.method
         extra = None if self.correction is None else self.correction.payload(client, result.mean_gradient)
         extra_count = 0 if extra is None else extra.numel()
-        if not _is_finite(adapter, result.mean_gradient):
+        if not all(is_sound(each) for each in (adapter, result.mean_gradient) if each is not None):
             return FromClient(result, None, method.payload(client, adapter).numel(), None, extra_count)
         method.keep(client, turn.start, adapter)
         count = method.payload(client, adapter).numel()  # of which the client may have pruned some
@@ -132,7 +134,3 @@ def exchange_here(
 
     for turn, trained in train(turns()):
         yield asked.pop(turn.client), side.end(turn, trained)
-
-
-def _is_finite(*tensors: torch.Tensor | None) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)

@@ -92,7 +92,7 @@ def hold_out(clients: ClientData, part: float, seed: int = 0) -> tuple[ClientDat
         )
     kept, held = {}, {}
     for number, (name, rows) in enumerate(clients.rows.items()):
-        shuffled = np.random.default_rng([seed, number]).permutation(rows)
+        shuffled = np.random.default_rng([seed, number, 1]).permutation(rows)
         count = min(max(1, round(part * len(rows))), len(rows) - 1)
         kept[name], held[name] = np.sort(shuffled[count:]), clients.dataset.select(np.sort(shuffled[:count]))
     return replace(clients, rows=kept), held
@@ -171,8 +171,9 @@ def _iid(
 def _dirichlet(
     dataset: Dataset, num_clients: int | None, column: str | None, alpha: float, rng: np.random.Generator
 ) -> Rows:
-    """Spread each value of `column` over the clients by a draw from Dirichlet(alpha) (Hsu et al. 2019, arXiv
-    1909.06335). A client that drew none takes a row from the largest, so that every client can be sampled."""
+    """Spread each value of `column` over the clients by a draw from Dirichlet(alpha) (Yurochkin et al. 2019, arXiv
+    1905.12022, §4), so that clients differ in how many rows they have, too. A client that drew none takes a row from
+    the largest, so that every client can be sampled."""
     count, values = _count(dataset, num_clients), np.asarray(dataset[column])
     parts: list[list[int]] = [[] for _ in range(count)]
     for value in np.unique(values):

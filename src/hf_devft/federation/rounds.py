@@ -235,11 +235,8 @@ class Federation:
     def _message_bytes(self, client: int) -> tuple[int, int]:
         """Bytes of a client's first messages of a stage, to it and from it."""
         both = 2 if self.correction is not None and self.correction.records else 1
-        share, sizes = self._shares.get(client, 0.0), self.layout.sizes
-        down, up = (
-            both * round(share * sum(sizes[place] for place in places))
-            for places in (self.method.receives(client), self.method.sends(client))
-        )
+        share = self._shares.get(client, 0.0)
+        down, up = (both * round(share * values) for values in self.method.message_sizes(client))
         return self.wire.bytes_down(down), self.wire.bytes_up(up)
 
     def expected_bytes(self, clients: int) -> tuple[int, int]:
@@ -360,7 +357,7 @@ class Federation:
         else:
             method.receive(client, start, values)
         if self.correction is not None and correction is not None:
-            self.correction.receive(correction)
+            self.correction.receive(client, correction)
         return True
 
     def _travelling(self, client: int, count: int) -> int:

@@ -208,4 +208,5 @@ class ClientSelection:
 
     def drops_out(self, round_index: int, attempt: int, client: int) -> bool:
         """Draw whether a client is not heard of again."""
-        return np.random.default_rng([self.seed, round_index, client, attempt]).random() < self.dropout_rate
+        # The last word keeps it apart from the draws of who is sampled: zeros at the end of a seed change nothing.
+        return np.random.default_rng([self.seed, round_index, client, attempt, 1]).random() < self.dropout_rate

@@ -10,7 +10,8 @@ from hf_devft.federation.sampling import ClientSelection
 
 
 class BySize(ClientSelection):
-    """Clients with more data are asked more often, in proportion to their examples."""
+    """Clients with more data are asked more often, in proportion to their examples; their updates then count alike
+    (Li et al. 2020, arXiv 1907.02189, Scheme I, here without replacement)."""
 
     def weights(self) -> Sequence[float]:
         # One of which nobody knows yet how many examples it has counts as one.

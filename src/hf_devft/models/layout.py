@@ -85,7 +85,7 @@ class AdapterLayout:
         """The LoRA modules."""
         places = {key: index for index, key in enumerate(self.keys)}
         return tuple(
-            LoraPair(key.partition(".lora_")[0], index, places[key.replace("_A", "_B")])
+            LoraPair(key.partition(".lora_")[0], index, places[_other_factor(key)])
             for key, index in places.items()
             if any(part in key for part in A)
         )
@@ -132,6 +132,12 @@ class AdapterLayout:
     def flat(self, state: State) -> torch.Tensor:
         """The vector of a PEFT state dict."""
         return torch.cat([state[key].flatten() for key in self.keys])
+
+
+def _other_factor(key: str) -> str:
+    """The key of B by that of A."""
+    module, _, factor = key.rpartition(".lora_")
+    return f"{module}.lora_{factor.replace('A', 'B', 1)}"
 
 
 def lora_scaling(config: PeftConfig) -> float:

@@ -267,8 +267,8 @@ class RemoteClients:
 
     @property
     def examples(self) -> list[int]:
-        """How many each client has, by number."""
-        return self.clients.examples
+        """What each client's update counts for, by number."""
+        return list(self._federation.method.clients.examples)
 
     # --- messages -------------------------------------------------------------------------------------------
 

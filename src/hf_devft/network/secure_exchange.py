@@ -37,7 +37,7 @@ class Clients(Protocol):
 
     @property
     def examples(self) -> list[int]:
-        """How many each client has, by number."""
+        """What each client's update counts for, by number."""
         ...
 
     def ask(self, records: dict[int, RecordDict], kind: str, timeout: float | None) -> Iterator[tuple[int, Reply]]:

@@ -52,8 +52,10 @@ def build_federation(
         memory.load_state_dict(remembered)
     examples = clients.examples
     method, correction, optimizer, rule = make_methods(args.federated_method, args.federated_method_kwargs)
-    # Of a private run all clients have weight 1, so that nobody's number of examples shows.
-    weights = examples if accountant is None else [1] * len(examples)
+    # Of a private run all clients have weight 1, so that nobody's number of examples shows; and where those with more
+    # are asked more often, which is their weight.
+    is_weighted = accountant is None and args.client_selection != "by_size"
+    weights = examples if is_weighted else [1] * len(examples)
     taking_part = Clients(examples=weights, seed=args.seed, label_counts=label_counts, memory=memory)
     method.begin_run(taking_part)
     if correction is not None:

@@ -74,7 +74,8 @@ class TrainingSession:
         secret = self._secret(checkpoint)
         self.federation = run.federation = federation_of(trainer, checkpoint, run.accountant, secret)
         self._privacy = None if run.accountant is None or not args.protects_records else RecordPrivacy(
-            run.accountant.noise_multiplier, args.dp_clipping_norm, args.train_batch_size, secret
+            run.accountant.noise_multiplier, args.dp_clipping_norm, args.train_batch_size, secret,
+            trainer.clients.examples,
         )  # fmt: skip
         with naming(checkpoint.folder if checkpoint else ""):
             state = checkpoint.schedule if checkpoint else None

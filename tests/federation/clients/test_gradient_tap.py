@@ -49,6 +49,16 @@ def test_what_is_not_trained_is_left_alone():
     assert parameters[1].grad is None
 
 
+def test_a_step_without_a_gradient_counts():
+    """A process without rows of a batch has such a one, and the mean is that of all processes' steps."""
+    parameters = [nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([[3.0]]))]
+    with tap(parameters, records=True) as tapped:
+        for factor in (1.0, 0.0, 1.0, 0.0):
+            tapped.begin_step()
+            backward(parameters, factor)
+    assert tapped.mean_gradient().tolist() == [1, 2, 3]
+
+
 def test_a_step_that_overflows_is_left_out():
     parameters = [nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([[3.0]]))]
     with tap(parameters, records=True) as tapped:

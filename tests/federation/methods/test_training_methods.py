@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rounds_of import begin, layout, random_adapter
+from rounds_of import begin, layout, random_adapter, round_of
 
 from hf_devft.federation.memory import SERVER
 from hf_devft.federation.methods import CORRECTIONS, METHODS, SERVER_OPTIMIZERS, make_methods
@@ -25,7 +25,7 @@ def scaffold_round(scaffold, adapter, gradients):
     added = {}
     for client, gradient in gradients.items():
         added[client] = scaffold.gradient(client, adapter, adapter)
-        scaffold.receive(scaffold.payload(client, gradient))
+        scaffold.receive(client, scaffold.payload(client, gradient))
         scaffold.keep(client, gradient)
     scaffold.end_round()
     scaffold.memory.commit()
@@ -42,22 +42,61 @@ def test_scaffolds_variates():
     first = scaffold_round(scaffold, adapter, {0: gradients[0], 2: gradients[2]})
     assert not any(value.any() for value in first.values()), "all variates start at zero"
     second = scaffold_round(scaffold, adapter, {2: gradients[3], 1: gradients[1]})
-    control = (gradients[0] + gradients[2]) / 4  # c = (1/N) Σ c_k, those of clients that never trained being zero
+    control = 0.1 * gradients[0] + 0.3 * gradients[2]  # c = Σ p_k c_k, those of clients that never trained being zero
     torch.testing.assert_close(second[2], control - gradients[2])
     torch.testing.assert_close(second[1], control)
     own = [scaffold.memory.get(client, "control") for client in range(4)]
-    total = sum(of.flat(state) for state in own if state is not None)
-    torch.testing.assert_close(of.flat(scaffold.memory.get(SERVER, "control")), total / 4)
+    total = sum(0.1 * (client + 1) * of.flat(state) for client, state in enumerate(own) if state is not None)
+    torch.testing.assert_close(of.flat(scaffold.memory.get(SERVER, "control")), total)
 
 
-@given(seed=st.integers(0, 99), steps=st.integers(1, 4), rate=st.floats(0.01, 0.2))
-def test_our_variate_is_option_ii_under_sgd(seed, steps, rate):
-    """c_k − c + (θ_t − θ_k)/(K η) is the mean gradient before correction."""
-    of = layout(modules=1)
-    start, own, control = (random_adapter(of, seed + i).double() for i in range(3))
-    raw = [random_adapter(of, seed + 10 + step).double() for step in range(steps)]
-    end = start - rate * sum(gradient + control - own for gradient in raw)
-    torch.testing.assert_close(own - control + (start - end) / (steps * rate), sum(raw) / steps)
+def test_clients_that_have_not_said_how_many_rows_they_have_count_as_the_others_do():
+    scaffold, of = CORRECTIONS["scaffold"](), layout(modules=1)
+    method = FedIT()
+    scaffold.begin_run(begin(method, of, [2, 4, 0, 0], random_adapter(of)), method)
+    scaffold.begin_stage(of)
+    gradient = random_adapter(of, 1)
+    scaffold_round(scaffold, random_adapter(of), {1: gradient})
+    torch.testing.assert_close(of.flat(scaffold.memory.get(SERVER, "control")), gradient * 4 / 12)
+
+
+def test_scaffold_ends_at_the_optimum_of_all_rows_where_averaging_alone_drifts_away():
+    """Clients of 9 rows and of 1, f_k(x) = ½ s_k (x − a_k)², many local steps of gradient descent."""
+    of, examples, slopes, targets = layout(modules=1), [9, 1], [1.0, 6.0], [0.0, 1.0]
+    optimum = 1 * 6.0 / (9 * 1.0 + 1 * 6.0)
+    ends = {}
+    for name in ("scaffold", None):
+        method, correction = FedIT(), CORRECTIONS[name]() if name else None
+        adapter = torch.full((sum(of.sizes),), 0.5)
+        clients = begin(method, of, examples, adapter)
+        if correction is not None:
+            correction.begin_run(clients, method)
+            correction.begin_stage(of)
+        for index in range(60):
+            if correction is not None:
+                correction.begin_round(adapter)
+                correction.arrive(correction.download())
+            gradients = {}
+
+            def train(client, start, correction=correction, gradients=gradients):
+                now, raw = start.clone(), []
+                for _ in range(10):
+                    raw.append(slopes[client] * (now - targets[client]))
+                    extra = 0 if correction is None else correction.gradient(client, start, now)
+                    now = now - 0.05 * (raw[-1] + extra)
+                gradients[client] = sum(raw) / len(raw)
+                return now
+
+            adapter = round_of(method, index, adapter, [0, 1], train)
+            if correction is not None:
+                for client, gradient in gradients.items():
+                    correction.receive(client, correction.payload(client, gradient))
+                    correction.keep(client, gradient)
+                correction.end_round()
+                correction.memory.commit()
+        ends[name] = adapter[0].item()
+    assert ends["scaffold"] == pytest.approx(optimum, abs=1e-3)
+    assert abs(ends[None] - optimum) > 0.05
 
 
 def by_hand(name, gradients, rate=0.1, beta1=0.9, beta2=0.99, tau=1e-3):

@@ -13,8 +13,9 @@ from hf_devft.federation.privacy import RecordPrivacy, RowsApart
 from hf_devft.federation.privacy.noise import gaussian
 
 
-def steps(parameters, noise=0.0, norm=1.0, batch_size=4, secret=7, turn=(0, 0)):
-    return RecordPrivacy(noise, norm, batch_size, secret).steps(parameters, *turn)
+def steps(parameters, noise=0.0, norm=1.0, batch_size=4, secret=7, turn=(0, 0), examples=1000):
+    privacy = RecordPrivacy(noise, norm, batch_size, secret, examples=[examples] * (turn[1] + 1))
+    return privacy.steps(parameters, *turn)
 
 
 def take(gradients: list[list[torch.Tensor]], **rule) -> list[torch.Tensor]:
@@ -56,6 +57,11 @@ def test_one_row_more_changes_the_sum_by_no_more_than_the_norm(norm, scale, coun
     assert (more - one).norm().item() <= norm * 1.0001 + 1e-5
 
 
+def test_a_client_of_fewer_rows_than_a_batch_divides_by_those_that_it_has():
+    found = flat(take(rows(3), norm=1e6, batch_size=16, examples=3))
+    assert torch.allclose(found, sum(map(flat, rows(3))) / 3)
+
+
 def test_a_row_that_is_not_finite_counts_as_nothing():
     broken = [[torch.full((3, 2), float("nan")), torch.zeros(4)], [torch.full((3, 2), float("inf")), torch.zeros(4)]]
     assert torch.equal(flat(take([*rows(2), *broken])), flat(take(rows(2))))
@@ -95,7 +101,10 @@ def test_each_step_and_each_sum_has_noise_of_its_own():
 
 
 def test_rows_are_drawn_one_by_one():
-    all_rows, privacy = np.arange(1000, 1100), RecordPrivacy(1.0, 1.0, batch_size=10, secret=2**100 + 3)
+    all_rows, privacy = (
+        np.arange(1000, 1100),
+        RecordPrivacy(1.0, 1.0, batch_size=10, secret=2**100 + 3, examples=[100]),
+    )
     batches = privacy.batches(all_rows, 4, 2)
     drawn = list(itertools.islice(batches, 500))
     sizes = [len(batch) for batch in drawn]

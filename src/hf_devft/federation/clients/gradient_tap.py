@@ -39,7 +39,7 @@ class GradientTap:
         self.corrects = False
 
     def __enter__(self) -> "GradientTap":
-        self._steps = 0
+        self._steps, self._is_open = 0, False
         self._added: list[torch.Tensor] | None = None
         self._sum = torch.zeros_like(self._read()) if self._records else None
         self._step = torch.zeros_like(self._sum) if self._records else None
@@ -58,6 +58,7 @@ class GradientTap:
     def begin_step(self) -> None:
         """The gradients to come are of the adapter as it is now."""
         self._end_step()
+        self._is_open = True
         if self._correction is not None:
             self._added = self._layout.cut(self._correction(self._read()))
 
@@ -70,11 +71,12 @@ class GradientTap:
         return self._sum / max(1, self._steps)
 
     def _end_step(self) -> None:
-        if self._sum is not None and self._step.any():
+        if self._sum is not None and self._is_open:
             if torch.isfinite(self._step).all():
                 self._sum += self._step
                 self._steps += 1
             self._step.zero_()
+            self._is_open = False
 
     def _hook(self, place: int, gradient: torch.Tensor) -> torch.Tensor:
         scale = self._scale()

@@ -1,4 +1,4 @@
-"""A simulated clock, by the speeds, bandwidths and times of the clients."""
+"""A simulated clock, by the speeds and bandwidths of the clients, and under `resource_aware` their times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -194,6 +194,12 @@ class FederatedMethod:
         started from, which both ends know."""
         return self.layout.pick(adapter, self.sends(client))
 
+    def message_sizes(self, client: int) -> tuple[int, int]:
+        """Count the values of a client's first messages of a stage, to it and from it."""
+        sizes = self.layout.sizes
+        down, up = (sum(sizes[place] for place in places) for places in (self.receives(client), self.sends(client)))
+        return down, up
+
     # --- the server's round ---------------------------------------------------------------------------------
 
     def receive(self, client: int, start: torch.Tensor, payload: torch.Tensor) -> None:

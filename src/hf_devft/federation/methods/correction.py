@@ -50,7 +50,7 @@ class LocalCorrection:
     def keep(self, client: int, mean_gradient: torch.Tensor) -> None:
         """Remember what stays with a client whose payload will count."""
 
-    def receive(self, payload: torch.Tensor) -> None:
+    def receive(self, client: int, payload: torch.Tensor) -> None:
         """Add a client's payload to the server's sum."""
 
     def merge(self, add_up: Callable[[torch.Tensor], None]) -> None:

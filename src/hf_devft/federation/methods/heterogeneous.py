@@ -45,6 +45,10 @@ class HeterogeneousRanks(FederatedMethod):
         """r_k."""
         return self._ranks[client % len(self._ranks)]
 
+    def message_sizes(self, client: int) -> tuple[int, int]:
+        values = self.payload(client, self.adapter).numel()
+        return values, values
+
     def download(self, client: int) -> torch.Tensor:
         return self.payload(client, self.adapter)
 

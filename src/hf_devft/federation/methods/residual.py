@@ -12,8 +12,9 @@ from hf_devft.models.layout import LoraPair
 class Residual(Stacking):
     """Keeps ΔW, dense, for every module: the model is the base + ΔW + the adapter.
 
-    A client is sent the factors that went into ΔW since it last took part, or where those are more than a matrix's
-    rank, as many; in a new stage, all of them again (our choice: it may not hold what its new layers were fused from).
+    A client is sent the factors of the others that went into ΔW since it last took part, or where those are more values
+    than that, their product; in a new stage, all of them again (our choice: it may not hold what its new layers were
+    fused from).
     """
 
     modifies_base_weights = products = True
@@ -33,8 +34,12 @@ class Residual(Stacking):
             key: delta.float() + (before[key].to(delta.device) if key in before else 0) for key, delta in
             deltas.items()
         })  # fmt: skip
-        sent = int((self.rows[:, -1] > 0).sum()) * self.layout.shapes[self.layout.pairs[0].a][0]
+        sent = int((self.rows[:, -1] > 0).sum()) * self._rank
         self.memory.put(SERVER, "stacked", {"rank": torch.tensor(self._stacked(SERVER) + sent)})
+
+    @property
+    def _rank(self) -> int:
+        return self.layout.shapes[self.layout.pairs[0].a][0]
 
     def _stacked(self, owner: int | str) -> int:
         """Ranks that went into ΔW so far, or that a client has received."""
@@ -44,11 +49,15 @@ class Residual(Stacking):
     def download(self, client: int) -> torch.Tensor:
         missing = self._stacked(SERVER) - self._stacked(client)
         shapes = [(self.layout.shapes[pair.a], self.layout.shapes[pair.b]) for pair in self.layout.pairs]
-        factors = sum(min(missing, a[1], b[0]) * (a[1] + b[0]) for a, b in shapes)
+        factors = sum(min(missing * (a[1] + b[0]), a[1] * b[0]) for a, b in shapes)
         return placeholder_message(factors + sum(self.layout.sizes[place] for place in self.layout.others))
 
     def keep(self, client: int, start: torch.Tensor, adapter: torch.Tensor) -> None:
-        self.memory.put(client, "stacked", {"rank": torch.tensor(self._stacked(SERVER))})
+        known = self._stacked(SERVER) + self._rank  # and its own of this round
+        self.memory.put(client, "stacked", {"rank": torch.tensor(known)})
+
+    def message_sizes(self, client: int) -> tuple[int, int]:
+        return self.download(client).numel(), super().message_sizes(client)[1]
 
     def mean_product(self, pair: LoraPair, adapters: Sequence, weights: Sequence[float]) -> torch.Tensor:
         """scaling · Σ_k p_k B_k A_k."""

@@ -10,7 +10,9 @@ from hf_devft.federation.methods.correction import LocalCorrection
 
 
 class Scaffold(LocalCorrection):
-    """Adds c − c_k to a client's gradients (eq. 3), c_k its own control variate and c = (1/N) Σ_k c_k the server's.
+    """Adds c − c_k to a client's gradients (eq. 3), c_k its own control variate and c = Σ_k n_k c_k / Σ_k n_k the
+    server's: weighted by their rows n_k as the clients' models are (the paper weights neither; with one weighted and
+    the other not, training would end at another objective's optimum).
 
     After its steps a client takes c_k⁺ = c_k − c + (θ_t − θ_k)/(K η) (option II) and sends c_k⁺ − c_k beside its
     adapter. Under plain SGD that is the mean of its gradients before correction, and we take this mean as it is, so
@@ -50,12 +52,18 @@ class Scaffold(LocalCorrection):
     def keep(self, client: int, mean_gradient: torch.Tensor) -> None:
         self.memory.put(client, "control", self.layout.state(mean_gradient))
 
-    def receive(self, payload: torch.Tensor) -> None:
-        self._sum += payload.to(self._sum.device)
+    def receive(self, client: int, payload: torch.Tensor) -> None:
+        self._sum += self._share(client) * payload.to(self._sum.device)
+
+    def _share(self, client: int) -> float:
+        """n_k / Σ n_k; clients that have not said yet how many rows they have count as those that have, on average."""
+        examples = self.clients.examples
+        known = [count for count in examples if count]
+        return examples[client] * len(known) / (sum(known) * len(examples))
 
     def merge(self, add_up: Callable[[torch.Tensor], None]) -> None:
         add_up(self._sum)
 
     def end_round(self) -> None:
-        control = self.control.cpu() + (self._sum / len(self.clients.examples)).float().cpu()
+        control = self.control.cpu() + self._sum.float().cpu()
         self.memory.put(SERVER, "control", self.layout.state(control))

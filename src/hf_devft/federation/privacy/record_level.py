@@ -25,14 +25,16 @@ class RecordPrivacy:
     or balances its experts over a batch, would break the bound without a sign.
 
     Attributes:
-        noise_multiplier: z. clipping_norm: C. batch_size: how many rows a step has on average.
+        noise_multiplier: z. clipping_norm: C. batch_size: how many rows a step has on average, where a client has more.
         secret: what rows, dropout and noise are drawn by.
+        examples: how many rows each client has.
     """
 
     noise_multiplier: float
     clipping_norm: float
     batch_size: int
     secret: int
+    examples: Sequence[int]
 
     def batches(self, rows: np.ndarray, round_index: int, client: int) -> Iterator[list[int]]:
         """Draw endless batches of a client's rows in a round: each row is in each of them with the same chance, so
@@ -60,6 +62,7 @@ class PrivateSteps:
 
     def __init__(self, privacy: RecordPrivacy, parameters: Sequence[nn.Parameter], turn: tuple[int, int]):
         self._privacy, self._turn, self._step = privacy, turn, 0
+        self._expected = min(privacy.batch_size, privacy.examples[turn[1]])
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._begin_step()
 
@@ -81,7 +84,7 @@ class PrivateSteps:
         rule = (privacy.noise_multiplier, privacy.clipping_norm, privacy.batch_size)
         drawn = gaussian(flat.numel(), privacy.secret, *self._turn, self._step, rule, flat)
         noise = (drawn * privacy.noise_multiplier * privacy.clipping_norm).to(flat)
-        noisy = ((flat + noise) / privacy.batch_size).split([total.numel() for total in self._sums])
+        noisy = ((flat + noise) / self._expected).split([total.numel() for total in self._sums])
         for parameter, gradient in zip(self._parameters, noisy, strict=True):
             parameter.grad = gradient.view_as(parameter)
         self._step += 1
