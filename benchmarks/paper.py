@@ -94,8 +94,8 @@ def claims() -> list[tuple[str, str, str, str]]:
         (
             "one round of the first stage: 10.3x less time, 4x less traffic and memory; of the last: 1.44x less",
             f"with a quarter of the layers {_first_round(until_fedit, balanced, 'bytes'):.1f}x less traffic, "
-            f"{_first_round(until_fedit, balanced, 'client_flops'):.1f}x fewer FLOPs, by the ledger; of Gemma, 5 of 18 layers: "
-            f"{_first_round(real_fedit, real_paper, 'bytes'):.1f}x and "
+            f"{_first_round(until_fedit, balanced, 'client_flops'):.1f}x fewer FLOPs, by the ledger; "
+            f"of Gemma, 5 of 18 layers: {_first_round(real_fedit, real_paper, 'bytes'):.1f}x and "
             f"{_first_round(real_fedit, real_paper, 'client_flops'):.1f}x, "
             f"{_first_peak(real_fedit) / _first_peak(real_paper):.1f}x less peak memory",
             "",
@@ -109,9 +109,9 @@ def claims() -> list[tuple[str, str, str, str]]:
             f"anchor {ablation('normalized_cut, anchor, broadcast')}, "
             f"sum {ablation('normalized_cut, sum, broadcast')} (12 rounds, one seed, balanced groups)",
             "",
-            "Met for sums alone. Anchors are not worse than the differential (level in 30 rounds, three seeds), random "
-            f"groups lose nothing with it in one seed ({worst_random():.1f} points with the mean), and even groups are "
-            "the same ones, as our base was grown.",
+            "Met for sums alone. Anchors are not worse than the differential (level in 30 rounds, three seeds), "
+            f"random groups lose nothing with it in one seed ({worst_random():.1f} points with the mean), and even "
+            "groups are the same ones, as our base was grown.",
         ),
         (
             "with FedSA-LoRA: +3.51, 3.31x faster, 2.14x less communication",

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from rounds_of import begin, layout, random_adapter
 
 from hf_devft.federation.client_side import ClientSide, ToClient, exchange_here

@@ -62,7 +62,8 @@ class _StopAtCheckpoint(TrainerCallback):
         asked = torch.tensor(float(self.asked), device=args.device)
         add_up(asked)
         self.agreed = bool(asked)
-        control.should_save |= self.agreed
+        if self.agreed:
+            control.should_save, args.save_only_model = True, False  # to go on from
 
     def on_save(self, args, state, control, **kwargs):
         if self.agreed:

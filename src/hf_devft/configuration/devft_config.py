@@ -212,8 +212,8 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
         wire_top_k (`float`, *optional*):
             The earlier name of `upload_fraction`; goes with version 0.3.
         client_selection (`str`, *optional*, defaults to `"uniform"`):
-            Which clients a round asks: `"uniform"`, `"by_size"` (chances in proportion to their examples, and updates count alike) or
-            `"resource_aware"` (REFL: those first that will soon be gone; updates may come late).
+            Which clients a round asks: `"uniform"`, `"by_size"` (chances in proportion to their examples, and updates
+            count alike) or `"resource_aware"` (REFL: those first that will soon be gone; updates may come late).
         client_selection_kwargs (`dict` or `str`, *optional*):
             Options of the selection, such as `{"wait_for": 0.8}`.
         client_resources (`str`, *optional*):

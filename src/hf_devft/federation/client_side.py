@@ -97,8 +97,8 @@ class ClientSide:
         )
 
     def end(self, turn: ClientTurn, trained: Trained) -> Answer:
-        """Make the client's message of what it has trained, and remember what stays with it, where the server will take
-        it: values that are finite, and none that is absurd."""
+        """Make the client's message of what it has trained, and remember what stays with it, where the server will
+        take it: values that are finite, and none that is absurd."""
         if isinstance(trained, Exception):
             return trained
         (result, adapter), client, method = trained, turn.client, self.method

@@ -31,10 +31,10 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         with _naming(target):
             temporary.mkdir(parents=True)
             yield temporary
+            _flush(temporary)  # some disks say only now that they are full
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _flush(temporary)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
@@ -110,12 +110,20 @@ def _listed(path: Path) -> Iterator[Path]:
 
 def _flush(folder: Path) -> None:
     """Force a folder onto the disk before it takes its name, so that it is whole after a power failure, too."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    folders = [folder]
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            folders.append(path)
+            continue
+        with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows flushes none that is open to read
+            os.fsync(file.fileno())
+    for path in folders:
+        with suppress(OSError):  # some file systems flush no folder, and Windows opens none
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def delete_folders(paths: Iterable[Path], leftovers: Iterable[Path]) -> None:

@@ -11,6 +11,9 @@ from hf_devft.embedded import EMBEDDED
 from hf_devft.models.gguf import locate
 
 
+TAG = "devft"  # of every card's metadata
+
+
 @dataclass(frozen=True)
 class CardContext:
     """What a card tells beside the stages' records.
@@ -79,7 +82,7 @@ def model_card(stages: list[StageConfig], context: CardContext, location: str) -
         datasets=context.datasets,
         library_name="peft",
         pipeline_tag=stage.task,
-        tags=["devft", "federated-learning", "lora"],
+        tags=[TAG, "federated-learning", "lora"],
         model_name=context.model_name,
         eval_results=results or None,
     )

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from peft import (
@@ -20,17 +20,20 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_devft.models.initialisation import without_weight_based_init
 from hf_devft.models.layout import State
+from hf_devft.models.saved_modules import train_saved_modules_in_float32
 from hf_devft.models.weights import gathered, stand_ins
 
 
 def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """Put a new adapter on `base` (changed in place), as `get_peft_model` does; its config has the base's revision,
-    which PEFT's auto classes load."""
+    which PEFT's auto classes load, and modules that are trained whole are in float32, as LoRA is."""
     config.revision = getattr(base.config, "_commit_hash", None) or config.revision
     with warnings.catch_warnings(), stand_ins(base):  # PEFT puts an adapter where its layer is
         # PEFT still reads an alias that transformers 5 has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)
+    train_saved_modules_in_float32(model)
+    return model
 
 
 def attach_adapter(base: PreTrainedModel, config: PeftConfig, state: State, grows: bool = False) -> PeftModel:
@@ -102,13 +105,18 @@ def with_head(config: PeftConfig, base: PreTrainedModel) -> tuple[PeftConfig, st
     return config, name
 
 
-def own_adapted_weights(model: PeftModel, layers: Iterable[nn.Module]) -> None:
-    """Give the modules of layers that have an adapter copies of their weights, in place, so that merging it changes
-    no other model's."""
-    for module in (module for layer in layers for module in layer.modules() if isinstance(module, BaseTunerLayer)):
+def own_adapted_weights(model: PeftModel) -> None:
+    """Give the modules that have an adapter copies of their weights, in place, so that merging it changes no other
+    model's. Output embeddings with an adapter are then no longer tied to the input's."""
+    for module in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
         base = module.get_base_layer()
         for name, weight in list(base.named_parameters(recurse=False)):
             setattr(base, name, copy.deepcopy(weight))
+
+
+def shared_copy(model: PeftModel) -> PeftModel:
+    """Copy a model's Python structure: its parameters and buffers are those of `model`."""
+    return copy.deepcopy(model, {id(each): each for each in (*model.parameters(), *model.buffers())})
 
 
 def detach_adapter(model: PeftModel) -> PreTrainedModel:
@@ -133,11 +141,12 @@ def load_adapter_state(model: PeftModel, state: State) -> None:
     Raises:
         ValueError: names or shapes differ.
     """
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    name = model.active_adapter
+    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     wrong = sorted(set(expected) ^ set(state)) or [key for key in state if state[key].shape != expected[key].shape]
     if wrong:
         raise ValueError(
             f"the adapter does not fit the model: {len(wrong)} tensors differ in name or shape, such as {wrong[0]!r}. "
             "Use the base and the LoRA config that it was made with."
         )
-    set_peft_model_state_dict(model, state)
+    set_peft_model_state_dict(model, state, adapter_name=name)

@@ -16,7 +16,6 @@ from transformers import TrainingArguments
 
 from hf_devft.models.layer_stack import watch_lengths
 from hf_devft.models.layout import AdapterLayout, trainable
-from hf_devft.models.saved_modules import compute_in_own_dtype
 from hf_devft.models.weights import is_sharded
 
 
@@ -57,7 +56,7 @@ class Engine:
         self.flops_per_token: dict[tuple, tuple[float, ...]] = {}
         self.layout = AdapterLayout.of(model)
         self.lengths, watches = watch_lengths(model.get_base_model())
-        self._hooks = [*hooks, *watches, *compute_in_own_dtype(model)]
+        self._hooks = [*hooks, *watches]
         self.optimizer = None
         self.prepare(model, make_optimizer, skip_ddp)
         self._base_rates: list[float] = (

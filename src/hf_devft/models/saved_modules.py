@@ -7,21 +7,19 @@ import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 
-def compute_in_own_dtype(model: PeftModel) -> list[RemovableHandle]:
-    """Have each module that is trained whole compute in the dtype of its weights and give back that of the base, so
-    that it can be trained in float32, as LoRA is, beside a base in half precision; returns the hooks."""
-    hooks = []
+def train_saved_modules_in_float32(model: PeftModel) -> None:
+    """Have each module that is trained whole keep its weights in float32, as LoRA does, compute in that, and give back
+    what the base beside it would."""
     for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
         trained, original = wrapper.modules_to_save[model.active_adapter], wrapper.original_module
-        hooks.append(trained.register_forward_pre_hook(partial(_take, original), with_kwargs=True))
-        hooks.append(trained.register_forward_hook(partial(_give, original)))
-    return hooks
+        trained.float()
+        trained.register_forward_pre_hook(partial(_take, original), with_kwargs=True)
+        trained.register_forward_hook(partial(_give, original))
 
 
-# Dtypes are asked for in each call: an engine may have cast the base. Where both have one, nothing is done.
+# Dtypes are asked for in each call: an engine may have cast all of the model. Where both have one, nothing is done.
 def _take(original: nn.Module, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     own = _dtype(module)
     if own == _dtype(original):

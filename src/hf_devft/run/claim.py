@@ -1,5 +1,6 @@
 """The output folder of a run: one run at a time, and not another one's."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hf_devft.configuration import DevFTConfig
 from hf_devft.configuration.stage_folder import LEDGER, PLOT, STAGE_CONFIG_NAME
 from hf_devft.files import CHECKSUMS, delete_folders
+from hf_devft.hub.model_card import TAG
 from hf_devft.models.adapter_files import ADAPTER_WEIGHTS
 from hf_devft.run.checkpoint import RUN_STATE
 
 
 LOCK = ".run.lock"
+_LEFT = re.compile(r"(stage|checkpoint)-\d+")
 _ROOT = (
     STAGE_CONFIG_NAME, CONFIG_NAME, ADAPTER_WEIGHTS, LEDGER, RUN_STATE, TRAINER_STATE_NAME, CHECKSUMS, PLOT,
     "README.md",
@@ -29,11 +32,11 @@ def claim(args: DevFTConfig, is_new: bool) -> Iterator[None]:
     ends.
 
     Args:
-        is_new: whether the run starts; then what another one has left there is deleted with
+        is_new: whether the run starts there; then what another one has left there is deleted with
             `args.overwrite_output_dir`, and refused without.
 
     Raises:
-        ValueError: another run is at work there, or has left stages or checkpoints.
+        ValueError: another run is at work there, or has left stages or checkpoints; a README that is no card.
     """
     folder = Path(args.output_dir)
     lock, refusal = None, None
@@ -56,10 +59,16 @@ def _refusal(lock: FileLock, folder: Path, is_new: bool, overwrite: bool) -> str
         lock.acquire()
     except Timeout:
         return f"another run is at work in {folder}: wait until it is over, or choose another `output_dir`."
+    if is_new:
+        try:
+            _check_card(folder)
+        except ValueError as error:
+            return str(error)
     left = _left_in(folder) if is_new else []
     if left and not overwrite:
         return _why_taken(folder, left)
-    for name in _ROOT if left else ():
+    copies = {path.name for stage in left for path in stage.iterdir() if path.is_file()}  # a tokenizer's, say
+    for name in {*_ROOT, *copies} if left else ():
         (folder / name).unlink(missing_ok=True)
     delete_folders(left, leftovers=[])
     return None
@@ -71,9 +80,28 @@ def check_free(args: DevFTConfig) -> None:
     Raises:
         ValueError: says what to do.
     """
-    is_new = not (args.resume_from_checkpoint or args.resume_from_hub or args.overwrite_output_dir)
-    if is_new and (left := _left_in(Path(args.output_dir))):
-        raise ValueError(_why_taken(Path(args.output_dir), left))
+    folder, given = Path(args.output_dir), args.resume_from_checkpoint
+    goes_on = given in (True, "last", "true", "True") or goes_on_in(folder, given)
+    if not (goes_on or args.overwrite_output_dir) and (left := _left_in(folder)):
+        raise ValueError(_why_taken(folder, left))
+    if not goes_on:
+        _check_card(folder)
+
+
+def goes_on_in(output_dir: str | Path, checkpoint: str | Path | None) -> bool:
+    """Whether what a run goes on from lies in its own output folder, so that the run there is this one."""
+    return checkpoint is not None and Path(checkpoint).resolve().parent == Path(output_dir).resolve()
+
+
+def _check_card(folder: Path) -> None:
+    """Refuse to write over a README that no run has written.
+
+    Raises:
+        ValueError: says so.
+    """
+    readme = folder / "README.md"
+    if readme.exists() and f"- {TAG}\n" not in readme.read_text(errors="replace"):
+        raise ValueError(f"{readme} is no card of a run, and would be replaced by one: choose another `output_dir`.")
 
 
 def _why_taken(folder: Path, left: Sequence[Path]) -> str:
@@ -85,4 +113,5 @@ def _why_taken(folder: Path, left: Sequence[Path]) -> str:
 
 
 def _left_in(folder: Path) -> list[Path]:
-    return [*folder.glob("stage-*/"), *folder.glob("checkpoint-*/")]
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in entries if path.is_dir() and _LEFT.fullmatch(path.name))

@@ -23,7 +23,7 @@ def make_sampler(
     """Make what draws the batches of local trainings, (round, client), in this order, as rows.
 
     Args:
-        dataset: all clients' rows.
+        dataset: all clients' rows, with all of their columns.
         rows: each client's, by its number.
         placement: this process's share of each batch.
         privacy: of the clients' rows, for which each is drawn by chance; or None.
@@ -46,7 +46,8 @@ def make_sampler(
 
 
 def lengths_of(dataset: Dataset, column: str = "length") -> np.ndarray:
-    """Return the lengths of a dataset's rows: those in a column of this name, or of their `input_ids`.
+    """Return the lengths of a dataset's rows: those in a column of this name, or of their `input_ids`, or of their
+    sound, `input_values`.
 
     Raises:
         ValueError: it has neither.
@@ -54,10 +55,11 @@ def lengths_of(dataset: Dataset, column: str = "length") -> np.ndarray:
     names = getattr(dataset, "column_names", None) or []
     if column in names:
         return np.asarray(dataset[column][:])
-    if "input_ids" not in names:
+    main = next((name for name in ("input_ids", "input_values") if name in names), None)
+    if main is None:
         raise ValueError(
             f'train_sampling_strategy="group_by_length" needs a column {column!r} or "input_ids"; there are {names}. '
             'Add one, or set "random".'
         )
-    ids = dataset.select_columns("input_ids").with_format("arrow")[:].column(0)
-    return pc.list_value_length(ids).to_numpy()
+    values = dataset.select_columns(main).with_format("arrow")[:].column(0)
+    return pc.list_value_length(values).to_numpy()

@@ -78,7 +78,7 @@ def load_submodel(
             load_taught_state(layers_of(submodel, stack, config.groups), state, bridges_only=not config.healing_steps)
         model = attach_adapter(submodel, *adapter).requires_grad_(False).eval()
     if not by_name:
-        own_adapted_weights(model, layers_of(submodel, stack, config.groups))
+        own_adapted_weights(model)
     return model
 
 

@@ -6,6 +6,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from hf_devft.federation.clients.batched import obstacle_of_model
+from hf_devft.trainer.overrides import is_overridden
 
 
 logger = logging.getLogger(__name__)
@@ -22,12 +23,6 @@ HOOKS = (
 def overridden_hooks(trainer: Trainer) -> list[str]:
     """Those of `HOOKS` that a trainer has of its own."""
     return [name for name in HOOKS if is_overridden(trainer, name)]
-
-
-def is_overridden(trainer: Trainer, name: str) -> bool:
-    """Whether a trainer has a method of its own in the place of `Trainer`'s."""
-    hook = getattr(trainer, name)
-    return getattr(hook, "__func__", hook) is not getattr(Trainer, name)
 
 
 def obstacle_of_trainer(trainer: Trainer) -> str | None:

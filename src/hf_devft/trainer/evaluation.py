@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers import EarlyStoppingCallback
+from transformers.trainer_callback import CallbackHandler
 
 from hf_devft.configuration import DevFTConfig
 from hf_devft.tasks.generation import exact_match
@@ -48,6 +50,19 @@ def evaluation_share(args: DevFTConfig) -> tuple[int, int]:
     """(index, count) of processes that share what is evaluated: one, where all hold only a part of the model."""
     sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     return (0, 1) if sharded else (args.process_index, args.world_size)
+
+
+@contextmanager
+def early_stopping_waits(handler: CallbackHandler) -> Iterator[list[EarlyStoppingCallback]]:
+    """Within this context, early stopping is not told of evaluations, as each set's alone would count for all, or lack
+    its metric; gives who waits."""
+    everyone = handler.callbacks
+    waiting = [callback for callback in everyone if isinstance(callback, EarlyStoppingCallback)]
+    handler.callbacks = [callback for callback in everyone if callback not in waiting]
+    try:
+        yield waiting
+    finally:
+        handler.callbacks = everyone
 
 
 @contextmanager

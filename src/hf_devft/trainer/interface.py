@@ -46,7 +46,8 @@ class FederatedTrainer(TrainingHooks, Protocol):
     Attributes:
         args, model, model_wrapped, optimizer, lr_scheduler, deepspeed, state, control, callback_handler, accelerator,
         train_dataset, eval_dataset, processing_class, compute_metrics, preprocess_logits_for_metrics,
-        compute_loss_func, label_smoother, model_accepts_loss_kwargs, is_deepspeed_enabled: those of `Trainer`.
+        compute_loss_func, label_smoother, model_accepts_loss_kwargs, loss_is_scaled_for_ga, is_deepspeed_enabled:
+            those of `Trainer`.
         kind: "devft", "sft" or "dpo".
         clients: who has which rows of `train_dataset`.
         calibration_dataset: the server's own rows, or None.
@@ -73,6 +74,7 @@ class FederatedTrainer(TrainingHooks, Protocol):
     compute_loss_func: Callable | None
     label_smoother: Any
     model_accepts_loss_kwargs: bool
+    loss_is_scaled_for_ga: bool | None
     is_deepspeed_enabled: bool
     kind: str
     clients: ClientData

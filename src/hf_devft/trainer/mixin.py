@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,11 +26,17 @@ from hf_devft.hub.push import finished_stages
 from hf_devft.models.adapter import adapter_state
 from hf_devft.models.weights import is_stored
 from hf_devft.run.checkpoint import Checkpoint
-from hf_devft.run.claim import claim
+from hf_devft.run.claim import claim, goes_on_in
 from hf_devft.run.progress import leaving_bars, show_rounds
 from hf_devft.run.report import table_rows
 from hf_devft.trainer.active_stage import ActiveStage
-from hf_devft.trainer.evaluation import each_batch_alone, evaluate_full_depth, over_the_sets, submodel_metrics
+from hf_devft.trainer.evaluation import (
+    each_batch_alone,
+    early_stopping_waits,
+    evaluate_full_depth,
+    over_the_sets,
+    submodel_metrics,
+)
 from hf_devft.trainer.interface import ClientLink
 from hf_devft.trainer.model_in_use import ModelInUse
 from hf_devft.trainer.preparation import (
@@ -48,6 +55,9 @@ if TYPE_CHECKING:  # what it is mixed into
     from transformers import Trainer as Base
 else:
     Base = object
+
+
+logger = logging.getLogger(__name__)
 
 
 class DevFTMixin(Base):
@@ -157,7 +167,8 @@ class DevFTMixin(Base):
         """
         folder = starting_point(self.args, resume_from_checkpoint)
         self._checkpoint = self.run.load(folder) if folder else None
-        with claim(self.args, is_new=folder is None and self._session is None), leaving_bars(self):
+        is_new = self._session is None and not goes_on_in(self.args.output_dir, folder)
+        with claim(self.args, is_new), leaving_bars(self):
             return super().train(resume_from_checkpoint=folder, **kwargs)
 
     def _inner_training_loop(
@@ -203,6 +214,7 @@ class DevFTMixin(Base):
             self._finish_stage(active)
             active = None  # what it held is not needed to make the next one
         self.models.use_whole(self.run)
+        self.models.hand_back(self.run)
         if args.should_save and args.save_strategy != "no":
             # A run that was killed between its last save and the rotation has left one more than it keeps.
             rotate(Path(self._get_output_dir(trial=trial)), args, self.state)
@@ -230,11 +242,11 @@ class DevFTMixin(Base):
         return checkpoint
 
     def _log_save_evaluate(self, grad_norm, learning_rate, trial, ignore_keys, start_time) -> None:
-        asked = self.control.should_save and self.args.save_strategy == "best"  # a signal has, say
+        asked = self.control.should_save and self.control.should_evaluate and self.args.save_strategy == "best"
         self._maybe_log_save_evaluate(
             self._tr_loss, grad_norm, self.model, trial, self.state.epoch, ignore_keys, start_time, learning_rate
         )
-        if asked and self.state.best_global_step != self.state.global_step:  # nor has the evaluation
+        if asked and self.state.best_global_step != self.state.global_step:  # a signal has, and the evaluation not
             self._save_checkpoint(self.model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
@@ -273,20 +285,24 @@ class DevFTMixin(Base):
         return metrics
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As `Trainer`'s; of several sets also the mean and the worst, which callbacks are told at the end."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        """As `Trainer`'s; of several sets also the mean and the worst. Early stopping is told of all at once."""
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(sets, dict):
-            metrics |= over_the_sets(metrics, metric_key_prefix, sets)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if not isinstance(sets, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with early_stopping_waits(self.callback_handler) as waiting:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics |= over_the_sets(metrics, metric_key_prefix, sets)
+        for callback in waiting:
+            callback.on_evaluate(self.args, self.state, self.control, metrics=metrics)
         return metrics
 
     def _determine_best_metric(self, metrics, trial):
         """As `Trainer`'s, of rounds that are saved; the stage's record has the metrics of the one it will hand on."""
-        if self.args.load_best_model_at_end and not (self.control.should_save or self.args.save_strategy == "best"):
-            return False
-        is_new_best = super()._determine_best_metric(metrics, trial)
-        if self.run.active is not None and (is_new_best or not self.args.load_best_model_at_end):
+        hands_on_best = self.args.load_best_model_at_end
+        is_saved = self.control.should_save or self.args.save_strategy == "best"
+        is_new_best = (is_saved or not hands_on_best) and super()._determine_best_metric(metrics, trial)
+        is_handed_on = is_new_best or not hands_on_best or self.state.best_global_step is None  # as yet
+        if self.run.active is not None and is_handed_on:
             self.run.active.record.metrics = submodel_metrics(metrics, self.eval_dataset)
         return is_new_best
 
@@ -347,6 +363,7 @@ class DevFTMixin(Base):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        **card: Any,
     ) -> CommitInfo | None:
         """Push each finished stage that is not there, as a commit and a tag; where none is, the adapter as it is.
 
@@ -354,10 +371,13 @@ class DevFTMixin(Base):
             commit_message: where there is no stage; a stage's commit has its name.
             blocking: wait for it, and raise what goes wrong; else push beside what comes next, as training does.
             token, revision, private: instead of `hub_token`, `hub_revision`, `hub_private_repo`.
+            card: what `Trainer` would put into a card; of no use here, see `create_model_card`.
 
         Returns:
             The last commit; None where all was there, on other processes than the main one, and if not waited for.
         """
+        if card:
+            self.create_model_card(**card)
         if not finished_stages(self.args.output_dir):
             self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
@@ -366,6 +386,12 @@ class DevFTMixin(Base):
         pusher = self.publisher.pusher if is_own else make_pusher(self.args, token, revision, private)
         push = push_all if blocking else submit_all
         return push(pusher, Path(self.args.output_dir), commit_message or "Adapter")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing but a warning: a stage's card is written when it is over, with what `card_*` of the config say."""
+        logger.warning(
+            "the run has written its cards: set `card_license`, `card_language`, `card_datasets` before it."
+        )
 
     def _finish_current_push(self) -> None:
         if self.publisher is not None and self.args.push_to_hub:

@@ -1,24 +1,31 @@
 """The model that a trainer trains or evaluates: a stage's submodel or the full model, and the base that they share."""
 
+import gc
+import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 from peft import PeftModel
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_devft.models.adapter import adapter_state, detach_adapter
+from hf_devft.models.adapter import adapter_state, detach_adapter, load_adapter_state, shared_copy
 from hf_devft.models.counted_logits import count_logits
 from hf_devft.models.engines import Engine, make_engine, shard
 from hf_devft.models.residual import PatchedBaseWeights
 from hf_devft.models.weights import is_stored
 from hf_devft.stages.submodel import build_whole
 from hf_devft.tasks.predictions import reduce_logits
-from hf_devft.trainer.client_batching import is_overridden
 from hf_devft.trainer.federated_run import FederatedRun
 from hf_devft.trainer.interface import FederatedTrainer
+from hf_devft.trainer.overrides import is_overridden
+
+
+logger = logging.getLogger(__name__)
 
 
 class ModelInUse:
@@ -37,6 +44,7 @@ class ModelInUse:
     def __init__(self, trainer: FederatedTrainer, patched: PatchedBaseWeights | None):
         self._trainer, self._patched = trainer, patched
         self._leaves_logits_out = False
+        self._given = weakref.ref(trainer.model)
         self.base: PreTrainedModel | None = None
         self.engine: Engine | None = None
         # DeepSpeed evaluates by an engine of its own, and would keep it.
@@ -55,13 +63,17 @@ class ModelInUse:
             return make_engine(
                 trainer.accelerator,
                 model,
-                trainer.create_optimizer if train else None,
+                self._make_optimizer if train else None,
                 trainer.args.learning_rate,
                 skip_ddp=trainer.args.client_placement == "client_parallel",
                 hooks=hooks,
             )
         finally:
             trainer.model, trainer.optimizer = before
+
+    def _make_optimizer(self) -> Optimizer:
+        made = self._trainer.create_optimizer()
+        return self._trainer.optimizer if made is None else made  # an own one may only set it, as `Trainer` allows
 
     def _freeze_inputs(self, base: PreTrainedModel) -> None:
         """Undo that the embeddings' output requires a gradient, as transformers and PEFT set it for activation
@@ -135,7 +147,7 @@ class ModelInUse:
             self.engine.close()
         self.is_whole = False
         if self.base is None:
-            self.base = detach_adapter(trainer.model)
+            self.base = detach_adapter(shared_copy(trainer.model))  # whoever has passed the model keeps it
             self._freeze_inputs(self.base)  # submodels would have it, too
             if self._patched is not None:
                 self._patched.close()
@@ -153,3 +165,16 @@ class ModelInUse:
         model = run.adapter.attach(build_whole(self.release(), run.args.stack), run.residual)
         self.use(self.build_engine(model, train=False))
         self.is_whole = True
+
+    def hand_back(self, run: FederatedRun) -> None:
+        """Put what was trained into the adapter of the model that the trainer was given, where somebody has it
+        still."""
+        if run.residual:
+            gc.collect()  # one that is nobody's may still be there
+        given = self._given()
+        if given is None or given is self._trainer.model or run.adapter.initial:  # whose base had moved weights
+            return
+        if run.residual:
+            logger.warning("the model that was passed is as it was: what was trained is `trainer.model`.")
+        else:
+            load_adapter_state(given, run.adapter.state)

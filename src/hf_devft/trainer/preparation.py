@@ -33,9 +33,11 @@ from hf_devft.stages.global_adapter import GlobalAdapter
 from hf_devft.stages.grouping import GroupingTask, group_layers
 from hf_devft.stages.transfer import check_alike
 from hf_devft.tasks.data import first_rows
+from hf_devft.trainer.evaluation import named_sets
 from hf_devft.trainer.federated_run import FederatedRun, planned_draws
 from hf_devft.trainer.federation_builder import federation_of
 from hf_devft.trainer.interface import FederatedTrainer
+from hf_devft.trainer.overrides import check_overrides, is_overridden
 
 
 logger = logging.getLogger(__name__)
@@ -118,9 +120,32 @@ def adapter_config_of(model: Any, initialisation: str | None) -> PeftConfig:
     config = copy.deepcopy(model.peft_config[model.active_adapter])
     config.inference_mode = False
     check_adapter(config)
+    _check_trained_parts(model)
     if initialisation is not None:
         config.init_lora_weights = initialisation
     return config
+
+
+def _check_trained_parts(model: PeftModel) -> None:
+    """Refuse a model in which other parameters are to be trained than its adapter's: each stage makes an adapter of
+    its own. One that was loaded for inference, in which nothing is, will be trained.
+
+    Raises:
+        ValueError: says which parameters, and what to do instead.
+    """
+    parts = (f".{model.base_model.prefix}", f".modules_to_save.{model.active_adapter}.")
+    own = {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if others := sorted(trained - own):
+        raise ValueError(
+            f"{len(others)} parameters of the base are to be trained, such as {others[0]}: freeze them, or name their "
+            "modules in `modules_to_save`."
+        )
+    if trained and (frozen := sorted(own - trained)):
+        raise ValueError(
+            f"{len(frozen)} parameters of the adapter are frozen, such as {frozen[0]}: unfreeze them, or for LoRA's A "
+            'use `federated_method="ffa_lora"`.'
+        )
 
 
 def check_stages(args: DevFTConfig, stages: Sequence[StageConfig], stack: LayerStack, capacities: Capacities) -> None:
@@ -236,13 +261,23 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
             f"DeepSpeed was asked for, but Accelerate runs {accelerator.distributed_type.value}: launch by "
             "`accelerate launch` with a config like recipes/accelerate/zero3.yaml."
         )
+    check_overrides(trainer)
+    devices = set((getattr(trainer.model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        raise ValueError(
+            f"the model is spread over {len(devices)} devices by its `device_map`, but a client is trained on one: "
+            "leave `device_map` out, or cut the model over processes by recipes/accelerate/zero3.yaml."
+        )
+    for name, rows in named_sets(trainer.eval_dataset).items():
+        if rows is not None and not hasattr(rows, "__len__"):
+            raise ValueError(f"eval_dataset {name} has no length: pass a `datasets.Dataset`, or one with `__len__`.")
     setup = Setup(
         args,
         trainer=trainer.kind,
         adapter=adapter_config_of(trainer.model, initialisation),
         base=trainer.model.get_base_model(),
         mixed_precision=accelerator.mixed_precision,
-        mean_over_tokens=bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func),
+        mean_over_tokens=_is_mean_over_tokens(trainer),
         has_processor=trainer.processing_class is not None,
         has_evaluation=trainer.eval_dataset is not None,
         server_rows=False if given is None else given,
@@ -252,6 +287,15 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
     if args.device.type == "cpu" and args.process_index == 0:
         _advise_float32(accelerator.mixed_precision, setup.base.dtype)
     return setup
+
+
+def _is_mean_over_tokens(trainer: FederatedTrainer) -> bool:
+    """Whether the loss of a part of a batch is scaled by the tokens of the whole, as far as one can know."""
+    if trainer.loss_is_scaled_for_ga is not None:  # an own `compute_loss` says so
+        return trainer.loss_is_scaled_for_ga
+    if trainer.kind == "devft" and is_overridden(trainer, "compute_loss"):
+        return False
+    return bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
 
 
 def _advise_float32(mixed_precision: str, dtype: torch.dtype) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from transformers import TrainerState
-from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
 
 from hf_devft.configuration import DevFTConfig
 from hf_devft.files import delete_folders
 from hf_devft.hub.download import download_stage, newest_commit
 from hf_devft.hub.push import HubPusher, finished_stages
+from hf_devft.run.checkpoint import RUN_STATE
 
 
 logger = logging.getLogger(__name__)
@@ -56,11 +58,21 @@ def _later(args: DevFTConfig, chosen: Path) -> list[str]:
 
 
 def _newest(folder: Path) -> str | None:
-    """The newest checkpoint of a run, or its newest stage where it has left no checkpoint."""
-    if (checkpoint := get_last_checkpoint(folder)) is not None:
-        return checkpoint
-    stages = finished_stages(folder)
-    return str(folder / f"stage-{stages[-1]}") if stages else None
+    """The newest checkpoint of a run that one can go on from, or its newest stage, if that has more rounds."""
+    checkpoints = [
+        path for path in sort_checkpoints(str(folder), use_mtime=False) if (Path(path) / RUN_STATE).exists()
+    ]
+    stages = [str(folder / f"stage-{stage}") for stage in finished_stages(folder)[-1:]]
+    rounds = {path: _round_of(path) for path in checkpoints[-1:]} | {path: _rounds_done(path) for path in stages}
+    return max(rounds, key=rounds.__getitem__, default=None)  # of equals the checkpoint
+
+
+def _rounds_done(stage: str) -> int:
+    """Of the run, at a stage's end; 0 where its folder does not tell."""
+    try:
+        return TrainerState.load_from_json(f"{stage}/{TRAINER_STATE_NAME}").global_step
+    except (OSError, ValueError, TypeError):
+        return 0
 
 
 def download_last_stage(args: DevFTConfig) -> str:

@@ -29,7 +29,8 @@ class RoundSchedule:
         self.base_rate = trainer.args.learning_rate
         self.clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.base_rate)
         trainer.lr_scheduler = None
-        self.scheduler = trainer.create_scheduler(num_rounds, optimizer=self.clock)
+        made = trainer.create_scheduler(num_rounds, optimizer=self.clock)
+        self.scheduler = trainer.lr_scheduler if made is None else made  # an own one may only set it
         self._goes_by_a_metric = isinstance(self.scheduler, (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR))
         for _ in range(done):
             self.step()

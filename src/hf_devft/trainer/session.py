@@ -44,6 +44,7 @@ from hf_devft.trainer.federation_builder import federation_of, gradient_obstacle
 from hf_devft.trainer.interface import ClientLink, FederatedTrainer
 from hf_devft.trainer.local_clients import LocalClients
 from hf_devft.trainer.model_in_use import ModelInUse
+from hf_devft.trainer.overrides import warn_of_silent_events
 from hf_devft.trainer.recomputation import Recomputation
 from hf_devft.trainer.resuming import rotate
 from hf_devft.trainer.schedule import RoundSchedule
@@ -82,6 +83,9 @@ class TrainingSession:
             self.schedule = RoundSchedule(trainer, run.num_rounds, trainer.state.global_step, state)
         self.peak_memory = PeakMemory(args.device)
         self.table = GrowingTable()
+        if checkpoint is not None:
+            self._find_best(checkpoint.folder.parent)
+        warn_of_silent_events(trainer.callback_handler.callbacks)
         self._local_training = LocalTraining(trainer, trainer.placement.shares_batches)
         most = len(trainer.placement.clients(range(args.clients_per_round)))
         self._batching = ClientBatching(trainer, most, gradient_obstacle(args, self.federation))
@@ -248,7 +252,8 @@ class TrainingSession:
         trainer = self.trainer
         rows, collator = trainer.client_rows()
         each_clients = list(trainer.clients.rows.values())
-        sampler = make_sampler(trainer.args, rows, each_clients, order, trainer.placement, self._privacy)
+        everything = trainer.train_dataset  # the collator takes no column of lengths
+        sampler = make_sampler(trainer.args, everything, each_clients, order, trainer.placement, self._privacy)
         return client_loader(rows, collator, sampler, trainer.args)
 
     def run_round(self, active: ActiveStage, learning_rate: float) -> RoundOutcome:
@@ -259,7 +264,7 @@ class TrainingSession:
         active.adapter = outcome.adapter
         active.add_to_weights(self.run.residual)
         active.engine.begin_client(active.adapter, learning_rate)  # nothing of the last client stays
-        if not self.trainer.args.load_best_model_at_end:
+        if not self.trainer.args.load_best_model_at_end or self.trainer.state.best_global_step is None:
             active.record.metrics = {}  # they were of the round before
         seconds, peak = time.perf_counter() - started, self.peak_memory.read()
         self.run.record_round(outcome, index, seconds, peak)
@@ -290,16 +295,21 @@ class TrainingSession:
         where asked."""
         trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
         target = run_dir / f"checkpoint-{state.global_step}"
-        if state.best_global_step:
-            best = run_dir / f"checkpoint-{state.best_global_step}"
-            if best == target or best.exists():
-                state.best_model_checkpoint = str(best)
+        self._find_best(run_dir, target)
         if args.should_save:
             self._write_checkpoint(target)
             if trainer.publisher is not None and args.push_to_hub:
                 trainer.publisher.submit_checkpoint(target, state.global_step)
             rotate(run_dir, args, state)
         trainer.accelerator.wait_for_everyone()
+
+    def _find_best(self, run_dir: Path, written: Path | None = None) -> None:
+        """Note where the best round's checkpoint is, in the folder where the run is now; `written` is about to be."""
+        state = self.trainer.state
+        if state.best_global_step:
+            best = run_dir / f"checkpoint-{state.best_global_step}"
+            if best == written or best.exists():
+                state.best_model_checkpoint = str(best)
 
     def _write_checkpoint(self, target: Path) -> None:
         trainer, active = self.trainer, self.run.active

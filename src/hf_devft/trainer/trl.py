@@ -24,7 +24,7 @@ from hf_devft.trainer.preparation import check_config, prepare_peft_config
 
 try:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-    from trl.trainer.utils import add_fused_lm_head
+    from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 except ImportError as error:
     raise ImportError("TRL is not installed: pip install 'hf-devft[trl]', in a clone '.[trl]'") from error
 
@@ -35,6 +35,8 @@ _ROW = "_row"
 @dataclass
 class DevFTSFTConfig(DevFTConfig, SFTConfig):
     """`DevFTConfig` and what only [`~trl.SFTConfig`] has; defaults of what both have are the former's."""
+
+    _VALID_DICT_FIELDS = [*dict.fromkeys([*DevFTConfig._VALID_DICT_FIELDS, *SFTConfig._VALID_DICT_FIELDS])]
 
 
 @dataclass
@@ -149,6 +151,8 @@ class DevFTDPOTrainer(TRLMixin, DPOTrainer):
 
     def prepare_model_in_use(self, model: PeftModel) -> None:
         super().prepare_model_in_use(model)
+        if self.args.disable_dropout:  # which TRL has done for its own model alone
+            disable_dropout_in_model(model)
         model.disable_adapter = MethodType(_without_adapter, model)
 
 

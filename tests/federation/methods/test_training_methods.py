@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from rounds_of import begin, layout, random_adapter, round_of
 
 from hf_devft.federation.memory import SERVER

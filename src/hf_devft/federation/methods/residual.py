@@ -12,9 +12,9 @@ from hf_devft.models.layout import LoraPair
 class Residual(Stacking):
     """Keeps ΔW, dense, for every module: the model is the base + ΔW + the adapter.
 
-    A client is sent the factors of the others that went into ΔW since it last took part, or where those are more values
-    than that, their product; in a new stage, all of them again (our choice: it may not hold what its new layers were
-    fused from).
+    A client is sent the factors of the others that went into ΔW since it last took part, or where their product has
+    fewer values, that; in a new stage, all of them again (our choice: it may not hold what its new layers were fused
+    from).
     """
 
     modifies_base_weights = products = True

@@ -25,7 +25,8 @@ class RecordPrivacy:
     or balances its experts over a batch, would break the bound without a sign.
 
     Attributes:
-        noise_multiplier: z. clipping_norm: C. batch_size: how many rows a step has on average, where a client has more.
+        noise_multiplier: z. clipping_norm: C. batch_size: how many rows a step has on average, of a client's that has
+            more.
         secret: what rows, dropout and noise are drawn by.
         examples: how many rows each client has.
     """
