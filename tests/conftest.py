@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # the tests' own Hub stores fi
 import datasets
 import hypothesis
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 from transformers.utils import logging
 
@@ -136,7 +136,7 @@ def make_trainer(tmp_path, tasks, tokenizer):
         return cls(
             model if model is not None else tiny_llama(),
             config(output_dir or tmp_path / "run", **kwargs),
-            peft_config=lora() if peft_config is None else peft_config,
+            peft_config=lora() if peft_config is None and not isinstance(model, PeftModel) else peft_config,
             train_dataset=tasks if train_dataset is None else train_dataset,
             processing_class=tokenizer,
             **passed,

@@ -118,6 +118,37 @@ def test_values_mean_what_they_say(tmp_path):
         parse_arguments([], write(tmp_path / "e.yaml", "output_dir: out\nstage_rounds: a few\n"))
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["stage_rounds=2", "seed=5"], "'stage_rounds=2' .* belongs to no flag. Did you mean `--stage_rounds 2`"),
+        (["--bf16", "false", "seed"], "'seed' .* belongs to no flag"),
+        (["--config", "quickstart"], "--config is given twice"),
+    ],
+)
+def test_words_that_no_flag_takes_are_refused(default, argv, says):
+    with pytest.raises(ValueError, match=says):
+        parse_arguments(["--config", str(default), *argv])
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "expected"),
+    [
+        ("stage_learning_rates: [1e-3, 2e-3]", ["--learning_rate", "1e-5"], {"stage_learning_rates": None}),
+        (
+            "stage_learning_rates: [1e-3, 2e-3]\ndistillation_steps: 4",
+            ["--learning_rate", "1e-5"],
+            {"stage_learning_rates": [1e-3, 2e-3], "learning_rate": 1e-5},
+        ),
+        ("stage_layers: [2, 4]", ["--growth_factor", "1.5"], {"stage_layers": None, "growth_factor": 1.5}),
+        ("stage_layers: [2, 4]", ["--initial_layers", "2"], {"stage_layers": None, "initial_layers": 2}),
+    ],
+)
+def test_a_flag_wins_over_another_key_of_the_file(tmp_path, text, argv, expected):
+    _, args = parse_arguments(argv, write(tmp_path / "file.yaml", f"output_dir: out\n{text}\n"))
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
 @pytest.mark.parametrize("argv", [["--stage_layer", "2"], ["--stage_layer=2"]])
 def test_an_unknown_flag_names_the_nearest(default, argv):
     with pytest.raises(ValueError, match=r"stage_layer.* command line\. Did you mean 'stage_layers'\?"):
@@ -179,7 +210,11 @@ def test_a_private_run_holds_out_none_of_its_clients_rows(tmp_path, server):
         (["--train_file", "a.jsonl", "--dataset_name", "b"], "train_file and dataset_name are both given"),
         (["--dataset_eval_split", "test"], "dataset_eval_split is a part of dataset_name"),
         (["--dataset_name", "a", "--dataset_eval_split", "test", "--eval_file", "b"], "give either it or eval_file"),
-        (["--eval_fraction", "1.5"], "eval_fraction=1.5: give a part"),
+        (["--train_file", "a.jsonl", "--eval_fraction", "1.5"], "eval_fraction=1.5: give a part"),
+        (["--eval_fraction", "0.2"], "eval_fraction=0.2 is of one's own rows"),
+        (["--train_file", "a", "--eval_file", "b", "--eval_fraction", "0.2"], "eval_fraction=0.2 holds rows out"),
+        (["--adapter_name_or_path", "a", "--lora_r", "16"], "--lora_r is of a new adapter"),
+        (["--max_steps", "0"], "max_steps=0 trains nothing"),
         (["--learning_rate", "abc"], "argument --learning_rate.*: invalid float value: 'abc'"),
         (["--stage_layers", "16", "4"], r"stage_layers=\[16, 4\] must increase"),
     ],

@@ -45,6 +45,31 @@ def test_what_another_run_has_left_is_kept_unless_it_may_go(tmp_path):
     assert names == {"notes", "mine.txt", ".run.lock"}
 
 
+def test_what_looks_like_a_run_s_but_is_none_stays(tmp_path):
+    (tmp_path / "stage-data").mkdir()
+    (tmp_path / "stage-1").write_text("a note")
+    with claim(config(tmp_path, overwrite_output_dir=True), is_new=True):
+        assert {"stage-data", "stage-1"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_readme_that_no_run_has_written_is_not_written_over(tmp_path):
+    (tmp_path / "README.md").write_text("# My project\n")
+    refused = pytest.raises(ValueError, match=r"README.md is no card of a run, .* choose another `output_dir`")
+    with refused, claim(config(tmp_path, overwrite_output_dir=True), is_new=True):
+        raise AssertionError
+
+
+def test_going_on_from_elsewhere_is_a_new_run_here(make_trainer, tmp_path):
+    options = {"overwrite_output_dir": False, "save_strategy": "steps", "save_steps": 1}
+    for name in ("a", "b"):
+        make_trainer(output_dir=tmp_path / name, **options).train()
+    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "b").rglob("*.safetensors")}
+    with pytest.raises(ValueError, match=r"b holds a run already"):
+        make_trainer(output_dir=tmp_path / "b", **options).train(str(tmp_path / "a" / "checkpoint-1"))
+    assert there == {path: path.stat().st_mtime_ns for path in (tmp_path / "b").rglob("*.safetensors")}
+    make_trainer(output_dir=tmp_path / "a", **options).train(str(tmp_path / "a" / "checkpoint-1"))
+
+
 def test_a_run_is_not_started_beside_another_one(make_trainer, tmp_path):
     trainer = make_trainer(overwrite_output_dir=False)
     trainer.train()

@@ -15,6 +15,21 @@ def test_runs_are_compared_at_a_loss_that_all_have_reached():
     assert reached(curves[0], 2).bytes == 10
 
 
+def test_a_loss_that_is_not_finite_is_no_point(make_trainer, eval_tasks, tmp_path):
+    make_trainer(eval_dataset=eval_tasks, eval_strategy="epoch", eval_on_start=True).train()
+    path = tmp_path / "run" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    evaluated = [row for row in state["log_history"] if "eval_full_loss" in row or "eval_loss" in row]
+    for row in evaluated[:-1]:
+        row |= {key: float("nan") for key in ("eval_full_loss", "eval_loss") if key in row}
+    write_json(path, state)
+    assert len(read_curve(tmp_path / "run")) == 1
+    evaluated[-1] |= {key: float("nan") for key in ("eval_full_loss", "eval_loss") if key in evaluated[-1]}
+    write_json(path, state)
+    with pytest.raises(ValueError, match="has no finite evaluation at full depth: its loss is NaN"):
+        read_curve(tmp_path / "run")
+
+
 def test_a_curve_has_what_the_server_did_until_then(make_trainer, eval_tasks, tmp_path):
     trainer = make_trainer(
         eval_dataset=eval_tasks, calibration_dataset=eval_tasks, eval_strategy="steps", eval_steps=1,

@@ -44,7 +44,6 @@ def test_full_capacity_is_the_model_again_on_the_same_tensors():
     assert list(map(id, whole.parameters())) == list(map(id, model.parameters()))
 
 
-@torch.no_grad()
 class Packed(torch.nn.Module):
     """A linear module as GPTQ's: integers in a buffer."""
 
@@ -67,6 +66,7 @@ def test_weights_in_buffers_are_neither_compared_nor_fused():
     build_submodel(model, stack, groups, "anchor")
 
 
+@torch.no_grad()
 def test_equal_layers_fuse_to_a_model_of_those_layers():
     model = tiny_model("llama")
     stack = find_layer_stack(model)

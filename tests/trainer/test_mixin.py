@@ -29,6 +29,7 @@ from hf_devft.models.adapter import adapter_state
 from hf_devft.stages import FUSIONS
 from hf_devft.tasks.data import tokenize
 from hf_devft.trainer import mixin
+from hf_devft.trainer.resuming import starting_point
 
 
 def final_adapter(trainer) -> dict[str, torch.Tensor]:
@@ -463,6 +464,56 @@ def test_several_sets_stop_a_stage_and_lower_the_rate_by_their_mean(make_trainer
     trainer.train()
     assert [stage.rounds_done for stage in trainer.stages] == ([2, 2] if stopping else [4, 4])
     assert {"eval_loss", "eval_worst_loss"} <= trainer.evaluate().keys()
+
+
+def test_patience_counts_an_evaluation_of_several_sets_once(make_trainer, caplog):
+    stop = EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=100.0)
+    trainer = make_trainer(
+        client_eval_size=0.2, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        metric_for_best_model="eval_client-0_loss", load_best_model_at_end=True, stage_rounds=[5], callbacks=[stop],
+    )  # fmt: skip
+    trainer.train()
+    assert [stage.rounds_done for stage in trainer.stages] == [3, 3], (
+        "the first one is the best, then two that are not"
+    )
+    assert "early stopping is disabled" not in caplog.text
+
+
+def test_a_stage_that_has_saved_nothing_hands_on_what_was_measured_last(make_trainer, eval_tasks):
+    trainer = make_trainer(
+        eval_dataset=eval_tasks, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=4,
+        load_best_model_at_end=True, stage_rounds=[2],
+    )  # fmt: skip
+    trainer.train()
+    measured = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert trainer.stages[0].metrics["eval_loss"] == measured[1], "of the second round, the stage's last"
+
+
+def test_a_save_that_is_asked_for_between_evaluations_is_one(make_trainer, eval_tasks, monkeypatch):
+    class Asks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save |= state.global_step == 1
+
+    saved = []
+    save = DevFTTrainer._save_checkpoint
+    monkeypatch.setattr(
+        DevFTTrainer, "_save_checkpoint", lambda self, *rest: (saved.append(self.state.global_step), save(self, *rest))
+    )
+    make_trainer(
+        eval_dataset=eval_tasks, eval_strategy="steps", eval_steps=2, save_strategy="best", stage_rounds=[2],
+        metric_for_best_model="loss", callbacks=[Asks()],
+    ).train()  # fmt: skip
+    assert saved.count(1) == 1
+
+
+def test_the_last_state_is_the_one_of_most_rounds(make_trainer, tmp_path):
+    """A stage that is over, not an older checkpoint of it, nor one that has no state to go on from."""
+    whole = make_trainer(save_strategy="steps", save_steps=3, max_steps=2)
+    whole.train()
+    folder = tmp_path / "run"
+    assert starting_point(whole.args, "last") == str(folder / "stage-1")
+    (folder / "checkpoint-1").mkdir()
+    assert starting_point(whole.args, "last") == str(folder / "stage-1"), "an adapter alone"
 
 
 # --- stops, resumes, failures --------------------------------------------------------------------------------

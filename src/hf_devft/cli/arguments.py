@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from peft import LoraConfig
@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 import hf_devft
 from hf_devft.cli.configs import packaged_config, take_config
+from hf_devft.cli.values import check_value
 from hf_devft.configuration import DevFTConfig
 from hf_devft.configuration.devft_config import RENAMED, UNSUPPORTED
 from hf_devft.tasks import TASKS
@@ -23,8 +24,14 @@ from hf_devft.tasks.data import SOURCE
 
 # Trainer -> what the names of its class and its config begin with.
 TRAINERS = {"devft": "DevFT", "sft": "DevFTSFT", "dpo": "DevFTDPO"}
-# Where rows come from, one of them: a file's key yields to the other on the command line.
+# (key of a file, another that takes its place on the command line).
 _RIVALS = (
+    ("stage_layers", "initial_layers"),
+    ("stage_layers", "growth_factor"),
+    ("dataset_eval_split", "eval_fraction"),
+    ("eval_file", "eval_fraction"),
+    ("eval_fraction", "eval_file"),
+    ("eval_fraction", "dataset_eval_split"),
     ("dataset_name", "train_file"),
     ("dataset_eval_split", "train_file"),
     ("dataset_eval_split", "eval_file"),
@@ -32,6 +39,12 @@ _RIVALS = (
     ("eval_file", "dataset_eval_split"),
     *((others, "client_eval_size") for others in ("eval_file", "eval_fraction", "dataset_eval_split")),
 )
+
+
+_OF_NEW_ADAPTERS = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers", "lora_modules_to_save", "use_rslora",
+    "init_lora_weights", "use_dora",
+)  # fmt: skip
 
 
 @dataclass
@@ -119,6 +132,16 @@ class RecipeArguments:
                 "dataset_eval_split is a part of dataset_name to evaluate on: give either it or eval_file, and no "
                 "split without a dataset."
             )
+        if self.eval_fraction and (self.eval_file or self.dataset_eval_split):
+            raise ValueError(
+                f"eval_fraction={self.eval_fraction} holds rows out where no others are to be evaluated on: leave it "
+                "out, or eval_file and dataset_eval_split."
+            )
+        if self.eval_fraction and not (self.train_file or self.dataset_name):
+            raise ValueError(
+                f"eval_fraction={self.eval_fraction} is of one's own rows: give `train_file` or `dataset_name`; of "
+                "made-up tasks, `task_eval_rows` are evaluated on."
+            )
         if self.eval_fraction is not None and not 0 <= self.eval_fraction < 1:
             raise ValueError(
                 f"eval_fraction={self.eval_fraction}: give a part from 0, which holds nothing out, to below 1."
@@ -195,6 +218,8 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
     for old, new in (*RENAMED.items(), *_RIVALS):  # the command line wins, by either name
         if new in flags:
             values.pop(old, None)
+    if "learning_rate" in flags and not (values.get("distillation_steps") or "distillation_steps" in flags):
+        values.pop("stage_learning_rates", None)  # which distillation has beside its own
     chosen = values.keys() | set(flags)
     if "num_train_epochs" in chosen:  # also where it is the default
         raise ValueError(f"num_train_epochs is not used: {UNSUPPORTED['num_train_epochs'][1]}.")
@@ -209,15 +234,22 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
     values = {key: _as_written(lists.get(key), key, value) for key, value in values.items()}
     parser = OneLineParser(kinds, allow_abbrev=False)
     known = set(options)
+    _refuse_unknown(values, known, str(config))
     if "--help-all" in argv:
         parser.print_help()
         sys.exit()
-    _refuse_unknown(values, known, str(config))
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    for key, value in values.items():
+        check_value(key, value, hints[key], str(config))
     _refuse_twice([key for key, of in lists.items() if of is str], flags)
     parser.set_defaults(**values)
     namespace, rest = parser.parse_known_args(argv)
-    _refuse_unknown([word.removeprefix("--") for word in rest], known, "the command line")
+    _refuse_rest(rest, known)
     given = vars(namespace)
+    if given["adapter_name_or_path"] and (own := [flag for flag in flags if flag in _OF_NEW_ADAPTERS]):
+        raise ValueError(
+            f"--{own[0]} is of a new adapter, but that of adapter_name_or_path has a config of its own: leave it out."
+        )
     if not chosen & {"partition", "num_clients"} and len(given["train_file"] or []) > 1:
         given |= {"partition": "natural", "partition_column": SOURCE}  # a file, a client
     return tuple(
@@ -290,11 +322,23 @@ def _as_written(of: type | None, key: str, value: Any) -> Any:
         return value  # which the parser or the config refuses
 
 
-def _refuse_unknown(keys: Iterable[str], known: set[str], where: str) -> None:
-    for key in keys:
-        name = _key(key)
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
+def _refuse_unknown(keys: Iterable[Any], known: set[str], where: str) -> None:
+    """Refuse keys that are not known as they are written."""
+    for key in map(str, keys):
+        if key not in known:
+            nearest = difflib.get_close_matches(_key(key), known, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else " See `--help`."
-            hint = " Give files after `--train_file`." if Path(key).is_file() else hint
             raise ValueError(f"unknown key {key!r} in {where}.{hint}")
+
+
+def _refuse_rest(words: Iterable[str], known: set[str]) -> None:
+    """Refuse what is left of a command line, which no flag has taken."""
+    for word in words:
+        name, _, value = word.removeprefix("--").partition("=")
+        if Path(word).is_file():
+            raise ValueError(f"unknown key {word!r} in the command line. Give files after `--train_file`.")
+        if _key(name) in known:
+            raise ValueError(
+                f"{word!r} in the command line belongs to no flag. Did you mean `--{_key(name)} {value or '...'}`?"
+            )
+        _refuse_unknown([name], known, "the command line")

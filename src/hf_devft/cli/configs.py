@@ -43,6 +43,8 @@ def take_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     if "--config" not in rest:
         return None, rest
     position = rest.index("--config")
-    if position + 1 == len(rest):
+    if rest.count("--config") > 1:
+        raise ValueError("--config is given twice: leave one out (`devft quickstart` has its own; use `devft train`).")
+    if position + 1 == len(rest) or rest[position + 1].startswith("--"):
         raise ValueError(f"--config needs the path of a YAML file, or one of {_NAMES}.")
     return find_config(rest[position + 1]), rest[:position] + rest[position + 2 :]

@@ -8,9 +8,11 @@
 Scores go into the metadata of the stage's card, and of the run's, where the stage is its newest.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from rich.console import Console
@@ -41,6 +43,9 @@ class EvaluationArguments:
     stage: int = field(metadata={"help": "Which stage, from 1."})
     submodel: bool = field(default=False, metadata={"help": "Its submodel, not the full base with its adapter."})
     base: str | None = field(default=None, metadata={"help": "The base, where it is elsewhere than in training."})
+    model_init_kwargs: str | None = field(
+        default=None, metadata={"help": "JSON: how it is loaded, such as the dtype or quantisation of the training."}
+    )
     tasks: list[str] = field(default_factory=list, metadata={"help": "lm-eval's, such as mmlu bbh ifeval."})
     include_path: str | None = field(default=None, metadata={"help": "A folder of lm-eval tasks of one's own."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt; default: the task's."})
@@ -57,6 +62,23 @@ def main(argv: Sequence[str]) -> None:
     with one_line_errors():
         parser = OneLineParser(EvaluationArguments, prog="devft evaluate")
         evaluate(parser.parse_args_into_dataclasses(list(argv))[0])
+
+
+def _how(options: EvaluationArguments) -> dict[str, Any]:
+    """How the base is to be loaded.
+
+    Raises:
+        ValueError: it is no JSON of a mapping.
+    """
+    try:
+        how = json.loads(options.model_init_kwargs or "{}")
+    except ValueError:
+        how = None
+    if not isinstance(how, dict):
+        raise ValueError(
+            f"""model_init_kwargs={options.model_init_kwargs}: give JSON, such as '{{"dtype": "float32"}}'."""
+        )
+    return how
 
 
 def evaluate(options: EvaluationArguments) -> None:
@@ -77,7 +99,7 @@ def evaluate(options: EvaluationArguments) -> None:
     if record.task != "text-generation":
         raise ValueError(f"stage {options.stage} is for {record.task}: these benchmarks ask causal language models.")
     tokenizer = AutoTokenizer.from_pretrained(options.run)
-    model = load_stage(options.run, options.stage, options.submodel, options.base)
+    model = load_stage(options.run, options.stage, options.submodel, options.base, **_how(options))
     of = f"stage {options.stage}, {'submodel' if options.submodel else 'full depth'}"
     if options.tasks:
         scores = run_tasks(

@@ -61,7 +61,8 @@ def closing(trainer: DevFTMixin) -> str:
         cost += f" and {_minutes(setup)} of setting stages up"
     planned, state = sum(stage.rounds for stage in run.stages), trainer.state
     if state.global_step == state.max_steps < planned:
-        cost += f"; ended by max_steps, {state.max_steps} of {planned} rounds"
+        by = "max_steps" if trainer.args.max_steps == state.max_steps else "dp_target_epsilon"
+        cost += f"; ended by {by}, {state.max_steps} of {planned} rounds"
     brought = [f"{', '.join(changes)} at full depth", f"for {cost}"] if changes else [cost]
     lines = [*brought, f"Adapters, model card and plot are in {folder}/"]
     if "eval_full_loss" in end:

@@ -1,5 +1,6 @@
 """`DevFTConfig`: what the user says of a run."""
 
+import json
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
@@ -96,6 +97,9 @@ _RANGES = (
 
 def _names(choices: Collection[str]) -> str:
     return ", ".join(choices)
+
+
+_MAPPINGS = ("model_init_kwargs", "federated_method_kwargs", "client_selection_kwargs")
 
 
 @dataclass
@@ -260,12 +264,7 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
             Longest generated answer.
     """
 
-    _VALID_DICT_FIELDS = [
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "model_init_kwargs",
-        "federated_method_kwargs",
-        "client_selection_kwargs",
-    ]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_MAPPINGS]
 
     learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of local training."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many rounds."})
@@ -382,6 +381,8 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
     generation_max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer, in tokens."})
 
     def __post_init__(self):
+        for option in _MAPPINGS:
+            _check_mapping(option, getattr(self, option))
         if self.deepspeed and not is_deepspeed_available():
             raise ImportError(
                 "DeepSpeed is not installed: pip install 'hf-devft[deepspeed]', in a clone '.[deepspeed]'"
@@ -457,6 +458,18 @@ def _rename_options(args: DevFTConfig) -> None:
             setattr(args, old, None)
 
 
+def _check_mapping(option: str, value: Any) -> None:
+    """Refuse a text that is not the JSON of a mapping."""
+    if not isinstance(value, str):
+        return
+    try:
+        is_mapping = isinstance(json.loads(value), dict)
+    except ValueError:
+        is_mapping = False
+    if not is_mapping:
+        raise ValueError(f"""{option}={value} is no mapping: write it as JSON, such as '{{"name": "value"}}'.""")
+
+
 def _number(args: DevFTConfig, option: str) -> Any:
     """An option whose value is to be compared."""
     if isinstance(value := getattr(args, option), str):
@@ -509,6 +522,8 @@ def _check_values(args: DevFTConfig) -> None:
         for option in options:
             if (value := _number(args, option)) is not None and not is_allowed(value):
                 raise ValueError(f"{option}={value}: give {instead}.")
+    if args.max_steps == 0:
+        raise ValueError("max_steps=0 trains nothing: give 1 round or more, or -1 for all of the stages' rounds.")
     if args.round_quorum > args.clients_per_round:
         raise ValueError(
             f"round_quorum={args.round_quorum} can never be reached by clients_per_round={args.clients_per_round}: "

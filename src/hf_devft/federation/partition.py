@@ -1,5 +1,6 @@
 """A dataset -> clients: one dataset in client order, and each client's rows in it."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -49,6 +50,13 @@ class ClientData:
     def examples(self) -> list[int]:
         """How many examples each client has, by number."""
         return [len(rows) for rows in self.rows.values()] if self.elsewhere is None else self.elsewhere
+
+    def digest(self) -> str:
+        """Return a SHA-256 of who has which rows."""
+        found = hashlib.sha256()
+        for name, rows in self.rows.items():
+            found.update(f"{name}:{len(rows)}:".encode() + rows.tobytes())
+        return found.hexdigest()
 
 
 def clients_elsewhere(names: Sequence[str]) -> ClientData:

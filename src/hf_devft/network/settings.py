@@ -70,12 +70,12 @@ def _plain(value: Any) -> Any:
 
 def training_options(text: str) -> dict[str, Any]:
     """Read the options of local training of a server's settings, but not the adapter's, which are put in another way
-    when a run has begun.
+    when a run has begun, nor the task, which the trainer finds out until then.
 
     Raises:
         ValueError: they are none.
     """
-    return _parts(text)[0]
+    return {name: value for name, value in _parts(text)[0].items() if name != "task"}
 
 
 def read_settings(text: str, own: dict[str, Any]) -> tuple[DevFTConfig, PeftConfig]:

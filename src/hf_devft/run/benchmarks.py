@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import torch
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_devft.configuration import StageConfig
@@ -24,7 +25,7 @@ from hf_devft.models.adapter_files import load_adapter
 from hf_devft.models.streaming import load_base
 from hf_devft.run.loading import load_submodel
 from hf_devft.tasks import TASKS
-from hf_devft.tasks.data import instruction_prompt
+from hf_devft.tasks.data import instruction_prompt, without_end
 from hf_devft.tasks.generation import continuations
 
 
@@ -46,14 +47,19 @@ class Score:
 
 
 def load_stage(
-    name_or_path: str | Path, stage: int, submodel: bool = False, base: str | None = None, token: str | None = None
-) -> PreTrainedModel:
-    """Load what a stage has left, as one model without adapter, on an accelerator where there is one: the full base
-    with the stage's adapter merged into it, or its submodel.
+    name_or_path: str | Path,
+    stage: int,
+    submodel: bool = False,
+    base: str | None = None,
+    token: str | None = None,
+    **options: Any,
+) -> PreTrainedModel | PeftModel:
+    """Load what a stage has left, on an accelerator where there is one: the full base with the stage's adapter, or its
+    submodel. In float32 the adapter is merged; in less, small changes would be lost in rounding.
 
     Args:
         name_or_path: a run's `output_dir`, or its repository. base: where it is now; default: as the stage's record
-            has it.
+            has it. options: how it is loaded, as `from_pretrained` takes them; give those of the training.
 
     Raises:
         OSError: there is no such stage.
@@ -64,13 +70,15 @@ def load_stage(
     if base is None:
         raise ValueError(f"stage {stage} of {name_or_path} does not say on which base it was trained: give `base`.")
     revision = {"revision": record.base_model_revision} if record.base_model_revision and not elsewhere else {}
-    whole = load_base(resolve_model_name(base), TASKS[record.task].auto_class, record.stack, not submodel, **revision)
+    options = revision | options
+    whole = load_base(resolve_model_name(base), TASKS[record.task].auto_class, record.stack, not submodel, **options)
     if submodel:
         model = load_submodel(whole, name_or_path, stage, token=token)
     else:
         model = attach_adapter(whole, *load_adapter(fetch_adapter(name_or_path, f"stage-{stage}", token=token)))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return model.merge_and_unload().eval().to(device)
+    is_exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    return (model.merge_and_unload() if is_exact else model).eval().to(device)
 
 
 def require_lm_eval() -> None:
@@ -80,7 +88,7 @@ def require_lm_eval() -> None:
 
 
 def run_tasks(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     *,
@@ -196,7 +204,7 @@ def push_scores(api: HfApi, repo_id: str, stage: int, scores: Sequence[Score], o
 
 
 def answer_questions(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[dict[str, Any]],
     max_new_tokens: int = 512,
@@ -223,7 +231,8 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], answers: S
     """The tokens of a conversation whose last turn has no answer yet."""
     if tokenizer.chat_template is None:
         pairs = zip(turns, [*answers, ""], strict=True)
-        return tokenizer("\n\n".join(f"{instruction_prompt(turn)}{answer}" for turn, answer in pairs))["input_ids"]
+        asked = "\n\n".join(f"{instruction_prompt(turn)}{answer}" for turn, answer in pairs)
+        return without_end([tokenizer(asked)["input_ids"]], tokenizer)[0]
     messages = [
         {"role": role, "content": content}
         for pair in zip_longest(turns, answers)

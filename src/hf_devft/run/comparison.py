@@ -1,5 +1,6 @@
 """Runs side by side: what each took until a loss that all of them reached."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,15 +48,19 @@ def read_curve(folder: str | Path) -> list[Point]:
     last, stages = StageConfig.from_pretrained(folder), read_stages(folder)
     ledger = Ledger(read_record(folder / LEDGER, list[RoundRecord]))
     history = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
-    losses: dict[int, float] = {}
+    losses: dict[int, float | None] = {}
     for row in history:
         # A submodel's own loss is another model's.
         is_whole = row["step"] == 0 or stages[row.get("stage", 1) - 1].num_layers == last.full_layers
         if "eval_full_loss" in row or ("eval_loss" in row and is_whole):
             losses[row["step"]] = row.get("eval_full_loss", row.get("eval_loss"))
-    if not losses:
-        raise ValueError(f"{folder} has no evaluation at full depth: train with `eval_strategy` and evaluation rows.")
-    return [_point(loss, ledger, step, stages) for step, loss in sorted(losses.items())]
+    found = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    if not found:
+        said = "finite evaluation at full depth: its loss is NaN" if losses else (
+            "evaluation at full depth: train with `eval_strategy` and evaluation rows"
+        )  # fmt: skip
+        raise ValueError(f"{folder} has no {said}.")
+    return [_point(loss, ledger, step, stages) for step, loss in sorted(found.items())]
 
 
 def _point(loss: float, ledger: Ledger, step: int, stages: Sequence[StageConfig]) -> Point:

@@ -49,7 +49,17 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         status = Path("/proc/self/status")
-        if not status.exists():
-            return psutil.Process().memory_info().rss
+        if not status.exists():  # not Linux: of the whole process so far, or what it holds now
+            return _highest() or psutil.Process().memory_info().rss
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(peak.split()[1]) * 1024
+
+
+def _highest() -> int:
+    """Bytes that this process has held at most; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024

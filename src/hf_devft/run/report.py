@@ -109,7 +109,7 @@ class RunReport:
         figure = plot_run(log_history, ledger, finished, self.baseline)
         imports, load = TASKS[stage.task].snippet(self.base_name, self.labels)
         context = CardContext(
-            model_name=Path(self.output_dir).name,
+            model_name=Path(self.output_dir).absolute().name,
             source=self.repo_id or self.output_dir,
             plot=PLOT,
             setup=self.setup,

@@ -1,5 +1,6 @@
 """Rows of text -> token ids with labels on what is to be learned; and the files that rows come from."""
 
+import glob
 import json
 import logging
 import os
@@ -175,7 +176,9 @@ def load_files(files: Sequence[str | Path], to_columns: Callable[[Dataset], Data
         builder, options = _BUILDERS[path.suffix]
         try:
             with _saying_nothing():
-                datasets[str(path)] = load_dataset(builder, data_files=str(path), split="train", **options)
+                datasets[str(path)] = load_dataset(
+                    builder, data_files=glob.escape(str(path)), split="train", **options
+                )
         except Exception as error:
             why = (path.suffix == ".jsonl" and _broken_line(path)) or error.__cause__ or error
             why = f"{why}: save it as UTF-8" if isinstance(why, UnicodeDecodeError) else why
@@ -315,7 +318,7 @@ Encoded = dict[str, list[list[int]]]
 
 
 def _encode_pair(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    prompts = _without_end(tokenizer(rows["prompt"], truncation=False).input_ids, tokenizer)
+    prompts = without_end(tokenizer(rows["prompt"], truncation=False).input_ids, tokenizer)
     completions = tokenizer(rows["completion"], add_special_tokens=False).input_ids
     encoded: Encoded = {"input_ids": [], "labels": []}
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -327,14 +330,15 @@ def _encode_pair(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase,
 
 
 def _encode_text(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    texts = _without_end(tokenizer(rows["text"]).input_ids, tokenizer)
+    texts = without_end(tokenizer(rows["text"]).input_ids, tokenizer)
     texts = [(tokens + [tokenizer.eos_token_id])[:max_length] for tokens in texts]
     return {"input_ids": texts, "labels": [list(text) for text in texts]}
 
 
-def _without_end(texts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def without_end(texts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Leave out the end, where the tokenizer adds one to every text."""
-    ends = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+    plain, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    ends = whole[-1:] == [tokenizer.eos_token_id] and whole[len(whole) - len(plain) :] != plain
     return [tokens[:-1] for tokens in texts] if ends else texts
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_devft.tasks.data import IGNORED
@@ -23,7 +24,7 @@ def prompt_and_answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
 
 @torch.no_grad()
 def continuations(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
@@ -56,7 +57,7 @@ def continuations(
     return found
 
 
-def _ends(model: PreTrainedModel) -> set[int]:
+def _ends(model: PreTrainedModel | PeftModel) -> set[int]:
     """The tokens that end a sequence."""
     end = model.generation_config.eos_token_id
     return set() if end is None else {end} if isinstance(end, int) else set(end)
@@ -68,7 +69,7 @@ def _until(tokens: list[int], ends: set[int]) -> list[int]:
 
 
 def generate_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     max_new_tokens: int = 64,
@@ -97,7 +98,7 @@ def generate_answers(
 
 
 def exact_match(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     max_new_tokens: int,

@@ -1,7 +1,6 @@
 """`DevFTMixin`: stages -> rounds -> artifacts on top of any `Trainer` subclass, and nothing below that."""
 
 import contextlib
-import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -28,8 +27,6 @@ from hf_devft.models.weights import is_stored
 from hf_devft.run.checkpoint import Checkpoint
 from hf_devft.run.claim import claim, goes_on_in
 from hf_devft.run.progress import leaving_bars, show_rounds
-from hf_devft.run.report import table_rows
-from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.evaluation import (
     each_batch_alone,
     early_stopping_waits,
@@ -211,7 +208,7 @@ class DevFTMixin(Base):
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
             self._log_save_evaluate(None, session.schedule.rate(record.learning_rate), *log_how)
             session.clients.end_stage()
-            self._finish_stage(active)
+            session.finish(active)
             active = None  # what it held is not needed to make the next one
         self.models.use_whole(self.run)
         self.models.hand_back(self.run)
@@ -249,28 +246,6 @@ class DevFTMixin(Base):
         if asked and self.state.best_global_step != self.state.global_step:  # a signal has, and the evaluation not
             self._save_checkpoint(self.model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-    def _finish_stage(self, active: ActiveStage) -> None:
-        """Finish a stage: transfer its adapter to full depth, measure that, write it, show it, push it."""
-        run, record, session = self.run, active.record, self._session
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        compact = run.hand_on(Path(best) if best is not None else None)
-        self.models.release()
-        if self.eval_dataset is not None:
-            self.models.use_whole(self.run)
-            record.metrics |= evaluate_full_depth(self, record.stage, record.metrics if active.is_whole else {})
-        if self.is_world_process_zero():
-            rows = table_rows(self.stages[: record.stage], run.start_metrics)
-            save_state = functools.partial(session.save_finished, record.stage)
-            publisher = self.publisher if self.args.push_to_hub else None
-            report = session.report(publisher and publisher.pusher.full_name())
-            report.write(run.result(record, compact), rows, self.state.log_history, run.ledger, save_state)
-            if publisher is not None and publisher.pushes_each_stage:
-                self.callback_handler.on_push_begin(self.args, self.state, self.control)
-                publisher.submit_stage(record.stage)
-            if not self.args.disable_tqdm:
-                session.table.show(rows)
-        self.accelerator.wait_for_everyone()
 
     # --- evaluation -----------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """One call of `train`: what lives from its start to its end, and how stages and rounds are run with it."""
 
+import functools
 import gc
 import time
 from collections.abc import Iterable
@@ -31,14 +32,14 @@ from hf_devft.models.layout import State
 from hf_devft.run.checkpoint import SCHEDULE, Checkpoint, save_federation
 from hf_devft.run.client_batches import make_sampler
 from hf_devft.run.peak_memory import PeakMemory
-from hf_devft.run.report import RunReport, describe_setup
+from hf_devft.run.report import RunReport, describe_setup, table_rows
 from hf_devft.run.tables import GrowingTable
 from hf_devft.stages.builder import SubmodelBuilder
 from hf_devft.tasks.data import first_rows
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.calibration import CalibrationLoss
 from hf_devft.trainer.client_batching import ClientBatching
-from hf_devft.trainer.evaluation import named_sets, number_of_rows
+from hf_devft.trainer.evaluation import evaluate_full_depth, named_sets, number_of_rows
 from hf_devft.trainer.federated_run import FederatedRun
 from hf_devft.trainer.federation_builder import federation_of, gradient_obstacle
 from hf_devft.trainer.interface import ClientLink, FederatedTrainer
@@ -64,7 +65,6 @@ class TrainingSession:
     Attributes:
         schedule: of the learning rate. peak_memory: of the work under way.
         clients: carries messages to the clients and back.
-        table: of the stages, on the terminal.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TrainingSession:
             state = checkpoint.schedule if checkpoint else None
             self.schedule = RoundSchedule(trainer, run.num_rounds, trainer.state.global_step, state)
         self.peak_memory = PeakMemory(args.device)
-        self.table = GrowingTable()
+        self._table = GrowingTable()
         if checkpoint is not None:
             self._find_best(checkpoint.folder.parent)
         warn_of_silent_events(trainer.callback_handler.callbacks)
@@ -104,7 +104,7 @@ class TrainingSession:
         if self.trainer.args.process_index == 0:
             goes_on = checkpoint is not None and checkpoint.folder.resolve().parent == folder.resolve()
             try:
-                found = read_secret(folder, is_new=not goes_on)
+                found = read_secret(folder, self.run.clients.digest(), is_new=not goes_on)
             except ValueError as error:  # which all processes raise
                 found = error
         if isinstance(found := broadcast_object_list([found])[0], ValueError):
@@ -270,9 +270,32 @@ class TrainingSession:
         self.run.record_round(outcome, index, seconds, peak)
         return outcome
 
+    def finish(self, active: ActiveStage) -> None:
+        """Finish a stage: transfer its adapter to full depth, measure that, write it, show it, push it."""
+        trainer, run, record = self.trainer, self.run, active.record
+        best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        compact = run.hand_on(Path(best) if best is not None else None)
+        self.models.release()
+        if trainer.eval_dataset is not None:
+            self.models.use_whole(run)
+            record.metrics |= evaluate_full_depth(trainer, record.stage, record.metrics if active.is_whole else {})
+        if trainer.args.process_index == 0:
+            rows = table_rows(run.stages[: record.stage], run.start_metrics)
+            publisher = trainer.publisher if trainer.args.push_to_hub else None
+            self._report(publisher and publisher.pusher.full_name()).write(
+                run.result(record, compact), rows, trainer.state.log_history, run.ledger,
+                functools.partial(self.save_finished, record.stage),
+            )  # fmt: skip
+            if publisher is not None and publisher.pushes_each_stage:
+                trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+                publisher.submit_stage(record.stage)
+            if not trainer.args.disable_tqdm:
+                self._table.show(rows)
+        trainer.accelerator.wait_for_everyone()
+
     # --- files ----------------------------------------------------------------------------------------------
 
-    def report(self, repo_id: str | None) -> RunReport:
+    def _report(self, repo_id: str | None) -> RunReport:
         """Make what writes the stages' folders and cards.
 
         Args:
