@@ -77,8 +77,6 @@ class DevFTTrainer(DevFTMixin, Trainer):
         **kwargs,
     ):
         settle_arguments(args, kwargs)
-        if model is None:
-            raise ValueError("model is None: pass a model, or its name or path.")
         given = given_adapter(model, args, peft_config)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         args.task = task_of(
@@ -122,6 +120,8 @@ class DevFTTrainer(DevFTMixin, Trainer):
             initialisation=given.initialisation,
             **kwargs,
         )
+        if not given.on_model:
+            self.given_model = None  # the adapter is ours
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """As `Trainer`'s; encodes rows as the constructor does."""
@@ -157,6 +157,8 @@ def given_adapter(model: Any, args: DevFTConfig, peft_config: PeftConfig | str |
     Raises:
         ValueError: there are two of them or none, or one that cannot be trained.
     """
+    if model is None:
+        raise ValueError("model is None: pass a model, or its name or path.")
     if isinstance(model, PeftModel):
         check_adapter(model.peft_config[model.active_adapter])
     if isinstance(model, PeftModel) == (peft_config is not None):

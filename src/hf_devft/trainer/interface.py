@@ -53,6 +53,7 @@ class FederatedTrainer(TrainingHooks, Protocol):
         calibration_dataset: the server's own rows, or None.
         placement: this process's share of the work.
         remote_clients: the way to clients on other machines; None where they are trained here.
+        given_model: what was passed, where it had an adapter.
         publisher: pushes to the Hub; None where nothing is pushed, and on other processes than the main one.
     """
 
@@ -81,6 +82,7 @@ class FederatedTrainer(TrainingHooks, Protocol):
     calibration_dataset: Dataset | None
     placement: Placement
     remote_clients: ClientLink | None
+    given_model: PeftModel | None
     publisher: RunPublisher | None
 
     def create_optimizer(self) -> torch.optim.Optimizer:

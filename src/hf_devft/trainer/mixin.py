@@ -89,6 +89,7 @@ class DevFTMixin(Base):
     model: PeftModel
     kind = "devft"  # as `check_compatibility` knows it
     publisher: RunPublisher | None = None  # on the main process, with `push_to_hub`
+    given_model: PeftModel | None = None  # with an adapter of its own, which will have what was trained
 
     def __init__(
         self,
@@ -104,6 +105,7 @@ class DevFTMixin(Base):
         **kwargs,
     ):
         settle_arguments(args, kwargs)
+        self.given_model = model if isinstance(model, PeftModel) else None
         self.clients, eval_dataset = clients_and_evaluation(args, train_dataset, eval_dataset, partitioner)
         super().__init__(
             model=model, args=args, train_dataset=self.clients.dataset, eval_dataset=eval_dataset, **kwargs

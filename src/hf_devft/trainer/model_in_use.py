@@ -1,8 +1,6 @@
 """The model that a trainer trains or evaluates: a stage's submodel or the full model, and the base that they share."""
 
-import gc
 import logging
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -44,7 +42,6 @@ class ModelInUse:
     def __init__(self, trainer: FederatedTrainer, patched: PatchedBaseWeights | None):
         self._trainer, self._patched = trainer, patched
         self._leaves_logits_out = False
-        self._given = weakref.ref(trainer.model)
         self.base: PreTrainedModel | None = None
         self.engine: Engine | None = None
         # DeepSpeed evaluates by an engine of its own, and would keep it.
@@ -147,10 +144,11 @@ class ModelInUse:
             self.engine.close()
         self.is_whole = False
         if self.base is None:
-            self.base = detach_adapter(shared_copy(trainer.model))  # whoever has passed the model keeps it
-            self._freeze_inputs(self.base)  # submodels would have it, too
             if self._patched is not None:
                 self._patched.close()
+            given = trainer.given_model is not None  # and stays whole
+            self.base = detach_adapter(shared_copy(trainer.model) if given else trainer.model)
+            self._freeze_inputs(self.base)  # submodels would have it, too
             shard(trainer.accelerator, trainer.args, self.base)
         self.engine = trainer.optimizer = trainer.callback_handler.optimizer = None
         trainer.model = trainer.model_wrapped = trainer.callback_handler.model = self.base
@@ -167,12 +165,9 @@ class ModelInUse:
         self.is_whole = True
 
     def hand_back(self, run: FederatedRun) -> None:
-        """Put what was trained into the adapter of the model that the trainer was given, where somebody has it
-        still."""
-        if run.residual:
-            gc.collect()  # one that is nobody's may still be there
-        given = self._given()
-        if given is None or given is self._trainer.model or run.adapter.initial:  # whose base had moved weights
+        """Put what was trained into the adapter of the model that was passed, where that had one."""
+        given = self._trainer.given_model
+        if given is None or given is self._trainer.model:
             return
         if run.residual:
             logger.warning("the model that was passed is as it was: what was trained is `trainer.model`.")

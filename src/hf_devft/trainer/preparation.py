@@ -24,7 +24,7 @@ from hf_devft.models.layer_stack import LayerStack
 from hf_devft.models.layout import AdapterLayout, lora_scaling
 from hf_devft.models.residual import PatchedBaseWeights
 from hf_devft.models.supported import check_adapter
-from hf_devft.models.weights import keep_readable
+from hf_devft.models.weights import is_stored, keep_readable
 from hf_devft.run.accounts import make_accountant
 from hf_devft.run.comparison import read_curve
 from hf_devft.run.healed_layers import HealedLayers
@@ -135,7 +135,8 @@ def _check_trained_parts(model: PeftModel) -> None:
     """
     parts = (f".{model.base_model.prefix}", f".modules_to_save.{model.active_adapter}.")
     own = {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # Layers that are still in the checkpoint were never the user's.
+    trained = {name for name, each in model.named_parameters() if each.requires_grad and not is_stored(each)}
     if others := sorted(trained - own):
         raise ValueError(
             f"{len(others)} parameters of the base are to be trained, such as {others[0]}: freeze them, or name their "
