@@ -160,6 +160,33 @@ def test_a_round_below_its_quorum_is_tried_with_others():
     assert (outcome.attempts, outcome.bytes_down, outcome.bytes_up, outcome.tokens) == (2, 48, 32, 40)
 
 
+def test_an_attempt_below_the_quorum_leaves_nothing_with_its_clients():
+    """What int4 left out of a message that did not count is not added to the next one."""
+    run, fresh = federation(quorum=2, retries=1), federation()
+    for each in (run, fresh):
+        each.wire = Wire("int4", 1.0, each.memory)
+        each.wire.begin_stage(LAYOUT)
+    first, second = run.selection.sampled(0), run.selection.sampled(0, attempt=1)
+
+    def train(turn):
+        return ended(turn.client), torch.tensor([0.3 + turn.client, 7.0])
+
+    def fails_at_first(turn):
+        if turn.client in first[:2]:
+            raise RuntimeError("ill")
+        return train(turn)
+
+    tried_again = run_round(run, 0, torch.zeros(2), one_after_another(fails_at_first))
+    fresh.selection.sampled = lambda round_index, attempt=0: second
+    fresh.selection.training = fresh.selection.sampled
+    at_once = run_round(fresh, 0, torch.zeros(2), one_after_another(train))
+    assert torch.equal(tried_again.adapter, at_once.adapter)
+    states = [each.memory.state_dict() for each in (run, fresh)]
+    assert states[0].keys() == states[1].keys()
+    assert states[0]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
 def test_without_quorum_the_first_error_is_the_cause():
     run = federation(quorum=1, retries=2)
     with pytest.raises(

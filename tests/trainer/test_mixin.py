@@ -241,17 +241,6 @@ def test_tokens_padding_and_flops_are_counted(make_trainer, together):
         assert result.metrics["total_flos"] == totals["flops"]
 
 
-def test_gradient_accumulation_equals_one_large_batch(make_trainer, tmp_path, tasks):
-    small = {"num_clients": 4, "local_steps": 1, "stage_layers": [4], "stage_rounds": [1]}
-    whole = make_trainer(output_dir=tmp_path / "whole", per_device_train_batch_size=30, **small)
-    parts = make_trainer(
-        output_dir=tmp_path / "parts", per_device_train_batch_size=10, gradient_accumulation_steps=3, **small
-    )
-    for trainer in (whole, parts):
-        trainer.train()
-    assert whole.ledger.rounds[0].loss == pytest.approx(parts.ledger.rounds[0].loss, rel=1e-4)
-
-
 def test_a_step_that_does_not_fit_is_taken_in_pieces(make_trainer, tmp_path):
     class Small(DevFTTrainer):
         """A trainer on a device that holds two rows."""

@@ -167,8 +167,13 @@ def test_whatever_the_model_does_rows_are_told_apart(make_trainer, options):
 @pytest.mark.parametrize("method", ["ffa_lora+fedadam", "fedsa_lora", "flora", "median"])
 def test_what_comes_after_the_noise_is_free(make_trainer, method):
     """Every method, as it only sees private updates."""
-    options = {"round_quorum": 3, "clients_per_round": 3} if method == "median" else {}
-    make_trainer(**RECORDS | options, federated_method=method).train()
+    options = RECORDS | ({"round_quorum": 3, "clients_per_round": 3} if method == "median" else {})
+    spent = []
+    for each in (method, "fedit"):
+        trainer = make_trainer(**options, federated_method=each)
+        trainer.train()
+        spent.append([record.epsilon for record in trainer.ledger.rounds])
+    assert spent[0] == spent[1]
 
 
 def test_rows_and_noise_are_drawn_by_the_secret(make_trainer, tmp_path):
