@@ -50,7 +50,7 @@ def measure(folder: Path, loaded: bool) -> list[list[float]]:
     memory.reset()
     before = memory.read()
     args = DevFTConfig(
-        output_dir=str(folder.parent / "run"), stage_layers=STAGES, fusion="differential", stage_rounds=[1],
+        output_dir=str(folder.parent / f"run-{loaded}"), stage_layers=STAGES, fusion="differential", stage_rounds=[1],
         num_clients=2, local_steps=1,
         per_device_train_batch_size=1, save_strategy="no", disable_tqdm=True, use_cpu=True,
         model_init_kwargs={"dtype": "float32"},
