@@ -241,9 +241,20 @@ def test_tokens_padding_and_flops_are_counted(make_trainer, together):
         assert result.metrics["total_flos"] == totals["flops"]
 
 
+def test_a_loss_of_one_s_own_is_not_taken_for_a_mean_over_tokens(make_trainer):
+    class OwnLoss(DevFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    with pytest.raises(ValueError, match=r"no mean over all tokens .* set `loss_is_scaled_for_ga = True`"):
+        make_trainer(cls=OwnLoss, auto_find_batch_size=True)
+
+
 def test_a_step_that_does_not_fit_is_taken_in_pieces(make_trainer, tmp_path):
     class Small(DevFTTrainer):
         """A trainer on a device that holds two rows."""
+
+        loss_is_scaled_for_ga = True  # it is the model's own
 
         def compute_loss(self, model, inputs, **kwargs):
             if model.training and len(inputs["input_ids"]) > 2:

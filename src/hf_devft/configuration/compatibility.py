@@ -597,6 +597,12 @@ _BOTH_TEACHINGS = (
     ("TRL", _OUTPUT_ONLY),
 )
 
+_UNEVEN = (
+    "a batch is cut in uneven parts: use a model that takes `num_items_in_batch`, pass `compute_loss_func`, or set "
+    "`loss_is_scaled_for_ga = True` in a trainer whose own `compute_loss` divides by that"
+)
+
+
 # (one fact, another, why, and what to change). The first that a run has is what it is refused for.
 CONFLICTS: list[tuple[str, str, str]] = [
     ("DPO", "several processes", "a batch of pairs cannot be cut: use one process"),
@@ -765,12 +771,12 @@ CONFLICTS: list[tuple[str, str, str]] = [
     (
         "smaller batches",
         "mean over rows",
-        "a batch is cut in uneven parts: use a model that takes `num_items_in_batch`, or pass `compute_loss_func`",
+        _UNEVEN,
     ),
     (
         "shared batches",
         "mean over rows",
-        "a batch is cut in uneven parts: use a model that takes `num_items_in_batch`, or pass `compute_loss_func`",
+        _UNEVEN,
     ),
     ("generated answers", "no prompts", "only causal language models answer prompts: turn it off"),
     (

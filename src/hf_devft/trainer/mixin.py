@@ -185,7 +185,8 @@ class DevFTMixin(Base):
             self.run.start_metrics = evaluate_full_depth(self, 0, known)
         for record in self.stages[checkpoint.run.stage - 1 if checkpoint else 0 :]:
             if self.control.should_training_stop and not (checkpoint and checkpoint.run.within):
-                self.models.release()  # which may not have the checkpoint's adapter yet
+                if checkpoint is not None:
+                    self.models.release()  # which has not its adapter yet
                 break
             active = self.run.active = session.enter(record, checkpoint)
             checkpoint = None

@@ -119,6 +119,7 @@ def adapter_config_of(model: Any, initialisation: str | None) -> PeftConfig:
         raise ValueError(f"the model has several adapters {list(model.peft_config)}: leave one.")
     config = copy.deepcopy(model.peft_config[model.active_adapter])
     config.inference_mode = False
+    config.revision = getattr(model.get_base_model().config, "_commit_hash", None) or config.revision
     check_adapter(config)
     _check_trained_parts(model)
     if initialisation is not None:
