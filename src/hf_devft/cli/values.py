@@ -3,7 +3,7 @@
 import types
 from typing import Any, Union, get_args, get_origin
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 
 _NAMES = {
@@ -26,7 +26,7 @@ def check_value(key: str, value: Any, hint: Any, where: str) -> None:
     if not {get_origin(kind) or kind for kind in kinds} <= _NAMES.keys():
         return
     try:
-        TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=False)).validate_python(value)
+        TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         allowed = " or ".join(_name(kind) for kind in kinds)
         raise ValueError(f"{key}={value!r} in {where}: give {allowed}.") from error
