@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from hf_devft.federation.sampling import client_seed, sample_clients
 from hf_devft.models.adapter import adapter_state
 from hf_devft.stages import FUSIONS
 from hf_devft.tasks.data import tokenize
-from hf_devft.trainer import mixin
+from hf_devft.trainer import session
 from hf_devft.trainer.resuming import starting_point
 
 
@@ -508,12 +509,15 @@ def test_a_save_that_is_asked_for_between_evaluations_is_one(make_trainer, eval_
 
 def test_the_last_state_is_the_one_of_most_rounds(make_trainer, tmp_path):
     """A stage that is over, not an older checkpoint of it, nor one that has no state to go on from."""
-    whole = make_trainer(save_strategy="steps", save_steps=3, max_steps=2)
-    whole.train()
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    trainer.train()
     folder = tmp_path / "run"
-    assert starting_point(whole.args, "last") == str(folder / "stage-1")
-    (folder / "checkpoint-1").mkdir()
-    assert starting_point(whole.args, "last") == str(folder / "stage-1"), "an adapter alone"
+    assert starting_point(trainer.args, "last") == str(folder / "checkpoint-4"), "of equals the checkpoint"
+    for name in ("checkpoint-3", "checkpoint-4", "stage-2"):
+        shutil.rmtree(folder / name)
+    assert starting_point(trainer.args, "last") == str(folder / "checkpoint-2")
+    (folder / "checkpoint-2" / "devft_state.json").unlink()
+    assert starting_point(trainer.args, "last") == str(folder / "stage-1")
 
 
 # --- stops, resumes, failures --------------------------------------------------------------------------------
@@ -581,7 +585,7 @@ def test_running_out_of_memory_in_an_evaluation_does_not_start_the_run_anew(make
     def fail(*args):
         raise RuntimeError("CUDA out of memory.")
 
-    monkeypatch.setattr(mixin, "evaluate_full_depth", fail)
+    monkeypatch.setattr(session, "evaluate_full_depth", fail)
     with pytest.raises(RuntimeError, match="per_device_eval_batch_size"):
         trainer.train()
     assert [record.round for record in trainer.ledger.rounds] == [1, 2]
