@@ -130,14 +130,11 @@ def table(results: Runs) -> str:
 
 def filled(results: Runs, others: Runs) -> Runs:
     """Runs, and of the others those that are missing; these `fill_in` where the row has runs of its own."""
-    return {
-        name: dict(
-            sorted(
-                ({seed: run | {"fills_in": bool(runs)} for seed, run in others.get(name, {}).items()} | runs).items()
-            )
-        )
-        for name, runs in results.items()
-    }
+    whole = {}
+    for name, runs in results.items():
+        more = {seed: run | {"fills_in": bool(runs)} for seed, run in others.get(name, {}).items()}
+        whole[name] = dict(sorted((more | runs).items()))
+    return whole
 
 
 def in_both_precisions(options: argparse.Namespace, results: Runs) -> tuple[Runs, str]:

@@ -39,8 +39,7 @@ _RIVALS = (
     ("eval_file", "dataset_eval_split"),
     *((others, "client_eval_size") for others in ("eval_file", "eval_fraction", "dataset_eval_split")),
 )
-
-
+# Of a new adapter's config.
 _OF_NEW_ADAPTERS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers", "lora_modules_to_save", "use_rslora",
     "init_lora_weights", "use_dora",
@@ -234,10 +233,10 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
     values = {key: _as_written(lists.get(key), key, value) for key, value in values.items()}
     parser = OneLineParser(kinds, allow_abbrev=False)
     known = set(options)
-    _refuse_unknown(values, known, str(config))
     if "--help-all" in argv:
         parser.print_help()
         sys.exit()
+    _refuse_unknown(values, known, str(config))
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     for key, value in values.items():
         check_value(key, value, hints[key], str(config))

@@ -12,7 +12,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 from rich.console import Console
@@ -21,6 +20,7 @@ from transformers import AutoTokenizer
 from hf_devft import StageConfig
 from hf_devft.cli.arguments import OneLineParser
 from hf_devft.cli.errors import one_line_errors
+from hf_devft.configuration.devft_config import check_mapping
 from hf_devft.run.benchmarks import (
     add_to_card,
     answer_questions,
@@ -64,23 +64,6 @@ def main(argv: Sequence[str]) -> None:
         evaluate(parser.parse_args_into_dataclasses(list(argv))[0])
 
 
-def _how(options: EvaluationArguments) -> dict[str, Any]:
-    """How the base is to be loaded.
-
-    Raises:
-        ValueError: it is no JSON of a mapping.
-    """
-    try:
-        how = json.loads(options.model_init_kwargs or "{}")
-    except ValueError:
-        how = None
-    if not isinstance(how, dict):
-        raise ValueError(
-            f"""model_init_kwargs={options.model_init_kwargs}: give JSON, such as '{{"dtype": "float32"}}'."""
-        )
-    return how
-
-
 def evaluate(options: EvaluationArguments) -> None:
     """Measure a stage, and write its scores and answers.
 
@@ -89,6 +72,7 @@ def evaluate(options: EvaluationArguments) -> None:
     """
     if not options.tasks and not options.questions:
         raise ValueError("nothing to do: give `--tasks`, `--questions` or both.")
+    check_mapping("model_init_kwargs", options.model_init_kwargs)
     if options.tasks:
         require_lm_eval()  # before anything is loaded
     local = Path(options.run).is_dir()
@@ -99,7 +83,8 @@ def evaluate(options: EvaluationArguments) -> None:
     if record.task != "text-generation":
         raise ValueError(f"stage {options.stage} is for {record.task}: these benchmarks ask causal language models.")
     tokenizer = AutoTokenizer.from_pretrained(options.run)
-    model = load_stage(options.run, options.stage, options.submodel, options.base, **_how(options))
+    how = json.loads(options.model_init_kwargs or "{}")
+    model = load_stage(options.run, options.stage, options.submodel, options.base, **how)
     of = f"stage {options.stage}, {'submodel' if options.submodel else 'full depth'}"
     if options.tasks:
         scores = run_tasks(

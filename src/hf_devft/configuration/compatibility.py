@@ -602,7 +602,6 @@ _UNEVEN = (
     "`loss_is_scaled_for_ga = True` in a trainer whose own `compute_loss` divides by that"
 )
 
-
 # (one fact, another, why, and what to change). The first that a run has is what it is refused for.
 CONFLICTS: list[tuple[str, str, str]] = [
     ("DPO", "several processes", "a batch of pairs cannot be cut: use one process"),
@@ -768,16 +767,8 @@ CONFLICTS: list[tuple[str, str, str]] = [
         "processes run out of memory one by one: lower `per_device_train_batch_size` and raise "
         "`gradient_accumulation_steps`",
     ),
-    (
-        "smaller batches",
-        "mean over rows",
-        _UNEVEN,
-    ),
-    (
-        "shared batches",
-        "mean over rows",
-        _UNEVEN,
-    ),
+    ("smaller batches", "mean over rows", _UNEVEN),
+    ("shared batches", "mean over rows", _UNEVEN),
     ("generated answers", "no prompts", "only causal language models answer prompts: turn it off"),
     (
         "generated answers",

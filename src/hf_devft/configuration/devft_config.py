@@ -382,7 +382,7 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
 
     def __post_init__(self):
         for option in _MAPPINGS:
-            _check_mapping(option, getattr(self, option))
+            check_mapping(option, getattr(self, option))
         if self.deepspeed and not is_deepspeed_available():
             raise ImportError(
                 "DeepSpeed is not installed: pip install 'hf-devft[deepspeed]', in a clone '.[deepspeed]'"
@@ -458,8 +458,12 @@ def _rename_options(args: DevFTConfig) -> None:
             setattr(args, old, None)
 
 
-def _check_mapping(option: str, value: Any) -> None:
-    """Refuse a text that is not the JSON of a mapping."""
+def check_mapping(option: str, value: Any) -> None:
+    """Refuse a text that is not the JSON of a mapping.
+
+    Raises:
+        ValueError: shows how one is written.
+    """
     if not isinstance(value, str):
         return
     try:

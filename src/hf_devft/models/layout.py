@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,6 +64,10 @@ class AdapterLayout:
     def sizes(self) -> tuple[int, ...]:
         """Number of values of each tensor."""
         return tuple(shape.numel() for shape in self.shapes)
+
+    def count(self, places: Iterable[int]) -> int:
+        """How many values the tensors at `places` have together."""
+        return sum(self.sizes[place] for place in places)
 
     @cached_property
     def all(self) -> tuple[int, ...]:

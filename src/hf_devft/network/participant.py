@@ -272,7 +272,7 @@ def _known(layout: AdapterLayout, places: Sequence[int], values: bytes) -> torch
     """The adapter as far as a stage's message says it; zero elsewhere."""
     if not set(places) <= set(layout.all) or len(set(places)) != len(places):
         raise ValueError(f"the stage's message has tensors {places}, of {len(layout)}")
-    known, count = torch.zeros(sum(layout.sizes)), sum(layout.sizes[place] for place in places)
+    known, count = torch.zeros(sum(layout.sizes)), layout.count(places)
     if len(values) != 4 * count:
         raise ValueError(f"the stage's message has {len(values)} bytes of the adapter, not {4 * count}")
     if places:

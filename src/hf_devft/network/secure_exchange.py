@@ -113,7 +113,9 @@ class SecureRound:
             self.failed[client] = ClientError("it has not told every other client of its masks")
             del told[client]
         _check(len(told), threshold, "told the others of their masks")
-        weights = {client: self._clients.examples[client] / sum(map(self._examples, told)) for client in told}
+        examples = self._clients.examples
+        total = sum(examples[client] for client in told)
+        weights = {client: examples[client] / total for client in told}
         self._take_turns(told, weights)
         arrived, missing = sorted(self.answers), sorted(set(told) - set(self.answers))
         _check(len(arrived), threshold, "sent an update")
@@ -122,9 +124,6 @@ class SecureRound:
         total = sum((_numbers(self.answers[client]) for client in arrived), np.uint32(0))
         mean = from_fixed(unmask(total, public, arrived, missing, revealed, threshold))
         return mean / sum(weights[client] for client in arrived)
-
-    def _examples(self, client: int) -> int:
-        return self._clients.examples[client]
 
     def _ask(
         self, records: dict[int, RecordDict], name: str, parse: Callable[[ConfigRecord], T]

@@ -1,7 +1,7 @@
 """The output folder of a run: one run at a time, and not another one's."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,14 +59,11 @@ def _refusal(lock: FileLock, folder: Path, is_new: bool, overwrite: bool) -> str
         lock.acquire()
     except Timeout:
         return f"another run is at work in {folder}: wait until it is over, or choose another `output_dir`."
-    if is_new:
-        try:
-            _check_card(folder)
-        except ValueError as error:
-            return str(error)
-    left = _left_in(folder) if is_new else []
-    if left and not overwrite:
-        return _why_taken(folder, left)
+    if not is_new:
+        return None
+    if (why := _why_not_new(folder, overwrite)) is not None:
+        return why
+    left = _left_in(folder)
     copies = {path.name for stage in left for path in stage.iterdir() if path.is_file()}  # a tokenizer's, say
     for name in {*_ROOT, *copies} if left else ():
         (folder / name).unlink(missing_ok=True)
@@ -75,17 +72,16 @@ def _refusal(lock: FileLock, folder: Path, is_new: bool, overwrite: bool) -> str
 
 
 def check_free(args: DevFTConfig) -> None:
-    """Refuse a new run where one has left stages or checkpoints, before data or base are loaded.
+    """Refuse a new run where `claim` would, before data or base are loaded.
 
     Raises:
         ValueError: says what to do.
     """
     folder, given = Path(args.output_dir), args.resume_from_checkpoint
-    goes_on = given in (True, "last", "true", "True") or goes_on_in(folder, given)
-    if not (goes_on or args.overwrite_output_dir) and (left := _left_in(folder)):
-        raise ValueError(_why_taken(folder, left))
-    if not goes_on:
-        _check_card(folder)
+    if given in (True, "last") or goes_on_in(folder, given):
+        return
+    if (why := _why_not_new(folder, args.overwrite_output_dir)) is not None:
+        raise ValueError(why)
 
 
 def goes_on_in(output_dir: str | Path, checkpoint: str | Path | None) -> bool:
@@ -93,23 +89,19 @@ def goes_on_in(output_dir: str | Path, checkpoint: str | Path | None) -> bool:
     return checkpoint is not None and Path(checkpoint).resolve().parent == Path(output_dir).resolve()
 
 
-def _check_card(folder: Path) -> None:
-    """Refuse to write over a README that no run has written.
-
-    Raises:
-        ValueError: says so.
-    """
+def _why_not_new(folder: Path, overwrite: bool) -> str | None:
+    """Why no run can start in a folder: another one's stages or checkpoints are there, or a README that no run has
+    written; or None."""
+    if not overwrite and (left := _left_in(folder)):
+        return (
+            f"{folder} holds a run already ({', '.join(path.name for path in left[-3:])}): go on with it "
+            'by `--resume_from_checkpoint last` (in Python `train("last")`), choose another `output_dir`, or delete '
+            "it by `--overwrite_output_dir true` (in Python `overwrite_output_dir=True`)."
+        )
     readme = folder / "README.md"
     if readme.exists() and f"- {TAG}\n" not in readme.read_text(errors="replace"):
-        raise ValueError(f"{readme} is no card of a run, and would be replaced by one: choose another `output_dir`.")
-
-
-def _why_taken(folder: Path, left: Sequence[Path]) -> str:
-    return (
-        f"{folder} holds a run already ({', '.join(sorted(path.name for path in left)[-3:])}): go on with it by "
-        '`--resume_from_checkpoint last` (in Python `train("last")`), choose another `output_dir`, or delete it by '
-        "`--overwrite_output_dir true` (in Python `overwrite_output_dir=True`)."
-    )
+        return f"{readme} is no card of a run, and would be replaced by one: choose another `output_dir`."
+    return None
 
 
 def _left_in(folder: Path) -> list[Path]:

@@ -313,10 +313,7 @@ def _messages(args: DevFTConfig, layout: AdapterLayout) -> tuple[float, float, i
     both = 2 if correction is not None and correction.records else 1
     rounds = []
     for method.round_index in range(2):
-        values = [
-            sum(layout.sizes[place] for place in places(0))
-            for places in (method.receives, method.sends, method.trains)
-        ]
+        values = [layout.count(places(0)) for places in (method.receives, method.sends, method.trains)]
         rounds.append((both * wire.bytes_down(values[0]), both * wire.bytes_up(values[1]), values[2]))
     down, up, trained = zip(*rounds, strict=True)
     return sum(down) / len(down), sum(up) / len(up), max(trained)

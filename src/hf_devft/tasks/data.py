@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets.utils import logging as datasets_logging
 from transformers import PreTrainedTokenizerBase
 
@@ -397,7 +397,7 @@ def map_datasets(datasets: Any, function: Callable[[Dataset], Any]) -> Any:
         return None
     if isinstance(datasets, dict):
         return {name: map_datasets(dataset, function) for name, dataset in datasets.items()}
-    if isinstance(datasets, IterableDataset):
+    if not hasattr(datasets, "__len__"):  # of `datasets` or of torch
         raise ValueError("a streaming dataset has no length and no rows to choose: pass a `datasets.Dataset`.")
     return function(datasets)
 

@@ -276,11 +276,9 @@ class DevFTMixin(Base):
 
     def _determine_best_metric(self, metrics, trial):
         """As `Trainer`'s, of rounds that are saved; the stage's record has the metrics of the one it will hand on."""
-        hands_on_best = self.args.load_best_model_at_end
-        is_saved = self.control.should_save or self.args.save_strategy == "best"
-        is_new_best = (is_saved or not hands_on_best) and super()._determine_best_metric(metrics, trial)
-        is_handed_on = is_new_best or not hands_on_best or self.state.best_global_step is None  # as yet
-        if self.run.active is not None and is_handed_on:
+        counts = self.control.should_save or self.args.save_strategy == "best" or not self.args.load_best_model_at_end
+        is_new_best = counts and super()._determine_best_metric(metrics, trial)
+        if self.run.active is not None and (is_new_best or self._session.hands_on_newest):
             self.run.active.record.metrics = submodel_metrics(metrics, self.eval_dataset)
         return is_new_best
 

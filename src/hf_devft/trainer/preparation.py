@@ -33,7 +33,6 @@ from hf_devft.stages.global_adapter import GlobalAdapter
 from hf_devft.stages.grouping import GroupingTask, group_layers
 from hf_devft.stages.transfer import check_alike
 from hf_devft.tasks.data import first_rows
-from hf_devft.trainer.evaluation import named_sets
 from hf_devft.trainer.federated_run import FederatedRun, planned_draws
 from hf_devft.trainer.federation_builder import federation_of
 from hf_devft.trainer.interface import FederatedTrainer
@@ -270,9 +269,6 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
             f"the model is spread over {len(devices)} devices by its `device_map`, but a client is trained on one: "
             "leave `device_map` out, or cut the model over processes by recipes/accelerate/zero3.yaml."
         )
-    for name, rows in named_sets(trainer.eval_dataset).items():
-        if rows is not None and not hasattr(rows, "__len__"):
-            raise ValueError(f"eval_dataset {name} has no length: pass a `datasets.Dataset`, or one with `__len__`.")
     setup = Setup(
         args,
         trainer=trainer.kind,

@@ -15,6 +15,7 @@ from hf_devft.files import delete_folders
 from hf_devft.hub.download import download_stage, newest_commit
 from hf_devft.hub.push import HubPusher, finished_stages
 from hf_devft.run.checkpoint import RUN_STATE
+from hf_devft.run.claim import goes_on_in
 
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def starting_point(args: DevFTConfig, resume_from_checkpoint: str | bool | None)
 def _later(args: DevFTConfig, chosen: Path) -> list[str]:
     """The checkpoints of later rounds than a chosen one in `args.output_dir`."""
     folder = Path(args.output_dir)
-    if chosen.resolve().parent != folder.resolve() or not re.fullmatch(r"checkpoint-\d+", chosen.name):
+    if not goes_on_in(folder, chosen) or not re.fullmatch(r"checkpoint-\d+", chosen.name):
         return []
     found = sort_checkpoints(str(folder), use_mtime=False)
     return [Path(path).name for path in found if _round_of(path) > _round_of(chosen.name)]

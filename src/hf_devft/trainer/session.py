@@ -30,6 +30,7 @@ from hf_devft.models.flops import flops_per_token
 from hf_devft.models.layer_stack import encoders_of
 from hf_devft.models.layout import State
 from hf_devft.run.checkpoint import SCHEDULE, Checkpoint, save_federation
+from hf_devft.run.claim import goes_on_in
 from hf_devft.run.client_batches import make_sampler
 from hf_devft.run.peak_memory import PeakMemory
 from hf_devft.run.report import RunReport, describe_setup, table_rows
@@ -102,9 +103,9 @@ class TrainingSession:
             return 0
         folder, found = Path(self.trainer.args.output_dir), None
         if self.trainer.args.process_index == 0:
-            goes_on = checkpoint is not None and checkpoint.folder.resolve().parent == folder.resolve()
+            is_new = not goes_on_in(folder, checkpoint and checkpoint.folder)
             try:
-                found = read_secret(folder, self.run.clients.digest(), is_new=not goes_on)
+                found = read_secret(folder, self.run.clients.digest(), is_new)
             except ValueError as error:  # which all processes raise
                 found = error
         if isinstance(found := broadcast_object_list([found])[0], ValueError):
@@ -256,6 +257,11 @@ class TrainingSession:
         sampler = make_sampler(trainer.args, everything, each_clients, order, trainer.placement, self._privacy)
         return client_loader(rows, collator, sampler, trainer.args)
 
+    @property
+    def hands_on_newest(self) -> bool:
+        """Whether the stage would hand on the newest round, not a better one that was saved."""
+        return not self.trainer.args.load_best_model_at_end or self.trainer.state.best_global_step is None
+
     def run_round(self, active: ActiveStage, learning_rate: float) -> RoundOutcome:
         """Run one round: train the sampled clients, aggregate, record. Changes the stage's adapter."""
         started, index = time.perf_counter(), self.trainer.state.global_step
@@ -264,7 +270,7 @@ class TrainingSession:
         active.adapter = outcome.adapter
         active.add_to_weights(self.run.residual)
         active.engine.begin_client(active.adapter, learning_rate)  # nothing of the last client stays
-        if not self.trainer.args.load_best_model_at_end or self.trainer.state.best_global_step is None:
+        if self.hands_on_newest:
             active.record.metrics = {}  # they were of the round before
         seconds, peak = time.perf_counter() - started, self.peak_memory.read()
         self.run.record_round(outcome, index, seconds, peak)

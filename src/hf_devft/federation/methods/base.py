@@ -196,9 +196,7 @@ class FederatedMethod:
 
     def message_sizes(self, client: int) -> tuple[int, int]:
         """Count the values of a client's first messages of a stage, to it and from it."""
-        sizes = self.layout.sizes
-        down, up = (sum(sizes[place] for place in places) for places in (self.receives(client), self.sends(client)))
-        return down, up
+        return self.layout.count(self.receives(client)), self.layout.count(self.sends(client))
 
     # --- the server's round ---------------------------------------------------------------------------------
 
@@ -229,7 +227,7 @@ class FederatedMethod:
     @property
     def num_sent_values(self) -> int:
         """How many values a client of the round sends, where all send the same."""
-        return sum(self.layout.sizes[place] for place in self.sends(0))
+        return self.layout.count(self.sends(0))
 
     def fix_mean(self, noise: torch.Tensor, count: float) -> None:
         """After `merge`: add noise to the sums of what clients send, and divide them by `count` clients, however many

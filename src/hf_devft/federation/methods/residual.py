@@ -50,7 +50,7 @@ class Residual(Stacking):
         missing = self._stacked(SERVER) - self._stacked(client)
         shapes = [(self.layout.shapes[pair.a], self.layout.shapes[pair.b]) for pair in self.layout.pairs]
         factors = sum(min(missing * (a[1] + b[0]), a[1] * b[0]) for a, b in shapes)
-        return placeholder_message(factors + sum(self.layout.sizes[place] for place in self.layout.others))
+        return placeholder_message(factors + self.layout.count(self.layout.others))
 
     def keep(self, client: int, start: torch.Tensor, adapter: torch.Tensor) -> None:
         known = self._stacked(SERVER) + self._rank  # and its own of this round
