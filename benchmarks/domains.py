@@ -71,10 +71,12 @@ def measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test: D
     return found | {"right": sum(right) / len(right)}
 
 
-def measure(test: Dataset, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, float]:
-    """The whole model with the adapter that a run's last stage has left."""
+def measure(
+    test: Dataset, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | str, folder: Path
+) -> dict[str, float]:
+    """The whole model with the adapter that a run's last stage has left, in the precision of its training."""
     stages = len(list(folder.glob("stage-*")))
-    return measured(load_stage(folder, stages), tokenizer, test)
+    return measured(load_stage(folder, stages, dtype=dtype), tokenizer, test)
 
 
 def columns() -> dict:
@@ -97,7 +99,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     test = tokenize(load_files([f"{options.data}/test.jsonl"]), tokenizer, MAX_LENGTH)
     variants = runs_on(options, RUNS, CLIENTS)
-    results = run_all(variants, options, curve=True, measure=partial(measure, test, tokenizer))
+    dtype = torch.float32 if options.float32 else "auto"
+    results = run_all(variants, options, curve=True, measure=partial(measure, test, tokenizer, dtype))
     whole, said = in_both_precisions(options, results)
     base = before(options, test, tokenizer)
     losses = ", ".join(f"{name} {base[name]:.3f}" for name in DOMAINS)
