@@ -76,7 +76,7 @@ def measure(
 ) -> dict[str, float]:
     """The whole model with the adapter that a run's last stage has left, in the precision of its training."""
     stages = len(list(folder.glob("stage-*")))
-    return measured(load_stage(folder, stages, dtype=dtype), tokenizer, test)
+    return measured(load_stage(folder, stages, model_init_kwargs={"dtype": dtype}), tokenizer, test)
 
 
 def columns() -> dict:

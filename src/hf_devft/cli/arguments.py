@@ -28,17 +28,23 @@ TRAINERS = {"devft": "DevFT", "sft": "DevFTSFT", "dpo": "DevFTDPO"}
 _RIVALS = (
     ("stage_layers", "initial_layers"),
     ("stage_layers", "growth_factor"),
+    ("stage_layers", "adapter_layers"),
+    ("adapter_layers", "stage_layers"),
     ("dataset_eval_split", "eval_fraction"),
     ("eval_file", "eval_fraction"),
     ("eval_fraction", "eval_file"),
     ("eval_fraction", "dataset_eval_split"),
     ("dataset_name", "train_file"),
+    ("dataset_config", "train_file"),
+    ("dataset_train_split", "train_file"),
     ("dataset_eval_split", "train_file"),
     ("dataset_eval_split", "eval_file"),
     ("train_file", "dataset_name"),
     ("eval_file", "dataset_eval_split"),
     *((others, "client_eval_size") for others in ("eval_file", "eval_fraction", "dataset_eval_split")),
 )
+# Options that are text, where `true` stands for the default or the newest.
+_TEXT_OR_TRUE = ("init_lora_weights", "resume_from_checkpoint")
 # Of a new adapter's config.
 _OF_NEW_ADAPTERS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers", "lora_modules_to_save", "use_rslora",
@@ -131,6 +137,10 @@ class RecipeArguments:
                 "dataset_eval_split is a part of dataset_name to evaluate on: give either it or eval_file, and no "
                 "split without a dataset."
             )
+        if self.dataset_config and not self.dataset_name:
+            raise ValueError(
+                f"dataset_config={self.dataset_config!r} is of a dataset_name: give that, or leave it out."
+            )
         if self.eval_fraction and (self.eval_file or self.dataset_eval_split):
             raise ValueError(
                 f"eval_fraction={self.eval_fraction} holds rows out where no others are to be evaluated on: leave it "
@@ -214,10 +224,12 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
     has_data = {"train_file", "dataset_name"} & set(flags)
     config = named or default_config or packaged_config("own_data" if has_data else "quickstart")
     values = _read_yaml(config)
+    off = {flag for flag in ("eval_fraction", "distillation_steps") if _value_of(flag, argv) in ("0", "0.0")}
     for old, new in (*RENAMED.items(), *_RIVALS):  # the command line wins, by either name
-        if new in flags:
+        if new in flags and new not in off:
             values.pop(old, None)
-    if "learning_rate" in flags and not (values.get("distillation_steps") or "distillation_steps" in flags):
+    distils = "distillation_steps" in flags or values.get("distillation_steps")
+    if "learning_rate" in flags and (not distils or "distillation_steps" in off):
         values.pop("stage_learning_rates", None)  # which distillation has beside its own
     chosen = values.keys() | set(flags)
     if "num_train_epochs" in chosen:  # also where it is the default
@@ -239,7 +251,8 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
     _refuse_unknown(values, known, str(config))
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     for key, value in values.items():
-        check_value(key, value, hints[key], str(config))
+        if key not in UNSUPPORTED and not (key in _TEXT_OR_TRUE and value is True):
+            check_value(key, value, hints[key], str(config))
     _refuse_twice([key for key, of in lists.items() if of is str], flags)
     parser.set_defaults(**values)
     namespace, rest = parser.parse_known_args(argv)
@@ -260,7 +273,7 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
 def _value_of(key: str, argv: Sequence[str]) -> str | None:
     """The value that the command line gives a key."""
     words = [part for word in argv for part in word.split("=", 1)]
-    return next((after for word, after in pairwise(words) if word == f"--{key}"), None)
+    return next((after for word, after in pairwise(words) if word.startswith("--") and _key(word) == key), None)
 
 
 def _key(flag: str) -> str:

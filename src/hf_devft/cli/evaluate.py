@@ -8,7 +8,6 @@
 Scores go into the metadata of the stage's card, and of the run's, where the stage is its newest.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import AutoTokenizer
 from hf_devft import StageConfig
 from hf_devft.cli.arguments import OneLineParser
 from hf_devft.cli.errors import one_line_errors
-from hf_devft.configuration.devft_config import check_mapping
+from hf_devft.configuration.devft_config import as_mapping
 from hf_devft.run.benchmarks import (
     add_to_card,
     answer_questions,
@@ -72,7 +71,7 @@ def evaluate(options: EvaluationArguments) -> None:
     """
     if not options.tasks and not options.questions:
         raise ValueError("nothing to do: give `--tasks`, `--questions` or both.")
-    check_mapping("model_init_kwargs", options.model_init_kwargs)
+    how = as_mapping("model_init_kwargs", options.model_init_kwargs)
     if options.tasks:
         require_lm_eval()  # before anything is loaded
     local = Path(options.run).is_dir()
@@ -83,8 +82,7 @@ def evaluate(options: EvaluationArguments) -> None:
     if record.task != "text-generation":
         raise ValueError(f"stage {options.stage} is for {record.task}: these benchmarks ask causal language models.")
     tokenizer = AutoTokenizer.from_pretrained(options.run)
-    how = json.loads(options.model_init_kwargs or "{}")
-    model = load_stage(options.run, options.stage, options.submodel, options.base, **how)
+    model = load_stage(options.run, options.stage, options.submodel, options.base, model_init_kwargs=how)
     of = f"stage {options.stage}, {'submodel' if options.submodel else 'full depth'}"
     if options.tasks:
         scores = run_tasks(

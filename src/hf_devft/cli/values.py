@@ -26,7 +26,7 @@ def check_value(key: str, value: Any, hint: Any, where: str) -> None:
     if not {get_origin(kind) or kind for kind in kinds} <= _NAMES.keys():
         return
     try:
-        TypeAdapter(hint).validate_python(value)
+        TypeAdapter(hint).validate_python(value, strict=not isinstance(value, str))  # YAML reads 1e-3 as text
     except ValidationError as error:
         allowed = " or ".join(_name(kind) for kind in kinds)
         raise ValueError(f"{key}={value!r} in {where}: give {allowed}.") from error

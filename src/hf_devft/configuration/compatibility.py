@@ -31,8 +31,10 @@ from hf_devft.federation.methods.fedit import FedIT
 from hf_devft.federation.methods.fedsa_lora import FedSALoRA
 from hf_devft.federation.methods.ffa_lora import FFALoRA
 from hf_devft.federation.methods.flora import FLoRA
+from hf_devft.federation.methods.heterogeneous import HeterogeneousRanks
 from hf_devft.federation.methods.hetlora import HetLoRA
 from hf_devft.federation.methods.lora import product_norm
+from hf_devft.federation.methods.robust import Median, TrimmedMean
 from hf_devft.federation.selection import SELECTIONS
 from hf_devft.models.adapter import chooses_layers
 from hf_devft.models.initialisation import moves_weights
@@ -253,6 +255,14 @@ FACTS: dict[str, Fact] = {
         lambda s: not _all_are_anchors(s, "fusion", "adapter_fusion"),
         _given("fusion", "adapter_fusion"),
     ),
+    "fused adapters": Fact(
+        '`adapter_fusion` other than `"anchor"`',
+        lambda s: not _all_are_anchors(s, "adapter_fusion"),
+        _given("adapter_fusion"),
+    ),
+    "transfer but broadcast": Fact(
+        '`transfer` other than `"broadcast"`', lambda s: s.args.transfer != "broadcast", _given("transfer")
+    ),
     "prefix": Fact('`grouping="prefix"`', lambda s: s.args.grouping == "prefix", _given("grouping")),
     "calibrated": Fact('`grouping="calibrated"`', lambda s: s.args.grouping == "calibrated", _given("grouping")),
     "bridges": Fact(
@@ -292,6 +302,11 @@ FACTS: dict[str, Fact] = {
         lambda s: f"target_modules={s.adapter.target_modules!r}",
     ),
     "modules outside of layers": Fact("an adapter on modules outside of the layers", _adapts_outside_of_layers),
+    "anchors that come and go": Fact(
+        '`transfer="anchor"` in three stages or more, but of `grouping="prefix"`',
+        lambda s: s.args.transfer == "anchor" and s.args.grouping != "prefix" and (s.num_stages or 0) > 2,
+        _given("transfer", "grouping"),
+    ),
     "one stage": Fact("a single stage", lambda s: s.num_stages == 1),
     # the server's teaching
     "healing": Fact("`healing_steps`", lambda s: s.args.healing_steps, _given("healing_steps")),
@@ -336,6 +351,10 @@ FACTS: dict[str, Fact] = {
         "PiSSA and OLoRA",
         lambda s: s.adapter is not None and moves_weights(s.adapter),
         lambda s: f"init_lora_weights={s.adapter.init_lora_weights!r}",
+    ),
+    "orthogonal start": Fact(
+        '`init_lora_weights="orthogonal"`',
+        lambda s: getattr(s.adapter, "init_lora_weights", None) == "orthogonal",
     ),
     "uneven adapter": Fact(
         "`rank_pattern`, `alpha_pattern`, `use_dora` or `target_parameters`",
@@ -400,6 +419,16 @@ FACTS: dict[str, Fact] = {
     ),
     "FLoRA": Fact("`flora`", lambda s: isinstance(s.methods.method, FLoRA), _METHOD),
     "FFA-LoRA": Fact("`ffa_lora`", lambda s: isinstance(s.methods.method, FFALoRA), _METHOD),
+    "own ranks": Fact(
+        "methods of clients of different ranks (`flexlora`, `hetlora`, `hlora`)",
+        lambda s: isinstance(s.methods.method, HeterogeneousRanks),
+        _METHOD,
+    ),
+    "own values": Fact(
+        "methods of which clients or domains have values of their own (`c2a`, `dofit`, `fedsa_lora`)",
+        lambda s: isinstance(s.methods.method, (C2A, DoFIT, FedSALoRA)),
+        _METHOD,
+    ),
     "DropPEFT": Fact("`droppeft`", lambda s: isinstance(s.methods.method, DropPEFT), _METHOD),
     "not FedIT": Fact("a method other than `fedit`", lambda s: type(s.methods.method) is not FedIT, _METHOD),
     "correction": Fact("`fedprox` and `scaffold`", lambda s: s.methods.correction is not None, _CORRECTION),
@@ -424,6 +453,7 @@ FACTS: dict[str, Fact] = {
     "keep_last": Fact(
         '`beyond_capacity="keep_last"`', lambda s: s.args.beyond_capacity == "keep_last", _given("beyond_capacity")
     ),
+    "no limits of layers": Fact("no `client_max_layers`", lambda s: s.args.client_max_layers is None),
     # processes and engines
     "network": Fact("clients on other machines", lambda s: s.network),
     "network with anchor transfer": Fact(
@@ -435,6 +465,9 @@ FACTS: dict[str, Fact] = {
         "clients on other machines and `adapter_layers`",
         lambda s: s.network and s.args.adapter_layers,
         _given("adapter_layers"),
+    ),
+    "resuming from the Hub": Fact(
+        "`resume_from_hub`", lambda s: s.args.resume_from_hub is not None, _given("resume_from_hub")
     ),
     "label counts": Fact(
         "methods that ask for the clients' label counts (`c2a`, `dofit`)",
@@ -457,6 +490,10 @@ FACTS: dict[str, Fact] = {
         lambda s: not s.methods.method.averages,
         _METHOD,
     ),
+    "rule of each value": Fact(
+        "`median` and `trimmed_mean`", lambda s: isinstance(s.methods.rule, (Median, TrimmedMean)), _RULE
+    ),
+    "partial uploads": Fact("`upload_fraction`", lambda s: s.args.upload_fraction < 1, _given("upload_fraction")),
     "robust rule": Fact(
         f"robust rules ({', '.join(f'`{name}`' for name in AGGREGATION_RULES)})",
         lambda s: s.methods.rule is not None,
@@ -637,6 +674,11 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("adapter stages", "modules outside of layers", "they have no layer's number: leave them out of `target_modules`"),
     ("adapter stages", "changed base", "it changes layers that have no adapter yet: use another method"),
     ("adapter stages", "no LoRA factors", "PEFT chooses layers of LoRA alone: use a `LoraConfig`"),
+    (
+        "adapter stages",
+        "trained start",
+        "layers that come later would lose what they have: use a base that it is merged into",
+    ),
     ("adapter stages", "moved weights", "every module needs its adapter: use another initialisation"),
     ("bridges", "no bridges", 'it chooses what bridges stand for: set fusion="bridge"'),
     ("bridges", "scattered groups", 'a bridge stands for layers that follow one another: set grouping="bridged"'),
@@ -655,6 +697,12 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("calibrated", "ZeRO-3", "it measures many submodels, which are whole nowhere: group otherwise, or use ZeRO-2"),
     ("DoRA", "fused layers", 'it keeps norms of a layer\'s own weights: set fusion="anchor", adapter_fusion="anchor"'),
     ("DoRA", "healing", "it keeps norms of weights that healing changes: leave healing_steps out"),
+    (
+        "orthogonal start",
+        "fused adapters",
+        "factors of different layers are not orthogonal, so that a stage would start from noise: set "
+        'adapter_fusion="anchor"',
+    ),
     ("moved weights", "rules that are not anchors", f"an adapter holds a part of its own layer's weights: {_ANCHORS}"),
     ("moved weights", "calibrated", "every module needs its adapter: group by another rule"),
     ("moved weights", "temporary head", "every module needs its adapter: leave it out"),
@@ -686,14 +734,26 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("late updates", "no late updates", "none can come late: use another `client_selection`, or method"),
     ("clock", "encoder and decoder", "a round's length is known of one stack of layers: leave it out"),
     ("parts in turns", "decay under DeepSpeed", "parts that are frozen would decay: set weight_decay=0"),
+    (
+        "keep_last",
+        "transfer but broadcast",
+        'what a smaller submodel learns goes to all layers of a group: set transfer="broadcast"',
+    ),
+    ("keep_last", "DoRA", "norms of other layers' weights would be added up: leave it out"),
     ("keep_last", "not FedIT", 'it takes updates of other depths: use "fedit", or beyond_capacity="sit_out"'),
     ("keep_last", "correction", 'it takes updates of other depths: leave it out, or set beyond_capacity="sit_out"'),
     ("keep_last", "temporary head", 'it takes updates of other depths: leave it out, or set "sit_out"'),
     ("keep_last", "DeepSpeed", 'it trains two submodels in turns, each on one process: set "sit_out"'),
     ("keep_last", "shared batches", 'it trains two submodels in turns, each on one process: set "sit_out"'),
+    ("keep_last", "no limits of layers", "every client can hold every stage: give client_max_layers, or leave it out"),
     ("network", "changed base", "the server would have to send all changes of the weights: use another method"),
     ("network", "label counts", "they stay with the clients: use another method"),
     ("network", "pruned ranks", "the server would have to know which ranks clients prune: use flexlora or hlora"),
+    (
+        "network",
+        "resuming from the Hub",
+        "which run the clients have kept something of is never pushed: use resume_from_checkpoint",
+    ),
     ("network", "moved weights", "each client would have to move them alike: use another initialisation"),
     ("network", "clock", "clients take the time they take: leave it out"),
     ("network", "drawn dropouts", "clients drop out by themselves: leave it out"),
@@ -722,6 +782,12 @@ CONFLICTS: list[tuple[str, str, str]] = [
         "a client does not know what layers have that come later: use another method",
     ),
     ("robust rule", "not averaged", "it needs updates that stand for the same: use fedit, ffa_lora or rolora"),
+    (
+        "own values",
+        "anchors that come and go",
+        'layers that are no anchors for a stage would lose theirs: set transfer="broadcast" or grouping="prefix"',
+    ),
+    ("rule of each value", "partial uploads", "what most clients leave out counts as nothing: set it to 1"),
     ("robust rule", "recorded gradients", "what it sends beside the update would go unwatched: leave it out"),
     ("robust rule", "late updates", "it looks at all of a round's updates at once: use another `client_selection`"),
     ("robust rule", "secure aggregation", "it looks at each client's update: leave one out"),
@@ -743,7 +809,7 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("private records", "TRL", "its batches cannot be cut into rows: leave it out"),
     ("private records", "label counts", "they have no noise: use another method"),
     ("private records", "correction", "it corrects gradients behind the noise: leave it out"),
-    ("private records", "pruned ranks", "its penalty is a gradient of no row: use flexlora or hlora"),
+    ("private records", "own ranks", "noise falls on ranks that a client does not have: use another method"),
     ("private records", "accumulated gradients", "chance draws each step's rows at once: set it to 1"),
     ("private records", "rows of like length", 'chance draws the rows: set train_sampling_strategy="random"'),
     ("private records", "smaller batches", "each row goes through the model alone already: leave it out"),

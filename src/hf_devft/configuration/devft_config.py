@@ -382,7 +382,7 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
 
     def __post_init__(self):
         for option in _MAPPINGS:
-            check_mapping(option, getattr(self, option))
+            setattr(self, option, as_mapping(option, getattr(self, option)))
         if self.deepspeed and not is_deepspeed_available():
             raise ImportError(
                 "DeepSpeed is not installed: pip install 'hf-devft[deepspeed]', in a clone '.[deepspeed]'"
@@ -458,20 +458,21 @@ def _rename_options(args: DevFTConfig) -> None:
             setattr(args, old, None)
 
 
-def check_mapping(option: str, value: Any) -> None:
-    """Refuse a text that is not the JSON of a mapping.
+def as_mapping(option: str, value: Any) -> Any:
+    """Read a text as the JSON of a mapping; what is no text is returned as it is.
 
     Raises:
-        ValueError: shows how one is written.
+        ValueError: it is none; shows how one is written.
     """
     if not isinstance(value, str):
-        return
+        return value
     try:
-        is_mapping = isinstance(json.loads(value), dict)
+        mapping = json.loads(value)
     except ValueError:
-        is_mapping = False
-    if not is_mapping:
+        mapping = None
+    if not isinstance(mapping, dict):
         raise ValueError(f"""{option}={value} is no mapping: write it as JSON, such as '{{"name": "value"}}'.""")
+    return mapping
 
 
 def _number(args: DevFTConfig, option: str) -> Any:
@@ -526,6 +527,11 @@ def _check_values(args: DevFTConfig) -> None:
         for option in options:
             if (value := _number(args, option)) is not None and not is_allowed(value):
                 raise ValueError(f"{option}={value}: give {instead}.")
+    if not args.dataloader_in_order:
+        raise ValueError(
+            "dataloader_in_order=False would give a client another one's batches, as one loader serves all: leave it "
+            "out."
+        )
     if args.max_steps == 0:
         raise ValueError("max_steps=0 trains nothing: give 1 round or more, or -1 for all of the stages' rounds.")
     if args.round_quorum > args.clients_per_round:

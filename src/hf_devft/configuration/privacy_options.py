@@ -88,6 +88,12 @@ def settle_privacy(options: PrivacyOptions) -> None:
                 f"dp_clipping_norm={norm!r} without noise protects nobody: give dp_noise_multiplier or "
                 'dp_target_epsilon, or clip by federated_method="fedit+norm_clipping".'
             )
+        for option in ("dp_delta", "dp_sampling"):
+            if (value := getattr(options, option)) != getattr(PrivacyOptions, option):
+                raise ValueError(
+                    f"{option}={value!r} without noise means nothing: give dp_noise_multiplier or dp_target_epsilon, "
+                    "or leave it out."
+                )
         return
     of_records = options.dp_level == "record"
     if of_records and options.dp_sampling != "poisson":

@@ -179,6 +179,5 @@ def client_loader(
         pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
-        in_order=args.dataloader_in_order,
     )
     return ClientBatches(loader, sampler.batches_per_client)

@@ -121,6 +121,8 @@ def make_clients(data: Any, partitioner: Any = None, num_clients: int | None = N
         return data
     if isinstance(data, Mapping) and num_clients not in (None, len(data)):
         raise ValueError(f"num_clients={num_clients}, but train_dataset has {len(data)} clients: leave it out.")
+    if isinstance(data, Mapping) and partitioner is not None:
+        raise ValueError("train_dataset says whose rows are whose: leave `partitioner` out, or pass one dataset.")
     if isinstance(data, Mapping):
         return from_mapping(data)
     if not isinstance(data, Dataset):
@@ -131,7 +133,12 @@ def make_clients(data: Any, partitioner: Any = None, num_clients: int | None = N
     if not len(data):
         raise ValueError("train_dataset has no rows: give one or more for each client.")
     if partitioner is not None:
-        return from_partitioner(partitioner, data)
+        clients = from_partitioner(partitioner, data)
+        if num_clients not in (None, len(clients.rows)):
+            raise ValueError(
+                f"num_clients={num_clients}, but the partitioner makes {len(clients.rows)} clients: leave it out."
+            )
+        return clients
     return partition_dataset(data, num_clients=num_clients, **options)
 
 
@@ -161,8 +168,21 @@ def partition_dataset(
             f"partition_column={column!r} is not in the dataset: give one of {', '.join(dataset.column_names)}, or "
             'partition="iid".'
         )
+    if kind != "iid":
+        _refuse_missing(dataset, str(column))
     rows = PARTITIONS[kind](dataset, num_clients, column, alpha, np.random.default_rng(seed))
     return ClientData(dataset, {name: np.sort(own) for name, own in rows.items()}, partition=kind)
+
+
+def _refuse_missing(dataset: Dataset, column: str) -> None:
+    """Refuse a column by which some rows would belong to nobody."""
+    values = dataset[column]
+    if (
+        row := next((index for index, value in enumerate(values) if value is None or value != value), None)
+    ) is not None:
+        raise ValueError(
+            f"partition_column={column!r}: row {row} has no value there: fill it in, or leave such rows out."
+        )
 
 
 Rows = dict[str, np.ndarray]

@@ -140,6 +140,7 @@ class Federation:
         device: where those sums are made.
         rule: takes the place of the mean, or None; see `make_methods`.
         privacy: what makes a round's mean differentially private, or None.
+        is_private: whether rounds are accounted for, so that each is run once, whoever chance leaves in it.
     """
 
     method: FederatedMethod
@@ -157,6 +158,7 @@ class Federation:
     device: torch.device
     rule: AggregationRule | None = None
     privacy: ClientPrivacy | None = None
+    is_private: bool = False
 
     def __post_init__(self):
         self._first_error: Exception | None = None
@@ -264,8 +266,9 @@ class Federation:
             reports = self._ask_all(round_index, attempt, start, exchange, outcome)
             counted = outcome.add(sampled, self._of_all_processes(reports))
             arrived = self.late.arrived(self.selection.arrivals(round_index), round_index)
-            if counted + len(arrived) >= min(self.quorum, len(sampled)):  # chance may have drawn fewer
-                outcome.adapter = self._combine(round_index, start, counted, arrived)
+            if counted + len(arrived) >= min(self.quorum, self._most_answers(round_index, attempt)):
+                nobody = not counted and not arrived and self.privacy is None
+                outcome.adapter = start if nobody else self._combine(round_index, start, counted, arrived)
                 outcome.seconds = self.selection.seconds(round_index)
                 self.clock.time += outcome.seconds
                 return outcome
@@ -275,12 +278,20 @@ class Federation:
             )
         error = self._first_error
         failed = f" The first error: {type(error).__name__}: {error}" if error else ""
-        advice = "Mend what has failed" if error else "Lower `learning_rate` or `max_grad_norm`"
+        trained = self.selection.training(round_index, self.retries)
+        advice = "Lower `learning_rate` or `max_grad_norm`" if trained else "Raise `clients_per_round`"
+        advice = "Mend what has failed" if error else advice
         raise QuorumError(
             f"round {round_index + 1}: fewer than round_quorum={self.quorum} clients returned a finite adapter in "
             f"{self.retries + 1} attempts. {advice}, or lower `round_quorum`; then go on with "
             f"`resume_from_checkpoint`, from the last checkpoint or an earlier one.{failed}"
         ) from error
+
+    def _most_answers(self, round_index: int, attempt: int) -> int:
+        """How many clients can answer: those that chance has drawn; in a private run, where no round is tried again,
+        those of them that do not drop out."""
+        drawn = self.selection.training if self.is_private else self.selection.sampled
+        return len(drawn(round_index, attempt))
 
     def _ask_all(
         self, round_index: int, attempt: int, start: torch.Tensor, exchange: Exchange, outcome: RoundOutcome

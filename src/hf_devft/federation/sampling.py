@@ -188,6 +188,10 @@ class ClientSelection:
         """Return how long the round takes by the simulated clock, 0 without one."""
         return self.rounds[round_index].seconds if round_index in self.rounds else 0.0
 
+    def most_in_time(self, clients_per_round: int) -> int:
+        """Return how many of a round's clients it waits for."""
+        return clients_per_round
+
     def weights(self) -> Sequence[float] | None:
         """Return what the candidates' chances are in proportion to; None for all alike."""
         return None

@@ -53,6 +53,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     try:
         with _naming(target):
             yield temporary
+            _flush_file(temporary)
             temporary.replace(target)
     finally:
         with suppress(OSError):  # a disk that is read-only by now, which the error says
@@ -115,8 +116,7 @@ def _flush(folder: Path) -> None:
         if path.is_dir():
             folders.append(path)
             continue
-        with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows flushes none that is open to read
-            os.fsync(file.fileno())
+        _flush_file(path)
     for path in folders:
         with suppress(OSError):  # some file systems flush no folder, and Windows opens none
             descriptor = os.open(path, os.O_RDONLY)
@@ -124,6 +124,13 @@ def _flush(folder: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _flush_file(path: Path) -> None:
+    """Force a file onto the disk: a name that was moved before its content is of an empty file after a power
+    failure."""
+    with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows flushes none that is open to read
+        os.fsync(file.fileno())
 
 
 def delete_folders(paths: Iterable[Path], leftovers: Iterable[Path]) -> None:

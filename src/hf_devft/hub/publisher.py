@@ -15,6 +15,9 @@ from hf_devft.hub.push import HubPusher, Push, finished_stages, left_over, push_
 logger = logging.getLogger(__name__)
 
 
+PUSHED = ".push-"  # begins the names of copies that are being pushed; a kill leaves them
+
+
 class RunPublisher:
     """Pushes a run's stages and checkpoints beside the training.
 
@@ -39,15 +42,24 @@ class RunPublisher:
         """Push a finished stage beside what comes next."""
         self.pusher.submit(stage_push(self.output_dir, stage))
 
+    def catch_up(self) -> None:
+        """Push the finished stages that a run that goes on had not pushed when it was stopped, beside what comes
+        next."""
+        if self.pushes_each_stage:
+            self.pusher.catch_up([stage_push(self.output_dir, stage) for stage in finished_stages(self.output_dir)])
+
     def submit_checkpoint(self, folder: Path, round_number: int) -> None:
         """Push a checkpoint beside what comes next, where the strategy asks for it."""
         names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
         name = names.get(self._strategy)
         if name is None or (self.pusher.pending and not self._always):
             return
-        # Linked, so that the checkpoint can be rotated away while it is pushed.
-        copy = tempfile.TemporaryDirectory(prefix=".push-", dir=self.output_dir)
-        shutil.copytree(folder, copy.name, copy_function=link_or_copy, dirs_exist_ok=True)
+        try:  # linked, so that the checkpoint can be rotated away while it is pushed
+            copy = tempfile.TemporaryDirectory(prefix=PUSHED, dir=self.output_dir)
+            shutil.copytree(folder, copy.name, copy_function=link_or_copy, dirs_exist_ok=True)
+        except (OSError, shutil.Error) as error:
+            logger.warning(f"{folder} is not pushed, as it cannot be copied: {error}")
+            return
         self.pusher.submit(Push(f"Round {round_number}, checkpoint", {name: Path(copy.name)}, keep=copy))
 
     def finish(self) -> None:

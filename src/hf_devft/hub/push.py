@@ -8,6 +8,7 @@ import logging
 import re
 import shlex
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import dropwhile
@@ -123,6 +124,20 @@ class HubPusher:
         """Push beside whatever comes next. Never raises, never waits."""
         self._pending.append(push)
         self._running = self._worker.submit(self._drain)
+
+    def catch_up(self, pushes: Sequence[Push]) -> None:
+        """Push the first of the stages' pushes that the repository does not hold, and all after it, before what is
+        pending, beside whatever comes next. Never raises, never waits."""
+        self._running = self._worker.submit(self._catch_up, pushes)
+
+    def _catch_up(self, pushes: Sequence[Push]) -> None:
+        try:
+            self.full_name()
+            pushes = list(dropwhile(self.holds, pushes))
+        except Exception as error:  # as in `_drain`, which tries them all
+            logger.debug(f"the Hub does not say which stages it holds: {error}")
+        self._pending.extendleft(reversed(pushes))
+        self._drain()
 
     def finish(self) -> list[Push]:
         """Wait for all pushes and try once more what failed; returns what is still not on the Hub."""

@@ -81,6 +81,11 @@ def remap_layers_to_transform(
     chosen = {chosen} if isinstance(chosen, int) else set(chosen)
     config = copy.deepcopy(config)
     config.layers_to_transform = [index for index, layer in enumerate(kept) if layer in chosen]
+    if not config.layers_to_transform:  # which PEFT takes for all
+        raise ValueError(
+            f"layers_to_transform={sorted(chosen)} has none of a submodel's layers {list(kept)}, so that nothing "
+            "of it would be trained: choose more layers, or let stages have more."
+        )
     return config
 
 

@@ -105,8 +105,7 @@ def find_layer_stack(model: PreTrainedModel, which: str | None = None) -> LayerS
     layers: list[nn.Module] = []
     kinds: list[Hashable] = []
     for part, (path, members) in found.items():
-        given = [getattr(sections[part][0], name, None) for name in _TYPES]
-        types = zip(*(each for each in given if isinstance(each, list) and len(each) == len(members)), strict=True)
+        types = zip(*_types_of(sections[part][0], len(members)).values(), strict=True)
         layers += members
         kinds += [(path, *_kind(layer, next(types, ()))) for layer in members]
     return LayerStack(LayerNames({path: len(members) for path, members in found.values()}), layers, tuple(kinds))
@@ -225,26 +224,43 @@ def with_layers(model: PreTrainedModel, stack: LayerStack, kept: Sequence[int]) 
     memo = {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
     config = copy.deepcopy(model.config, memo)
     sections, names = _sections(config), stack.names.keeping(kept)
-    first = 0
+    first, kept_of = 0, {}
     for path, depth in stack.names.lists.items():
-        own = [layer - first for layer in kept if first <= layer < first + depth]
+        own = kept_of[path] = [layer - first for layer in kept if first <= layer < first + depth]
         section, name = sections.get(_part(path)) or sections[""]
-        if section is not config or len(sections) == 1:  # in one for both, a list may be of either
+        is_own = section is not config or len(sections) == 1  # in one for both, a list may be of either
+        types = {key: [each[index] for index in own] for key, each in _types_of(section, depth).items()}
+        if is_own:
             _shorten_lists(section, depth, own)
         setattr(section, name, len(own))
+        if is_own and types != _types_of(section, len(own)):
+            raise ValueError(
+                f"{type(section).__name__} computes {', '.join(types)} from layers' numbers, which are others in a "
+                f"submodel of layers {own}: set `adapter_layers` in place of `stage_layers`, so that all compute."
+            )
         old = model.get_submodule(path)
         memo[id(old)] = nn.ModuleList(copy.deepcopy(old[index], memo) for index in own)
         first += depth
     shorter = copy.deepcopy(model, memo)
     for path in names.lists:
-        for index, layer in enumerate(shorter.get_submodule(path).children()):
+        for index, (before, layer) in enumerate(
+            zip(kept_of[path], shorter.get_submodule(path).children(), strict=True)
+        ):
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = index
+                if getattr(module, "layer_id", None) == before:  # GPT-Neo's name of it
+                    module.layer_id = index
         inner = getattr(shorter.get_submodule(path.rpartition(".")[0]), "config", config)
         if not any(inner is known for known in (config, *(section for section, _ in sections.values()))):
             inner.num_hidden_layers = names.lists[path]  # T5 gives each stack a config of its own
     return shorter
+
+
+def _types_of(config: PretrainedConfig, depth: int) -> dict[str, list]:
+    """The lists of a config that say what each of `depth` layers is."""
+    given = {name: getattr(config, name, None) for name in _TYPES}
+    return {name: each for name, each in given.items() if isinstance(each, list) and len(each) == depth}
 
 
 def _shorten_lists(config: PretrainedConfig, depth: int, kept: Sequence[int]) -> None:

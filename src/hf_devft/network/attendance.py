@@ -78,9 +78,19 @@ class Attendance:
         asked = {node: RecordDict({JOIN: question}) for node in new}
         for node, reply in self.ask(asked, f"{MessageType.QUERY}.{JOIN}", timeout):
             if isinstance(reply, ClientError):  # it may be in the middle of a turn: it is asked again
-                self._refusals[node] = _Refusal(str(reply), 0.0)
+                self._refuse(node, str(reply), 0.0)
             else:
                 self._note(node, reply, challenge)
+
+    def renew(self, node: int, reply: RecordDict) -> None:
+        """Take note of what a node that was started anew says of itself now, which is known by its name."""
+        known = self._joinings.get(node)
+        try:
+            joining = joining_from_record(record_of(reply, JOIN))
+        except ValueError:
+            return
+        if known is not None and joining.name == known.name:
+            self._joinings[node] = joining
 
     def _note(self, node: int, reply: RecordDict, challenge: bytes) -> None:
         """Take note of who a node says that it is."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -50,12 +51,13 @@ def make_server_certificate(folder: Path, hosts: Sequence[str]) -> None:
 
     Raises:
         FileExistsError: there is a server's certificate already.
+        ValueError: the authority's key is not there, or no key.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_free(folder / "server.key", folder / "server.crt")
     authority_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hf-devft federation")])
     if (folder / "ca.crt").exists():
-        authority = load_pem_private_key((folder / "ca.key").read_bytes(), None)
+        authority = _read_authority(folder / "ca.key")
     else:
         authority = ec.generate_private_key(ec.SECP384R1())
         rules = x509.BasicConstraints(ca=True, path_length=0)
@@ -81,6 +83,18 @@ def make_server_certificate(folder: Path, hosts: Sequence[str]) -> None:
     )
     _write(folder / "server.key", _pem(key), secret=True)
     _write(folder / "server.crt", certificate.sign(authority, hashes.SHA384()).public_bytes(Encoding.PEM))
+
+
+def _read_authority(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read the key of the authority whose certificate is there."""
+    try:
+        key: Any = load_pem_private_key(path.read_bytes(), None)
+        return key
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}, the key of the authority whose ca.crt is there, cannot be read ({error}): put it there for as "
+            "long as you make certificates, or choose another --folder for a new authority."
+        ) from error
 
 
 def make_node_key(folder: Path, name: str) -> Path:
@@ -176,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             make_server_certificate(folder, arguments.hosts)
         for name in arguments.nodes or ():
             make_node_key(folder, name)
-    except FileExistsError as error:
+    except (FileExistsError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"written to {folder}/: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 

@@ -1,6 +1,6 @@
 """What stays with a client, on its own disk: values of the adapter, control variates, what messages left out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,16 +47,17 @@ class ClientState:
                 "new run can start without it."
             ) from error
 
-    def save(self, round_index: int, state: State, stage: int, needed: int = -1) -> None:
+    def save(self, round_index: int, state: State, stage: int, needed: Iterable[int] = ()) -> None:
         """Write the state after the turn of a round, in one move, and delete the oldest ones.
 
         Args:
-            stage: whose depth it has. needed: the round whose state the server may still ask for.
+            stage: whose depth it has. needed: rounds whose state the server may still ask for.
         """
         write_tensors(self._path(round_index), state | {_STAGE: torch.tensor(stage)})
         paths = sorted(self._folder.glob("round-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+        stays = {*map(self._path, needed), self._path(round_index)}  # clocks jump
         for old in paths[: -self._keep]:
-            if old not in (self._path(needed), self._path(round_index)):  # clocks jump
+            if old not in stays:
                 forget_checksum(old)
                 old.unlink()
 

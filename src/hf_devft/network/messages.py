@@ -113,6 +113,7 @@ class Turn:
         learning_rate: of the round.
         state_round: the last round in which this client's update has counted, whose state it goes on from; -1 for
             none.
+        needed: further rounds whose state the server may go back to, as it has checkpoints of then.
         weight: of the client's update in a secure sum; 0 where it is sent as it is.
         round_index, client: see `ToClient`. adapter, correction: the bytes of its messages.
     """
@@ -120,6 +121,7 @@ class Turn:
     stage_key: str
     learning_rate: float
     state_round: int
+    needed: list
     weight: float
     round_index: int
     client: int
@@ -128,7 +130,14 @@ class Turn:
 
     @classmethod
     def of(
-        cls, message: ToClient, dtype: str, stage_key: str, learning_rate: float, state_round: int, weight: float
+        cls,
+        message: ToClient,
+        dtype: str,
+        stage_key: str,
+        learning_rate: float,
+        state_round: int,
+        needed: list[int],
+        weight: float,
     ) -> "Turn":
         """Make it of a message whose values are of this type on the wire."""
         correction = b"" if message.correction is None else to_bytes(message.correction, dtype)
@@ -136,6 +145,7 @@ class Turn:
             stage_key,
             learning_rate,
             state_round,
+            needed,
             weight,
             message.round_index,
             message.client,

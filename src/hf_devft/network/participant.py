@@ -130,6 +130,10 @@ class Participant:
             self.max_layers, self._measured = measure_layers(self.model, settings, self.rows, self.options), asked
             logger.info(f"{self.name} can train {self.max_layers or 'all'} layers")
         signature = b"" if self.key is None else sign_name(self.key, self.name, challenge)
+        return self.itself(signature)
+
+    def itself(self, signature: bytes = b"") -> Joining:
+        """Return what there is to say of it now."""
         return Joining(self.name, self.examples, self.max_layers, signature)
 
     def enter_stage(self, message: StageMessage) -> None:
@@ -196,7 +200,8 @@ class Participant:
         memory.commit()
         state = memory.state_dict()
         if state:
-            kept.save(turn.round_index, state, stage.message.records[-1].stage, needed=turn.state_round)
+            needed = (turn.state_round, *turn.needed)
+            kept.save(turn.round_index, state, stage.message.records[-1].stage, needed)
         masked = None
         if told is not None and answer.adapter is not None:
             change = answer.adapter.decoded - side.method.payload(turn.client, local.start)
@@ -243,8 +248,9 @@ class Participant:
         """Make the batches of a turn: those that a simulation would have of these rows."""
         trainer, own = self._trainer, np.arange(len(self.rows)) if self.own is None else self.own
         rows, collator = trainer.client_rows()
+        everything = trainer.train_dataset  # the collator takes no column of lengths
         sampler = make_sampler(
-            trainer.args, rows, {turn.client: own}, [(turn.round_index, turn.client)], trainer.placement
+            trainer.args, everything, {turn.client: own}, [(turn.round_index, turn.client)], trainer.placement
         )
         return client_loader(rows, collator, sampler, trainer.args).next_client()
 

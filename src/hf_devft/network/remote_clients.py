@@ -4,9 +4,10 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import httpx
 import torch
@@ -15,9 +16,10 @@ from flwr.app import DEFAULT_TTL, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from hf_devft.federation.client_side import Answer, Exchange, ToClient
-from hf_devft.federation.memory import SERVER
+from hf_devft.federation.memory import SERVER, Memory
 from hf_devft.federation.partition import ClientData, clients_elsewhere
 from hf_devft.federation.rounds import Federation
+from hf_devft.models.layout import State
 from hf_devft.network.attendance import Attendance, some_of
 from hf_devft.network.base_hash import hash_of_weights
 from hf_devft.network.messages import (
@@ -38,6 +40,7 @@ from hf_devft.network.messages import (
 from hf_devft.network.polling import pause
 from hf_devft.network.secure_exchange import sum_securely
 from hf_devft.network.settings import shared_settings
+from hf_devft.run.checkpoint import load_federation
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.federated_run import FederatedRun
 
@@ -78,6 +81,7 @@ class RemoteClients:
     def __post_init__(self):
         self.attendance = Attendance(self.grid.get_node_ids, self.ask, self.keys)
         self._has_stage: dict[int, str] = {}  # node -> key of the stage that it was sent last
+        self._counted_then: list[dict[int, int]] = []  # at each checkpoint that the run may go back to
 
     # --- who is there ---------------------------------------------------------------------------------------
 
@@ -179,6 +183,10 @@ class RemoteClients:
         self._stage_key = message.to_record().object_id
         self._stage = replace(message, key=self._stage_key).to_record()
 
+    def may_go_back_to(self, folders: Iterable[Path]) -> None:
+        """Have clients keep what they had at these checkpoints, beside their last states."""
+        self._counted_then = [_counted_rounds(load_federation(folder)) for folder in folders]
+
     def end_stage(self) -> None:
         """End a stage."""
         del self._stage, self._stage_key
@@ -208,18 +216,31 @@ class RemoteClients:
             yield from in_order(list(asked.values()), self._ask_openly(asked, learning_rate))
 
     def _ask_openly(self, asked: dict[int, ToClient], learning_rate: float) -> Iterator[tuple[ToClient, Answer]]:
-        started = time.monotonic()
-        turns = {node: self.turn(node, message, learning_rate) for node, message in asked.items()}
-        again: dict[int, RecordDict] = {}
-        for node, reply in self.ask(turns, MessageType.TRAIN, self.timeout):
-            if why_refused(reply) == NO_STAGE:
-                self.forget_stage(node)  # it was started anew
-                again[node] = self.turn(node, asked[node], learning_rate)
-            else:
-                yield asked[node], self.read(asked[node], reply)
-        left = None if self.timeout is None else max(1.0, self.timeout - (time.monotonic() - started))
-        for node, reply in self.ask(again, MessageType.TRAIN, left):
+        def turn(node: int) -> RecordDict:
+            return self.turn(node, asked[node], learning_rate)
+
+        for node, reply in self.ask_for_training({node: turn(node) for node in asked}, turn):
             yield asked[node], self.read(asked[node], reply)
+
+    def ask_for_training(
+        self, turns: dict[int, RecordDict], again: Callable[[int], RecordDict]
+    ) -> Iterator[tuple[int, Reply]]:
+        """Send turns to nodes; yields each node's reply as it comes, or why there is none.
+
+        Args:
+            again: node -> its turn, with the stage, for one that does not know the stage: it was started anew.
+        """
+        started, anew = time.monotonic(), {}
+        for node, reply in self.ask(turns, MessageType.TRAIN, self.timeout):
+            if isinstance(reply, RecordDict) and why_refused(reply) == NO_STAGE:
+                self._has_stage.pop(node, None)
+                self.attendance.renew(node, reply)
+                self._note_examples()
+                anew[node] = again(node)
+            else:
+                yield node, reply
+        left = None if self.timeout is None else max(1.0, self.timeout - (time.monotonic() - started))
+        yield from self.ask(anew, MessageType.TRAIN, left)
 
     def turn(self, node: int, message: ToClient, learning_rate: float, weight: float = 0.0) -> RecordDict:
         """Make the records of a turn, with the stage's where the node does not have it.
@@ -229,8 +250,9 @@ class RemoteClients:
         """
         counted = self._federation.memory.get(message.client, _COUNTED)
         state_round = -1 if counted is None else int(counted["round"])
+        needed = sorted({then[message.client] for then in self._counted_then if message.client in then})
         dtype = self._federation.wire.dtype
-        turn = Turn.of(message, dtype, self._stage_key, learning_rate, state_round, weight)
+        turn = Turn.of(message, dtype, self._stage_key, learning_rate, state_round, needed, weight)
         records = RecordDict({TRAIN: turn.to_record()})
         if self._has_stage.get(node) != self._stage_key:
             records[STAGE] = self._stage
@@ -260,10 +282,6 @@ class RemoteClients:
         """Return the values that a client's update is a change of."""
         method = self._federation.method
         return method.payload(message.client, method.start(message.client, message.adapter.decoded))
-
-    def forget_stage(self, node: int) -> None:
-        """Send a node the stage again with its next turn."""
-        self._has_stage.pop(node, None)
 
     @property
     def examples(self) -> list[int]:
@@ -316,6 +334,14 @@ class RemoteClients:
             else:
                 if reply is not None:
                     yield number, ClientError(one_line(reply.error.reason)) if reply.has_error() else reply.content
+
+
+def _counted_rounds(state: State) -> dict[int, int]:
+    """The round in which each client has counted last, in what the server remembers; see `Memory.state_dict`."""
+    memory = Memory()
+    memory.load_state_dict(state)
+    owners = {int(path.partition("/")[0]) for path in state if f"/{_COUNTED}/" in path}
+    return {client: int((memory.get(client, _COUNTED) or {})["round"]) for client in owners}
 
 
 def _size(content: RecordDict) -> int:

@@ -54,9 +54,15 @@ def reply_to(participant: Participant, content: RecordDict) -> RecordDict:
         told = by_client(content[TOLD]) if TOLD in content else None
         return RecordDict({TRAINED: participant.take_turn(turn, told)})
     except UnknownStageError:
-        return refusal(NO_STAGE)
+        # It was started anew, perhaps with other rows.
+        return refusal(NO_STAGE) | RecordDict({JOIN: ConfigRecord(vars(participant.itself()))})
     except Exception as error:
         logger.exception("a turn failed")
         if type(error) in (ValueError, SecureSumError):  # ours, and none of rows
             return refusal(str(error).replace(str(participant.folder), "its folder"))
-        return refusal(f"{type(error).__name__}; its own log says more")  # whose text may quote what stays here
+        return failure(error)
+
+
+def failure(error: Exception) -> RecordDict:
+    """What a client answers that has failed: the error's type alone, as its text may quote what stays here."""
+    return refusal(f"{type(error).__name__}; its own log says more")

@@ -12,7 +12,6 @@ from hf_devft.federation.client_side import Answer, FromClient, ToClient
 from hf_devft.federation.encoding import Encoded
 from hf_devft.network.messages import (
     KEYS,
-    NO_STAGE,
     REVEAL,
     SHARES,
     TOLD,
@@ -56,8 +55,10 @@ class Clients(Protocol):
         """Return the values that a client's update is a change of."""
         ...
 
-    def forget_stage(self, node: int) -> None:
-        """Send a node the stage again with its next turn."""
+    def ask_for_training(
+        self, turns: dict[int, RecordDict], again: Callable[[int], RecordDict]
+    ) -> Iterator[tuple[int, Reply]]:
+        """Send turns to nodes; yields each node's reply."""
         ...
 
 
@@ -141,14 +142,15 @@ class SecureRound:
 
     def _take_turns(self, told: dict[int, dict[int, bytes]], weights: dict[int, float]) -> None:
         """Have clients train and mask their updates; each is given what the others have told it."""
-        turns = {}
-        for client in told:
-            node = self._node_of[client]
-            turns[node] = self._clients.turn(node, self._asked[node], self._learning_rate, weights[client])
-            turns[node][TOLD] = to_clients({other: told[other][client] for other in told if other != client})
-        for node, reply in self._clients.ask(turns, MessageType.TRAIN, self._clients.timeout):
-            if why_refused(reply) == NO_STAGE:
-                self._clients.forget_stage(node)
+
+        def turn(node: int) -> RecordDict:
+            client = self._asked[node].client
+            records = self._clients.turn(node, self._asked[node], self._learning_rate, weights[client])
+            records[TOLD] = to_clients({other: told[other][client] for other in told if other != client})
+            return records
+
+        turns = {node: turn(node) for node in map(self._node_of.__getitem__, told)}
+        for node, reply in self._clients.ask_for_training(turns, turn):
             client = self._asked[node].client
             answer = self._clients.read(self._asked[node], reply)
             if isinstance(answer, Exception):

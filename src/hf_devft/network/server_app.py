@@ -131,5 +131,6 @@ def train(recipe: RecipeArguments, args: DevFTConfig, clients: RemoteClients, da
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     traffic = {"bytes_down": clients.traffic.down, "bytes_up": clients.traffic.up}
     Path(args.output_dir, TRAFFIC_NAME).write_text(json.dumps(traffic) + "\n")
-    GrowingTable().show(table_rows(trainer.stages, trainer.run.start_metrics))
+    finished = [stage for stage in trainer.stages if stage.rounds_done]  # a run may end before its last stage
+    GrowingTable().show(table_rows(finished, trainer.run.start_metrics))
     print(closing(trainer))

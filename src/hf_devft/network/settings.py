@@ -13,9 +13,10 @@ from hf_devft.configuration import DevFTConfig
 # cannot make a client read, write or run something else.
 SHARED_OPTIONS = (
     "task", "stack", "temporary_head", "federated_method", "federated_method_kwargs", "wire_dtype", "upload_fraction",
-    "local_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "max_length",
-    "learning_rate", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "activation_checkpointing",
+    "local_steps", "per_device_train_batch_size", "auto_find_batch_size", "gradient_accumulation_steps",
+    "dataloader_drop_last", "max_length", "learning_rate", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16",
+    "activation_checkpointing",
     "activation_checkpointing_kwargs", "auto_activation_checkpointing", "neftune_noise_alpha",
     "train_sampling_strategy", "length_column_name", "include_num_input_tokens_seen", "seed", "data_seed",
 )  # fmt: skip

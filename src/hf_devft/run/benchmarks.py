@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -52,14 +52,14 @@ def load_stage(
     submodel: bool = False,
     base: str | None = None,
     token: str | None = None,
-    **options: Any,
+    model_init_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Load what a stage has left, on an accelerator where there is one: the full base with the stage's adapter, or its
     submodel. In float32 the adapter is merged; in less, small changes would be lost in rounding.
 
     Args:
         name_or_path: a run's `output_dir`, or its repository. base: where it is now; default: as the stage's record
-            has it. options: how it is loaded, as `from_pretrained` takes them; give those of the training.
+            has it. token: of the repository. model_init_kwargs: how the base is loaded; give those of the training.
 
     Raises:
         OSError: there is no such stage.
@@ -70,7 +70,7 @@ def load_stage(
     if base is None:
         raise ValueError(f"stage {stage} of {name_or_path} does not say on which base it was trained: give `base`.")
     revision = {"revision": record.base_model_revision} if record.base_model_revision and not elsewhere else {}
-    options = revision | options
+    options = revision | dict(model_init_kwargs or {})
     whole = load_base(resolve_model_name(base), TASKS[record.task].auto_class, record.stack, not submodel, **options)
     if submodel:
         model = load_submodel(whole, name_or_path, stage, token=token)

@@ -138,13 +138,14 @@ class Checkpoint:
     Attributes:
         folder: that it was read from.
         run: where the run stands.
-        full: the full-depth adapter.
+        full: the full-depth adapter. base: name and revision of the base that it is of, where they are known.
         sub, schedule: the running stage's compact adapter and the schedule; None between two stages.
     """
 
     folder: Path
     run: RunState
     full: dict[str, torch.Tensor]
+    base: tuple[str | None, str | None]
     sub: dict[str, torch.Tensor] | None
     schedule: dict | None
 
@@ -167,13 +168,14 @@ class Checkpoint:
             _check_agreement(run, trainer)
             schedule = read_json(folder / SCHEDULE) if run.within and (folder / SCHEDULE).exists() else None
             sub = without_residual(load_adapter(folder / SUBMODEL)[1], config) if run.within else None
-            full = without_residual(load_adapter(folder)[1], config)
+            own, state = load_adapter(folder)
+            full = without_residual(state, config)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{folder} is not a checkpoint that a run can resume from: {error} Give a whole `checkpoint-N` "
                 "folder that was saved without `save_only_model`, or a finished stage's."
             ) from error
-        return cls(folder, run, full, sub, schedule)
+        return cls(folder, run, full, (own.base_model_name_or_path, own.revision), sub, schedule)
 
 
 def _read_trainer_state(path: Path) -> _TrainerFile:

@@ -14,6 +14,7 @@ from hf_devft.configuration import DevFTConfig
 from hf_devft.configuration.stage_folder import LEDGER, PLOT, STAGE_CONFIG_NAME
 from hf_devft.files import CHECKSUMS, delete_folders
 from hf_devft.hub.model_card import TAG
+from hf_devft.hub.publisher import PUSHED
 from hf_devft.models.adapter_files import ADAPTER_WEIGHTS
 from hf_devft.run.checkpoint import RUN_STATE
 
@@ -59,6 +60,7 @@ def _refusal(lock: FileLock, folder: Path, is_new: bool, overwrite: bool) -> str
         lock.acquire()
     except Timeout:
         return f"another run is at work in {folder}: wait until it is over, or choose another `output_dir`."
+    delete_folders([], leftovers=folder.glob(f"{PUSHED}*"))
     if not is_new:
         return None
     if (why := _why_not_new(folder, overwrite)) is not None:
@@ -85,8 +87,11 @@ def check_free(args: DevFTConfig) -> None:
 
 
 def goes_on_in(output_dir: str | Path, checkpoint: str | Path | None) -> bool:
-    """Whether what a run goes on from lies in its own output folder, so that the run there is this one."""
-    return checkpoint is not None and Path(checkpoint).resolve().parent == Path(output_dir).resolve()
+    """Whether what a run goes on from lies in its own output folder, or is that, so that the run there is this one."""
+    if checkpoint is None:
+        return False
+    path = Path(checkpoint).resolve()
+    return Path(output_dir).resolve() in (path, path.parent)
 
 
 def _why_not_new(folder: Path, overwrite: bool) -> str | None:

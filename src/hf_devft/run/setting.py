@@ -66,9 +66,9 @@ def run_setting(
         if args.is_private
         else None,
         "num_clients": len(clients.rows),
-        "clients elsewhere": clients.names if clients.elsewhere is not None else None,
     }
-    if not args.is_private:  # in a private run it would tell how many rows there are
+    if not args.is_private:  # in a private run it would tell who they are, and how many rows there are
+        setting["clients elsewhere"] = clients.names if clients.elsewhere is not None else None
         setting["rows of the clients (checksum)"] = zlib.crc32(np.concatenate([*clients.rows.values()]).tobytes())
     if clients.elsewhere is not None:  # each client says for itself what it can hold, when it joins
         setting["client_max_layers"] = None

@@ -53,7 +53,7 @@ class GlobalAdapter:
         full = self._on_all_layers(full)
         if not is_adapter:  # no magnitudes of weights, whose changes would be compared
             return full | expand_adapter(sub, {}, self.names, groups, transfer)
-        full |= {key: self.state[key] for key in full if key in self.state}
+        full = {key: self.state[key] for key in full if key in self.state}  # some layers may have no adapter
         return expand_adapter(sub, full, self.names, groups, transfer)
 
     def _on_all_layers(self, zeros: State) -> State:

@@ -87,8 +87,7 @@ def similarity_of(gram: torch.Tensor) -> torch.Tensor:
 def _pieces(parameters: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Parameters of one shape as the rows of a float32 matrix, cut into pieces of its columns."""
     if not all(map(is_cheap_to_read, parameters)):  # not to unpack or gather them for each piece again
-        yield torch.stack([dense(parameter).detach().flatten().float() for parameter in parameters])
-        return
+        parameters = [dense(parameter).detach() for parameter in parameters]
     size = piece_size(parameters[0])
     for start in range(0, parameters[0].numel(), size):
         rows = [read_slice(parameter, start, start + size).float() for parameter in parameters]

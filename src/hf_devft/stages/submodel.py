@@ -31,8 +31,9 @@ def build_submodel(
     """
     submodel = with_layers(model, stack, [group[0] for group in groups])
     for layer, group in zip(layers_of(submodel, stack, groups), groups, strict=True):
-        members = [stack.layers[index] for index in group]
-        if (len(group) > 1 and FUSIONS[fusion] is not anchor_only) or any(map(is_stored, layer.parameters())):
+        fused = group[:1] if FUSIONS[fusion] is anchor_only else group
+        members = [stack.layers[index] for index in fused]
+        if len(members) > 1 or any(map(is_stored, layer.parameters())):
             _fuse_into(layer, members, fusion, beta)
     if fusion == "bridge":
         check_contiguous(groups)

@@ -53,14 +53,13 @@ def evaluation_share(args: DevFTConfig) -> tuple[int, int]:
 
 
 @contextmanager
-def early_stopping_waits(handler: CallbackHandler) -> Iterator[list[EarlyStoppingCallback]]:
+def early_stopping_waits(handler: CallbackHandler) -> Iterator[None]:
     """Within this context, early stopping is not told of evaluations, as each set's alone would count for all, or lack
-    its metric; gives who waits."""
+    its metric."""
     everyone = handler.callbacks
-    waiting = [callback for callback in everyone if isinstance(callback, EarlyStoppingCallback)]
-    handler.callbacks = [callback for callback in everyone if callback not in waiting]
+    handler.callbacks = [each for each in everyone if not isinstance(each, EarlyStoppingCallback)]
     try:
-        yield waiting
+        yield
     finally:
         handler.callbacks = everyone
 

@@ -10,6 +10,7 @@ from peft import PeftConfig
 
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.configuration.stage_folder import SUBMODEL
+from hf_devft.embedded import portable_name
 from hf_devft.federation.heterogeneity.capacity import Capacities
 from hf_devft.federation.ledger import Ledger
 from hf_devft.federation.partition import ClientData
@@ -43,6 +44,11 @@ def planned_draws(args: DevFTConfig, stages: list[StageConfig], capacities: Capa
 def _draws(args: DevFTConfig, rounds: Iterable[tuple[int, int]], capacities: Capacities) -> list[Any]:
     """`draws_of` rounds, each given as its index and its stage."""
     return draws_of(args, ((index, list(capacities.taking_part(stage))) for index, stage in rounds))
+
+
+def _named(base: str | None, revision: str | None) -> str:
+    """A base as one names it; empty where it has no name."""
+    return portable_name(base or "") + (f" at {revision}" if base and revision else "")
 
 
 @dataclass
@@ -209,6 +215,13 @@ class FederatedRun:
             raise ValueError(
                 f"{folder} is the last stage's: nothing is left to do. To train further, start a new run from its "
                 "adapter."
+            )
+        own = self.adapter.config
+        before, now = _named(*checkpoint.base), _named(own.base_model_name_or_path, own.revision)
+        if before and before != now and self.args.process_index == 0:
+            logger.warning(
+                f"the run in {folder} was begun on {before}, and goes on on {now or 'the given model'}: what it has "
+                "learned is of use only where these are the same weights."
             )
         names = set(self.clients.names)
         if strangers := {each for row in checkpoint.run.ledger.rounds for each in row.clients} - names:

@@ -82,6 +82,7 @@ def build_federation(
         device=args.device,
         rule=rule,
         privacy=privacy,
+        is_private=accountant is not None,
     )
 
 
@@ -93,7 +94,7 @@ def build_selection(args: DevFTConfig, examples: list[int], names: list[str], se
     """
     try:
         selection = (
-            PoissonSampling()
+            PoissonSampling(**args.client_selection_kwargs or {})
             if args.protects_clients and args.dp_sampling == "poisson"
             else SELECTIONS[args.client_selection](**args.client_selection_kwargs or {})
         )
@@ -104,6 +105,11 @@ def build_selection(args: DevFTConfig, examples: list[int], names: list[str], se
         resources = make_resources(len(examples), args.seed)
     elif args.client_resources is not None:
         resources = load_resources(args.client_resources, names)
+    if args.round_quorum > (most := selection.most_in_time(args.clients_per_round)):
+        raise ValueError(
+            f"round_quorum={args.round_quorum} can never be reached where rounds end after {most} answers, as "
+            f"client_selection={args.client_selection!r} has it: lower it, or raise `wait_for`."
+        )
     selection.begin_run(args.clients_per_round, examples, args.client_dropout_rate, seed, resources)
     return selection
 

@@ -1,6 +1,7 @@
 """What the parts of a trainer ask of it: the public side of `DevFTMixin`, mixed into a `transformers.Trainer`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,10 @@ class ClientLink(Protocol):
 
     def begin_stage(self, active: Any, rounds: range) -> None:
         """Begin a stage (an `ActiveStage`), or go on with it; `rounds` are those to come."""
+        ...
+
+    def may_go_back_to(self, folders: Iterable[Path]) -> None:
+        """Have clients keep what they had at these checkpoints."""
         ...
 
     def end_stage(self) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from hf_devft.federation.batches import ClientBatches
 from hf_devft.federation.client_side import Answer, ClientSide, Exchange, ToClient, exchange_here
@@ -40,6 +41,9 @@ class LocalClients:
         """
         self._runner = self._make_runner(active)
         self._batches = self._batches_of(rounds, 0)
+
+    def may_go_back_to(self, folders: Iterable[Path]) -> None:
+        """Keep what clients had at these checkpoints; nothing is to be done, as it is in them."""
 
     def end_stage(self) -> None:
         """Drop what was made for the stage."""

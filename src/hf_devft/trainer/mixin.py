@@ -263,15 +263,15 @@ class DevFTMixin(Base):
         return metrics
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As `Trainer`'s; of several sets also the mean and the worst. Early stopping is told of all at once."""
+        """As `Trainer`'s; of several sets also the mean and the worst, of which callbacks are told at the end; early
+        stopping of those alone."""
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(sets, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        with early_stopping_waits(self.callback_handler) as waiting:
+        with early_stopping_waits(self.callback_handler):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics |= over_the_sets(metrics, metric_key_prefix, sets)
-        for callback in waiting:
-            callback.on_evaluate(self.args, self.state, self.control, metrics=metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _determine_best_metric(self, metrics, trial):

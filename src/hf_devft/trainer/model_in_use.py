@@ -169,7 +169,7 @@ class ModelInUse:
         given = self._trainer.given_model
         if given is None or given is self._trainer.model:
             return
-        if run.residual:
+        if run.residual or run.initialisation is not None:  # another base's, which was changed with the adapter
             logger.warning("the model that was passed is as it was: what was trained is `trainer.model`.")
         else:
             load_adapter_state(given, run.adapter.state)

@@ -14,7 +14,6 @@ _LIBRARIES = ("hf_devft", "transformers", "trl")
 _NEVER_CALLED = {
     "create_optimizer_and_scheduler": "override `create_optimizer` or `create_scheduler`",
     "get_train_dataloader": "pass a `data_collator`, or set the `dataloader_*` options",
-    "_get_dataloader": "pass a `data_collator`, or set the `dataloader_*` options",
     "_get_train_sampler": "set `train_sampling_strategy`",
     "_save": "write what you need in a callback's `on_save`",
 }

@@ -1,7 +1,6 @@
 """Where a run goes on from, and where it pushes to."""
 
 import logging
-import re
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -50,26 +49,31 @@ def starting_point(args: DevFTConfig, resume_from_checkpoint: str | bool | None)
 
 
 def _later(args: DevFTConfig, chosen: Path) -> list[str]:
-    """The checkpoints of later rounds than a chosen one in `args.output_dir`."""
+    """The checkpoints and finished stages of later rounds than a chosen one in `args.output_dir`."""
     folder = Path(args.output_dir)
-    if not goes_on_in(folder, chosen) or not re.fullmatch(r"checkpoint-\d+", chosen.name):
+    if not goes_on_in(folder, chosen):
         return []
-    found = sort_checkpoints(str(folder), use_mtime=False)
-    return [Path(path).name for path in found if _round_of(path) > _round_of(chosen.name)]
+    begun = _rounds_done(str(chosen))
+    return [Path(path).name for path, rounds in _rounds_by_folder(folder).items() if rounds > begun]
 
 
 def _newest(folder: Path) -> str | None:
     """The newest checkpoint of a run that one can go on from, or its newest stage, if that has more rounds."""
-    checkpoints = [
-        path for path in sort_checkpoints(str(folder), use_mtime=False) if (Path(path) / RUN_STATE).exists()
-    ]
-    stages = [str(folder / f"stage-{stage}") for stage in finished_stages(folder)[-1:]]
-    rounds = {path: _round_of(path) for path in checkpoints[-1:]} | {path: _rounds_done(path) for path in stages}
+    rounds = _rounds_by_folder(folder)
     return max(rounds, key=rounds.__getitem__, default=None)  # of equals the checkpoint
 
 
+def _rounds_by_folder(folder: Path) -> dict[str, int]:
+    """What a run in a folder can go on from, and after how many rounds: checkpoints, then finished stages."""
+    checkpoints = [
+        path for path in sort_checkpoints(str(folder), use_mtime=False) if (Path(path) / RUN_STATE).exists()
+    ]
+    stages = [str(folder / f"stage-{stage}") for stage in finished_stages(folder)]
+    return {path: _round_of(path) for path in checkpoints} | {path: _rounds_done(path) for path in stages}
+
+
 def _rounds_done(stage: str) -> int:
-    """Of the run, at a stage's end; 0 where its folder does not tell."""
+    """Of the run, at a stage's end or a checkpoint's; 0 where its folder does not tell."""
     try:
         return TrainerState.load_from_json(f"{stage}/{TRAINER_STATE_NAME}").global_step
     except (OSError, ValueError, TypeError):

@@ -14,7 +14,8 @@ _RATE, _SCHEDULER = "rate", "scheduler"
 class RoundSchedule:
     """`trainer`'s learning rate schedule, stepped once a round.
 
-    It runs on an optimiser of its own that has nothing to optimise, as those of the stages come and go.
+    It runs on an optimiser of its own that has nothing to optimise, as those of the stages come and go. One that goes
+    by a metric begins anew with each stage (our choice: the metrics of two submodels cannot be compared).
 
     Args:
         num_rounds: of the whole run.
@@ -27,15 +28,24 @@ class RoundSchedule:
 
     def __init__(self, trainer: FederatedTrainer, num_rounds: int, done: int = 0, state: dict | None = None):
         self.base_rate = trainer.args.learning_rate
-        self.clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.base_rate)
-        trainer.lr_scheduler = None
-        made = trainer.create_scheduler(num_rounds, optimizer=self.clock)
-        self.scheduler = trainer.lr_scheduler if made is None else made  # an own one may only set it
+        self._trainer, self._num_rounds = trainer, num_rounds
+        self._begin()
         self._goes_by_a_metric = isinstance(self.scheduler, (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR))
         for _ in range(done):
             self.step()
         if state is not None and self._goes_by_a_metric:
             self._load(state)
+
+    def _begin(self) -> None:
+        self.clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.base_rate)
+        self._trainer.lr_scheduler = None
+        made = self._trainer.create_scheduler(self._num_rounds, optimizer=self.clock)
+        self.scheduler = self._trainer.lr_scheduler if made is None else made  # an own one may only set it
+
+    def begin_stage(self) -> None:
+        """Begin a schedule that goes by a metric anew."""
+        if self._goes_by_a_metric:
+            self._begin()
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what does not follow from the rounds, as JSON has it; None where all does."""

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import logging
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -55,6 +56,9 @@ from hf_devft.trainer.stage_factory import StageFactory
 from hf_devft.trainer.stage_runner import StageRunner
 
 
+logger = logging.getLogger(__name__)
+
+
 class TrainingSession:
     """Runs a trainer's stages and rounds.
 
@@ -85,7 +89,7 @@ class TrainingSession:
         self.peak_memory = PeakMemory(args.device)
         self._table = GrowingTable()
         if checkpoint is not None:
-            self._find_best(checkpoint.folder.parent)
+            self._take_up(checkpoint)
         warn_of_silent_events(trainer.callback_handler.callbacks)
         self._local_training = LocalTraining(trainer, trainer.placement.shares_batches)
         most = len(trainer.placement.clients(range(args.clients_per_round)))
@@ -96,6 +100,8 @@ class TrainingSession:
         if trainer.remote_clients is not None:
             self.clients = trainer.remote_clients
             self.clients.begin_run(run, self.federation)
+            if checkpoint is not None:
+                self._keep_states(checkpoint.folder)
 
     def _secret(self, checkpoint: Checkpoint | None) -> int:
         """What a private run's clients and noise are drawn by, the same on all processes; 0 in other runs."""
@@ -167,6 +173,7 @@ class TrainingSession:
         self.federation.memory.carry(lambda name, state: replace(adapter, state=state).fuse(*rule))
         state = self.trainer.state
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        self.schedule.begin_stage()
         return adapter.fuse(*rule)
 
     def _begin_rounds(self, active: ActiveStage) -> None:
@@ -330,7 +337,24 @@ class TrainingSession:
             if trainer.publisher is not None and args.push_to_hub:
                 trainer.publisher.submit_checkpoint(target, state.global_step)
             rotate(run_dir, args, state)
+            self._keep_states(target)
         trainer.accelerator.wait_for_everyone()
+
+    def _take_up(self, checkpoint: Checkpoint) -> None:
+        """Find again what a run that goes on had: its best round, and stages that were not pushed."""
+        trainer, state = self.trainer, self.trainer.state
+        state.best_model_checkpoint = None
+        self._find_best(checkpoint.folder.parent)
+        is_lost = checkpoint.run.within and state.best_global_step and state.best_model_checkpoint is None
+        if is_lost and trainer.args.load_best_model_at_end:
+            logger.warning(
+                f"round {state.best_global_step}, the best of its stage so far, has no checkpoint beside "
+                f"{checkpoint.folder}: the best of the rounds to come is handed on, or the last one."
+            )
+            state.best_metric = state.best_global_step = None
+            self.run.stages[checkpoint.run.stage - 1].metrics = {}
+        if trainer.publisher is not None and trainer.args.push_to_hub:
+            trainer.publisher.catch_up()
 
     def _find_best(self, run_dir: Path, written: Path | None = None) -> None:
         """Note where the best round's checkpoint is, in the folder where the run is now; `written` is about to be."""
@@ -339,6 +363,11 @@ class TrainingSession:
             best = run_dir / f"checkpoint-{state.best_global_step}"
             if best == written or best.exists():
                 state.best_model_checkpoint = str(best)
+
+    def _keep_states(self, newest: Path) -> None:
+        """Have clients keep what the run may go back to."""
+        best = self.trainer.state.best_model_checkpoint
+        self.clients.may_go_back_to([newest] + [Path(best)] * (best is not None))
 
     def _write_checkpoint(self, target: Path) -> None:
         trainer, active = self.trainer, self.run.active

@@ -88,6 +88,7 @@ class StageFactory:
         config, head = adapter.config_of(record.groups, record.adapted), None
         if self.args.temporary_head and record.num_layers < record.full_layers:
             config, head = with_head(config, submodel)
+            self.reseed()  # its factors are drawn, whatever was drawn before
         model = attach_adapter(submodel, config, sub, grows=head is not None)
         adapter.move_weights(model, record.groups)
         self.recomputation.settle(record, model)

@@ -95,12 +95,13 @@ class StageRunner:
     ) -> tuple[LocalResult, torch.Tensor]:
         """Train a client on a model, whose layers these are."""
         engine.begin_client(turn.start, learning_rate, turn.trains)
+        skipping = self._without_layers(engine, layers, turn.skips)  # before the seed: it may run the model once
         whose = (turn.round_index, turn.client)
         seed = client_seed(self.seed, *whose) if self.privacy is None else self.privacy.seed(*whose)
         # Where processes share a batch, each draws its own dropout.
         set_seed(seed + self.placement.index if self.placement.shares_batches else seed)
         private = self.privacy and self.privacy.steps(engine.parameters, *whose)
-        with self._without_layers(engine, layers, turn.skips), _tap(engine, turn) as tap:
+        with skipping, _tap(engine, turn) as tap:
             result = self.local_training(engine, iter(turn.batches), tap, private)
         per_token = _flops_per_token(engine, turn, layers)
         result.flops = sum(count * flops for count, flops in zip(result.positions, per_token, strict=True))

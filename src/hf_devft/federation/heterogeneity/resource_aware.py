@@ -36,6 +36,9 @@ class ResourceAware(ClientSelection):
             )
         self.wait_for, self.max_staleness = wait_for, max_staleness
 
+    def most_in_time(self, clients_per_round: int) -> int:
+        return max(1, math.ceil(self.wait_for * clients_per_round))
+
     def begin_stage(self, candidates: Sequence[int], rounds: range, work: Work | None, clock: float) -> None:
         self._busy_until = dict.fromkeys(candidates, clock)
         self._waiting: list[tuple[float, int, int]] = []  # (arrival, client, round) of late updates

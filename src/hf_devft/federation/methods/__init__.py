@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
 from hf_devft.federation.methods.base import Clients, FederatedMethod
 from hf_devft.federation.methods.c2a import C2A
 from hf_devft.federation.methods.correction import LocalCorrection
@@ -100,10 +102,26 @@ def make_methods(name: str, options: dict[str, Any] | None = None) -> Methods:
             f"it takes {sorted(known_options) or 'none'}."
         )
     made = (
-        make and make(**{key: value for key, value in (options or {}).items() if key in takes[kind]})
+        make
+        and make(**{key: _as_typed(make, key, value) for key, value in (options or {}).items() if key in takes[kind]})
         for kind, make in chosen.items()
     )
     return Methods(*made)
+
+
+def _as_typed(make: Callable[..., Any], option: str, value: Any) -> Any:
+    """What an option means, of its annotated type: YAML reads 1e-3 as text.
+
+    Raises:
+        ValueError: it is of another type, or no finite number.
+    """
+    annotation = inspect.signature(make).parameters[option].annotation
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+    except PydanticUserError:  # an annotation of one's own, or none
+        return value
+    except ValidationError as error:
+        raise ValueError(f"federated_method_kwargs: {option}={value!r}: {error.errors()[0]['msg']}.") from error
 
 
 __all__ = [

@@ -10,13 +10,20 @@ class FedExLoRA(Residual):
     """A ← Ā = Σ p_k A_k, B ← B̄ = Σ p_k B_k, and ΔW ← ΔW + Σ p_k B_k A_k − B̄ Ā (eqs. 11 to 13): exact aggregation.
 
     A client can make Ā, B̄ and the residual from the factors that the others sent, so these are what it is sent (our
-    choice; the residual by itself has the same rank), and the first time the adapter.
+    choice; the residual by itself has the same rank), and the first time of a stage the adapter; or where it has fewer
+    values, the dense residual, with the adapter, which does not follow from it.
     """
 
     supports_error_feedback = True
 
     def download(self, client: int) -> torch.Tensor:
-        return placeholder_message(max(super().download(client).numel(), self.adapter.numel()))
+        is_first, missing = self.memory.get(client, "stacked") is None, self.missing(client)
+        count = self.layout.count(self.layout.others)
+        for pair in self.layout.pairs:
+            (rank, into), (out, _) = self.layout.shapes[pair.a], self.layout.shapes[pair.b]
+            adapter = rank * (into + out)
+            count += min(missing * (into + out) + is_first * adapter, into * out + adapter)
+        return placeholder_message(count)
 
     def start(self, client: int, received: torch.Tensor) -> torch.Tensor:
         return self.adapter

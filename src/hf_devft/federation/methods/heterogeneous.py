@@ -24,6 +24,8 @@ class HeterogeneousRanks(FederatedMethod):
     products = True
 
     def __init__(self, client_ranks: Sequence[int] | None = None):
+        if client_ranks is not None and not len(client_ranks):
+            raise ValueError("client_ranks=[]: give a rank or more.")
         self.client_ranks = None if client_ranks is None else [int(rank) for rank in client_ranks]
 
     def begin_stage(self, layout: AdapterLayout, adapter: torch.Tensor) -> None:
@@ -46,7 +48,8 @@ class HeterogeneousRanks(FederatedMethod):
         return self._ranks[client % len(self._ranks)]
 
     def message_sizes(self, client: int) -> tuple[int, int]:
-        values = self.payload(client, self.adapter).numel()
+        rank = self._ranks[client % len(self._ranks)]  # as configured, so that a resumed run plans the same
+        values = int((self._rank_of_value < rank).sum())
         return values, values
 
     def download(self, client: int) -> torch.Tensor:

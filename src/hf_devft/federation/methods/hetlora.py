@@ -13,7 +13,8 @@ class HetLoRA(HeterogeneousRanks):
 
     Clients receive their first r_k ranks. Their loss has λ ‖B_tail‖ ‖A_tail‖ added for every module, over the tail
     [γ r_k, r_k) of the ranks; where training made the sum of these products smaller, the client drops its tail for
-    good. Adapters are padded with zeros and averaged module by module with weights ‖B_k A_k‖_F.
+    good. Adapters are padded with zeros and averaged module by module with weights ‖B_k A_k‖_F: ranks that none of a
+    round's clients has become zero, and are learned anew.
 
     Args:
         client_ranks: see `HeterogeneousRanks`.

@@ -46,8 +46,12 @@ class Residual(Stacking):
         state = self.memory.get(owner, "stacked")
         return 0 if state is None else int(state["rank"])
 
+    def missing(self, client: int) -> int:
+        """Ranks that went into ΔW since a client last took part in the stage."""
+        return self._stacked(SERVER) - self._stacked(client)
+
     def download(self, client: int) -> torch.Tensor:
-        missing = self._stacked(SERVER) - self._stacked(client)
+        missing = self.missing(client)
         shapes = [(self.layout.shapes[pair.a], self.layout.shapes[pair.b]) for pair in self.layout.pairs]
         factors = sum(min(missing * (a[1] + b[0]), a[1] * b[0]) for a, b in shapes)
         return placeholder_message(factors + self.layout.count(self.layout.others))
@@ -55,9 +59,6 @@ class Residual(Stacking):
     def keep(self, client: int, start: torch.Tensor, adapter: torch.Tensor) -> None:
         known = self._stacked(SERVER) + self._rank  # and its own of this round
         self.memory.put(client, "stacked", {"rank": torch.tensor(known)})
-
-    def message_sizes(self, client: int) -> tuple[int, int]:
-        return self.download(client).numel(), super().message_sizes(client)[1]
 
     def mean_product(self, pair: LoraPair, adapters: Sequence, weights: Sequence[float]) -> torch.Tensor:
         """scaling · Σ_k p_k B_k A_k."""

@@ -35,7 +35,10 @@ def read_secret(folder: str | Path, rows: str = "", is_new: bool = True) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{SECRET}.{os.getpid()}")
         draft.touch(mode=0o600)
-        draft.write_text(f"{secret}\n{rows}\n")
+        with draft.open("w") as file:
+            file.write(f"{secret}\n{rows}\n")
+            file.flush()
+            os.fsync(file.fileno())  # without it no run goes on
         draft.replace(path)
     return secret
 
