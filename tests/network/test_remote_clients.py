@@ -180,6 +180,49 @@ def test_participants_that_are_started_anew_go_on(remote_run, participants, simu
     assert_same(adapters(tmp_path / "run"), simulated(**STATEFUL))
 
 
+class FewerRows(Loopback):
+    """One participant is started anew after its first turn, with fewer rows and a limit."""
+
+    def answer(self, node, content):
+        answer = super().answer(node, content)
+        old = self.participants[node]
+        if old.name == "org-a" and TRAINED in answer and old.max_layers == 0:
+            self.participants[node] = Participant(
+                old.name, old.model, old.rows.select(range(5)), old.folder, 2, options=old.options
+            )
+        return answer
+
+
+def test_a_participant_that_is_started_anew_says_what_it_has_now(remote_run, participants):
+    options = {"clients_per_round": 2, "stage_layers": [2, 4], "stage_rounds": [6, 3]}
+    trainer = remote_run(FewerRows(participants), **options)
+    trainer.train()
+    asked = [set(record.clients) for record in trainer.ledger.rounds]
+    assert sum("org-a" in each for each in asked[:6]) > 1, "it has been started anew by then"
+    assert trainer.clients.examples == [5, 16, 17]
+    assert asked[6:] == [{"org-b", "org-c"}] * 3, "its limit is planned with"
+    assert not any(record.dropped for record in trainer.ledger.rounds)
+
+
+def test_clients_keep_what_the_best_round_may_ask_for(remote_run, participants, tmp_path):
+    """The best round is further back than a client keeps states."""
+    for participant in participants.values():
+        participant.keep_states = 1
+
+    class WorseAndWorse(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)
+
+    options = STATEFUL | {
+        "clients_per_round": 3, "stage_layers": [2, 4], "stage_rounds": [4, 1], "load_best_model_at_end": True,
+        "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+        "eval_dataset": participants[11].rows,
+    }  # fmt: skip
+    trainer = remote_run(Loopback(participants), callbacks=[WorseAndWorse()], **options)
+    trainer.train()
+    assert [record.dropped for record in trainer.ledger.rounds] == [[]] * 5
+
+
 def test_a_server_goes_on_from_a_checkpoint_with_what_its_clients_had_kept_then(remote_run, participants, tmp_path):
     """Two rounds after the checkpoint, the server starts anew from it: the clients go back with it."""
     options = STATEFUL | {"save_strategy": "steps", "save_steps": 1, "clients_per_round": 3}
@@ -576,10 +619,9 @@ class Busy(Loopback):
         return super().push_messages(messages)
 
 
-def test_a_busy_node_is_asked_again_who_it_is(participants, monkeypatch):
-    monkeypatch.setattr("hf_devft.network.remote_clients.JOIN_TIMEOUT", 0.2)
+def test_a_busy_node_is_asked_again_who_it_is(participants):
     grid = Busy(participants)
-    assert RemoteClients(grid).wait_for(3).names == ["org-a", "org-b", "org-c"]
+    assert RemoteClients(grid).wait_for(3, timeout=0.2).names == ["org-a", "org-b", "org-c"]
     assert grid.asked == 2
 
 

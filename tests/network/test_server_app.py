@@ -15,9 +15,10 @@ def run(folder, *flags):
 def test_a_folder_of_another_run_is_refused(tmp_path):
     check_run(*run(tmp_path))
     (tmp_path / "stage-1").mkdir()
-    for flags in ([], ["--resume_from_hub", "me/run"]):  # what comes from there is not what is here
-        with pytest.raises(ValueError, match=r"holds a run already .*stage-1"):
-            check_run(*run(tmp_path, *flags))
+    with pytest.raises(ValueError, match=r"holds a run already .*stage-1"):
+        check_run(*run(tmp_path))
+    with pytest.raises(ValueError, match="cannot go with resume_from_hub"):
+        check_run(*run(tmp_path, "--resume_from_hub", "me/run"))
     for flags in (["--resume_from_checkpoint", "last"], ["--overwrite_output_dir", "true"]):
         check_run(*run(tmp_path, *flags))
 

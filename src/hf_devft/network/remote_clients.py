@@ -135,9 +135,10 @@ class RemoteClients:
         for client, joining in self._joined():
             self.clients.elsewhere[client] = joining.examples
 
-    def _note_limits(self) -> None:
-        """Plan the stages to come with what those who have joined late can train; a private run's are accounted for
-        as they were planned."""
+    def _note_joinings(self) -> None:
+        """Take note of what clients have, and plan the stages to come with what those who have joined late can train;
+        a private run's are accounted for as they were planned."""
+        self._note_examples()
         run = self._run
         for client, joining in self._joined():
             if joining.max_layers and not run.args.is_private:
@@ -201,8 +202,7 @@ class RemoteClients:
         self, learning_rate: float, round_index: int, attempt: int, messages: Iterator[ToClient]
     ) -> Iterator[tuple[ToClient, Answer]]:
         self.attendance.greet(LATE_JOIN_TIMEOUT)
-        self._note_examples()
-        self._note_limits()
+        self._note_joinings()
         asked: dict[int, ToClient] = {}
         for message in messages:
             name = self.names[message.client]
@@ -235,7 +235,7 @@ class RemoteClients:
             if isinstance(reply, RecordDict) and why_refused(reply) == NO_STAGE:
                 self._has_stage.pop(node, None)
                 self.attendance.renew(node, reply)
-                self._note_examples()
+                self._note_joinings()
                 anew[node] = again(node)
             else:
                 yield node, reply

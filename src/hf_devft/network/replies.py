@@ -54,8 +54,9 @@ def reply_to(participant: Participant, content: RecordDict) -> RecordDict:
         told = by_client(content[TOLD]) if TOLD in content else None
         return RecordDict({TRAINED: participant.take_turn(turn, told)})
     except UnknownStageError:
-        # It was started anew, perhaps with other rows.
-        return refusal(NO_STAGE) | RecordDict({JOIN: ConfigRecord(vars(participant.itself()))})
+        answer = refusal(NO_STAGE)
+        answer[JOIN] = ConfigRecord(vars(participant.itself()))  # it was started anew, perhaps with other rows
+        return answer
     except Exception as error:
         logger.exception("a turn failed")
         if type(error) in (ValueError, SecureSumError):  # ours, and none of rows

@@ -367,7 +367,7 @@ class TrainingSession:
     def _keep_states(self, newest: Path) -> None:
         """Have clients keep what the run may go back to."""
         best = self.trainer.state.best_model_checkpoint
-        self.clients.may_go_back_to([newest] + [Path(best)] * (best is not None))
+        self.clients.may_go_back_to([newest] if best is None else [newest, Path(best)])
 
     def _write_checkpoint(self, target: Path) -> None:
         trainer, active = self.trainer, self.run.active
