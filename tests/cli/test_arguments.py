@@ -44,6 +44,19 @@ def test_rows_held_out_of_the_clients_replace_the_files_evaluation(tmp_path, key
     assert args.client_eval_size == 0.1
 
 
+def test_to_hold_nothing_out_leaves_the_files_evaluation(tmp_path):
+    config = write(tmp_path / "data.yaml", "output_dir: out\ndataset_name: rows\neval_file: test.jsonl\n")
+    recipe, _ = parse_arguments(["--eval_fraction", "0"], config)
+    assert recipe.eval_file == ["test.jsonl"]
+
+
+def test_a_subset_is_of_a_dataset(tmp_path):
+    config = write(tmp_path / "data.yaml", "output_dir: out\ndataset_name: rows\ndataset_config: main\n")
+    assert parse_arguments(["--train_file", "mine.jsonl"], config)[0].dataset_config is None
+    with pytest.raises(ValueError, match="dataset_config='main' is of a dataset_name"):
+        parse_arguments(["--dataset_config", "main", "--output_dir", "out"])
+
+
 @pytest.mark.parametrize("train", [["--dataset_name", "data"], ["--train_file", "data/train.jsonl"], []], ids=str)
 def test_files_to_evaluate_on_are_read_whatever_is_trained_on(tmp_path, monkeypatch, train):
     monkeypatch.chdir(tmp_path)
@@ -142,6 +155,13 @@ def test_words_that_no_flag_takes_are_refused(default, argv, says):
         ),
         ("stage_layers: [2, 4]", ["--growth_factor", "1.5"], {"stage_layers": None, "growth_factor": 1.5}),
         ("stage_layers: [2, 4]", ["--initial_layers", "2"], {"stage_layers": None, "initial_layers": 2}),
+        ("stage_layers: [2, 4]", ["--adapter_layers", "1", "4"], {"stage_layers": None, "adapter_layers": [1, 4]}),
+        (
+            "stage_learning_rates: [1e-3, 2e-3]\ndistillation_steps: 4",
+            ["--learning-rate", "1e-5", "--distillation-steps", "0"],
+            {"stage_learning_rates": None, "learning_rate": 1e-5},
+        ),
+        ("resume_from_checkpoint: true", [], {"resume_from_checkpoint": True}),
     ],
 )
 def test_a_flag_wins_over_another_key_of_the_file(tmp_path, text, argv, expected):

@@ -13,6 +13,9 @@ from hf_devft.cli.values import check_value
     ("value", "hint", "allowed"),
     [
         (2.5, int, "a whole number"),
+        (10.0, int, "a whole number"),
+        (True, int, "a whole number"),
+        (True, float, "a number"),
         (None, int, "a whole number"),
         ([1e-3], float, "a number"),
         ("maybe", bool, "true or false"),
@@ -28,7 +31,16 @@ def test_what_is_allowed_is_said(value, hint, allowed):
 
 @pytest.mark.parametrize(
     ("value", "hint"),
-    [(2, int), (2, float), ("1e-3", float), (True, bool), (None, str | None), ([1, 2], list[int]), (object(), Any)],
+    [
+        (2, int),
+        (2, float),
+        ("1e-3", float),
+        ("5", int),
+        (True, bool),
+        (None, str | None),
+        ([1, 2], list[int]),
+        (object(), Any),
+    ],
 )
 def test_what_fits_is_taken(value, hint):
     check_value("option", value, hint, "run.yaml")

@@ -42,6 +42,10 @@ def test_defaults_conflict_with_nothing(tmp_path):
     ({"federated_method": "scaffold", "auto_find_batch_size": True}, "leave one out"),
     ({"federated_method": "c2a", "client_selection": "resource_aware"}, "none can come late"),
     ({"beyond_capacity": "keep_last", "federated_method": "fedprox"}, 'beyond_capacity="sit_out"'),
+    ({"beyond_capacity": "keep_last"}, "give client_max_layers, or leave it out"),
+    ({"beyond_capacity": "keep_last", "client_max_layers": [2, 4], "transfer": "anchor"}, 'set transfer="broadcast"'),
+    ({"federated_method": "fedit+median", "round_quorum": 3, "clients_per_round": 3, "upload_fraction": 0.1},
+     "set it to 1"),
     ({"temporary_head": True, "wire_dtype": "int4"}, "some of them are dropped"),
     ({"distillation_steps": 3, "temporary_head": True}, "leave it out"),
     ({"predict_with_generate": True, "task": "text-classification"}, "turn it off"),
@@ -88,6 +92,20 @@ def test_each_is_told_of_what_it_is_about(tmp_path):
         config(tmp_path, federated_method="scaffold", temporary_head=True)
     with pytest.raises(ValueError, match=r"DevFTDPOTrainer \(--trainer dpo\) cannot go with auto_find_batch_size"):
         check_compatibility(setup(tmp_path, known={"trainer": "dpo"}, auto_find_batch_size=True))
+
+
+def test_what_a_client_has_of_its_own_is_not_lost_where_anchors_come_and_go(tmp_path):
+    options = {"federated_method": "fedsa_lora", "transfer": "anchor"}
+    check_compatibility(setup(tmp_path, known={"num_stages": 2}, **options))
+    with pytest.raises(ValueError, match='set transfer="broadcast" or grouping="prefix"'):
+        check_compatibility(setup(tmp_path, known={"num_stages": 3}, **options))
+
+
+def test_orthogonal_factors_are_their_own_layers(tmp_path):
+    adapter = lora(init_lora_weights="orthogonal")
+    check_compatibility(setup(tmp_path, adapter, adapter_fusion="anchor"))
+    with pytest.raises(ValueError, match='set adapter_fusion="anchor"'):
+        check_compatibility(setup(tmp_path, adapter, adapter_fusion="mean"))
 
 
 def test_what_is_not_known_conflicts_with_nothing(tmp_path):

@@ -135,3 +135,12 @@ def test_a_broken_stage_config_is_an_error(tmp_path, content):
     (tmp_path / "stage_config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=r"stage_config\.json is "):
         StageConfig.from_pretrained(tmp_path)
+
+
+def test_a_mapping_is_read_however_it_is_written(tmp_path):
+    assert config(tmp_path, model_init_kwargs=' {"dtype": "float32"}').model_init_kwargs == {"dtype": "float32"}
+
+
+def test_batches_come_in_their_clients_order(tmp_path):
+    with pytest.raises(ValueError, match="dataloader_in_order=False would give a client another one's batches"):
+        config(tmp_path, dataloader_in_order=False)

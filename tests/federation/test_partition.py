@@ -57,3 +57,20 @@ def test_clients_say_how_their_rows_came_to_them():
     assert own.partition == "each client's own data"
     assert hold_out(own, 0.25)[0].partition == own.partition
     assert hold_out(make_clients(rows, num_clients=2), 0.25)[0].partition == "iid"
+
+
+@pytest.mark.parametrize("values", [["a", None, "b"], [1.0, float("nan"), 2.0]], ids=["none", "nan"])
+@pytest.mark.parametrize("kind", ["dirichlet", "natural"])
+def test_a_row_that_would_be_nobodys_is_told(kind, values):
+    with pytest.raises(ValueError, match="partition_column='owner': row 1 has no value there"):
+        partition_dataset(Dataset.from_dict({"owner": values}), kind, column="owner")
+
+
+def test_a_partitioner_stands_alone():
+    rows = Dataset.from_dict({"n": [1, 2]})
+
+    class Partitioner:
+        num_partitions = 2
+
+    with pytest.raises(ValueError, match="says whose rows are whose: leave `partitioner` out"):
+        make_clients({"a": rows}, Partitioner())

@@ -262,3 +262,16 @@ def test_a_stage_goes_on_at_the_same_time():
         half = run_round(resumed, index, half, training()).adapter
     assert torch.equal(half, adapter)
     assert resumed.clock.time == whole.clock.time
+
+
+def test_a_private_round_that_everyone_has_left_counts():
+    """Nobody else is asked, as that would cost."""
+    start = torch.tensor([1.0, 2.0])
+    for is_private in (True, False):
+        run = federation(dropout_rate=0.999)
+        run.is_private = is_private
+        if is_private:
+            assert torch.equal(run_round(run, 0, start, training()).adapter, start)
+        else:
+            with pytest.raises(QuorumError, match="Raise `clients_per_round`, or lower `round_quorum`"):
+                run_round(run, 0, start, training())

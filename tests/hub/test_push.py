@@ -9,7 +9,9 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from server import TOKEN, Fault, serve
 from transformers import TrainerCallback
+from transformers.trainer_utils import HubStrategy
 
+from hf_devft.hub.publisher import RunPublisher
 from hf_devft.hub.push import HubPusher, Push, finished_stages, left_over, push_run, push_stages, stage_push
 from hf_devft.run.benchmarks import Score, push_scores
 
@@ -251,3 +253,23 @@ def test_scores_are_put_into_the_repositorys_card(hub):
         card = ModelCard.load(api.hf_hub_download("me/scored", name, force_download=True))
         assert [(each.dataset_type, each.metric_value) for each in card.data.eval_results] == [("bbh", value)]
         assert card.data.license == "mit"
+
+
+@pytest.mark.parametrize("there", [[], [1], [1, 2]], ids=str)
+def test_what_a_stopped_run_had_not_pushed_is_pushed_by_the_one_that_goes_on(hub, output, there):
+    for stage in there:
+        pusher(hub).push(stage_push(output, stage))
+    before = list(hub.repos["me/run"].messages.values()) if there else ["initial commit"]
+    goes_on = RunPublisher(pusher(hub), output, HubStrategy.EVERY_SAVE, always=False)
+    goes_on.catch_up()
+    goes_on.submit_stage(2)  # a later stage's push does not overtake them
+    assert goes_on.pusher.finish() == []
+    missing = [f"Stage {stage}" for stage in (1, 2) if stage not in there]
+    assert list(hub.repos["me/run"].messages.values()) == [*before, *missing, "Stage 2"]
+
+
+def test_a_checkpoint_that_cannot_be_copied_ends_no_run(hub, output, caplog):
+    publisher = RunPublisher(pusher(hub), output, HubStrategy.CHECKPOINT, always=False)
+    publisher.submit_checkpoint(output / "checkpoint-9", 9)
+    assert "checkpoint-9 is not pushed, as it cannot be copied" in caplog.text
+    assert publisher.pusher.pending == []

@@ -9,6 +9,8 @@ from transformers import (
     AutoModelForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -170,3 +172,25 @@ def test_layers_left_out_hand_on_what_they_are_given(model):
         assert torch.equal(model(input_ids=INPUT).logits, before)
         kept = with_layers(model, stack, KEPT)(input_ids=INPUT, use_cache=False).logits
     torch.testing.assert_close(left_out, kept)
+
+
+def test_types_that_a_config_computes_from_numbers_cannot_be_shortened():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    of_experts = {"num_key_value_heads": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}
+    model = JambaForCausalLM(JambaConfig(**sizes, **of_experts, num_hidden_layers=6, use_mamba_kernels=False))
+    stack = find_layer_stack(model)
+    assert with_layers(model, stack, [0, 1, 4, 5]).config.num_hidden_layers == 4, "by chance they are the same"
+    with pytest.raises(ValueError, match=r"JambaConfig computes .* set `adapter_layers` in place of `stage_layers`"):
+        with_layers(model, stack, [0, 2, 3, 5])
+
+
+@torch.no_grad()
+def test_a_cache_counts_layers_whatever_their_number_is_called():
+    config = GPTNeoConfig(
+        vocab_size=64, hidden_size=16, num_layers=6, num_heads=2, attention_types=[[["global", "local"], 3]]
+    )
+    model = GPTNeoForCausalLM(config).eval()
+    short = with_layers(model, find_layer_stack(model), [0, 1, 3, 5])
+    how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    ids = torch.tensor([[3, 9, 27]])
+    assert torch.equal(short.generate(ids, use_cache=True, **how), short.generate(ids, use_cache=False, **how))

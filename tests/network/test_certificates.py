@@ -5,7 +5,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
-from hf_devft.network.certificates import make_node_key, make_server_certificate
+from hf_devft.network.certificates import main, make_node_key, make_server_certificate
 from hf_devft.network.node import ConnectionArguments, DataArguments
 
 
@@ -57,3 +57,13 @@ def test_tls_and_a_key_are_asked_for_unless_refused():
 def test_a_node_has_rows():
     with pytest.raises(ValueError, match="--train_file or --dataset_name, one of them"):
         DataArguments(name="org-a").participant()
+
+
+def test_an_authority_whose_key_is_elsewhere_is_told(tmp_path, capsys):
+    make_server_certificate(tmp_path, ["localhost"])
+    for name in ("ca.key", "server.crt", "server.key"):
+        (tmp_path / name).unlink()
+    with pytest.raises(SystemExit) as ended:
+        main(["--folder", str(tmp_path), "--hosts", "localhost"])
+    assert "ca.key, the key of the authority whose ca.crt is there, cannot be read" in str(ended.value)
+    assert not (tmp_path / "server.key").exists()

@@ -18,10 +18,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from hf_devft.cli.arguments import parse_arguments
 from hf_devft.federation.rounds import QuorumError
 from hf_devft.network.messages import TRAIN, TRAINED, refusal
 from hf_devft.network.participant import Participant
 from hf_devft.network.remote_clients import RemoteClients, in_order
+from hf_devft.network.server_app import train
 from hf_devft.trainer import recomputation
 
 
@@ -653,3 +655,37 @@ def test_answers_are_added_up_in_the_order_of_the_messages(arrival):
     late = in_order(messages, ((messages[client], client) for client in known))
     assert [message.client for message, _ in late] == [0, 1, 3, 4]
     assert [message.client for message, _ in in_order(messages, answers())] == list(range(5))
+
+
+def test_the_servers_table_is_of_the_stages_that_were_run(participants, base, tmp_path, capsys):
+    """A run may end before its last stage."""
+    flags = ["--config", "quickstart", "--model_name_or_path", base, "--output_dir", str(tmp_path / "run")]
+    flags += ["--stage_layers", "2", "4", "--stage_rounds", "1", "--max_steps", "1", "--save_strategy", "no"]
+    flags += ["--eval_strategy", "no", "--eval_on_start", "false", "--use_cpu", "true", "--num_clients", "3"]
+    recipe, args = parse_arguments([*flags, "--predict_with_generate", "false"])
+    clients = RemoteClients(Loopback(participants), timeout=60)
+    who = clients.wait_for(3)
+    train(recipe, args, clients, (who, None, None))
+    shown = capsys.readouterr().out
+    assert "1/2" in shown
+    assert "2/2" not in shown
+    assert "ended by max_steps, 1 of 2 rounds" in shown
+
+
+def test_a_private_run_tells_nobody_who_its_clients_are(remote_run, participants, tmp_path):
+    private = {"dp_noise_multiplier": 1.0, "dp_clipping_norm": 1.0, "stage_layers": [2, 4], "stage_rounds": [1]}
+    remote_run(Loopback(participants), save_strategy="steps", save_steps=1, **private).train()
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "privacy_secret"]
+    assert len(written) > 10
+    assert not [path for path in written if b"org-" in path.read_bytes()]
+
+
+def test_a_node_that_cannot_say_who_it_is_is_told_of(participants, caplog):
+    class Broken(Loopback):
+        def pull_messages(self, message_ids):
+            raise RuntimeError("no message")
+
+    clients = RemoteClients(Broken(participants), timeout=1)
+    with pytest.raises(ValueError, match="0 of 3 clients can join"):
+        clients.wait_for(3, timeout=None)
+    assert "cannot join: its answer cannot be read: RuntimeError: no message" in caplog.text

@@ -1,10 +1,13 @@
 """What a federation's server refuses before it waits for a client."""
 
 import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from hf_devft.cli.arguments import parse_arguments
 from hf_devft.cli.recipe import load_server_data
+from hf_devft.network import client_app
 from hf_devft.network.attendance import some_of
+from hf_devft.network.messages import why_refused
 from hf_devft.network.server_app import check_before_waiting, check_run
 
 
@@ -36,3 +39,16 @@ def test_many_names_are_cut_short():
     assert some_of([]) == "none"
     assert some_of(["a", "b"]) == "a, b"
     assert some_of(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+
+
+def test_a_node_whose_rows_cannot_be_read_says_no_more_than_that(tmp_path, caplog):
+    node = {"name": "org-a", "train-file": str(tmp_path / "secret-name.jsonl")}
+    context = Context(1, 1, node, RecordDict(), {})
+    question = Message(RecordDict({"join": ConfigRecord({"settings": "", "challenge": b""})}), 1, "query.join")
+    question.metadata.__dict__["_message_id"] = "1"
+    reply = client_app.answer(question, context)
+    assert why_refused(reply.content) in (
+        "FileNotFoundError; its own log says more",
+        "ValueError; its own log says more",
+    )
+    assert "secret-name" in caplog.text, "which stays there"

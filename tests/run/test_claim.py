@@ -5,7 +5,7 @@ import multiprocessing
 import pytest
 from conftest import config
 
-from hf_devft.run.claim import claim
+from hf_devft.run.claim import check_free, claim, goes_on_in
 
 
 def hold(folder, started, end):
@@ -77,3 +77,19 @@ def test_a_run_is_not_started_beside_another_one(make_trainer, tmp_path):
     with pytest.raises(ValueError, match=r"holds a run already .*choose another `output_dir`"):
         make_trainer(overwrite_output_dir=False).train()
     assert (tmp_path / "run" / "stage-2").exists()
+
+
+def test_copies_that_a_kill_left_while_they_were_pushed_go(tmp_path):
+    (tmp_path / ".push-abc").mkdir()
+    with claim(config(tmp_path), is_new=False):
+        assert not (tmp_path / ".push-abc").exists()
+
+
+def test_a_run_goes_on_from_its_own_folder_whose_root_is_the_newest_stage(tmp_path):
+    assert goes_on_in(tmp_path, tmp_path)
+    assert goes_on_in(tmp_path, tmp_path / "stage-1")
+    assert not goes_on_in(tmp_path, tmp_path / "other" / "stage-1")
+    (tmp_path / "stage-1").mkdir()
+    check_free(config(tmp_path, overwrite_output_dir=False, resume_from_checkpoint=str(tmp_path)))
+    with pytest.raises(ValueError, match="holds a run already"):  # what comes from there is not what is here
+        check_free(config(tmp_path, overwrite_output_dir=False, resume_from_hub="me/run"))

@@ -74,3 +74,11 @@ def test_tensors_outside_the_stack_pass_through():
     key = "base_model.model.lm_head.lora_A.weight"
     assert torch.equal(full[key], sub[key])
     assert torch.equal(fuse_adapter(full, names(4), [[0, 1], [2, 3]])[key], sub[key])
+
+
+def test_where_the_anchor_stays_the_others_need_no_adapter():
+    full = adapter(4)
+    full = {key: value for key, value in full.items() if ".layers.3." not in key and ".layers.1." not in key}
+    fused = fuse_adapter(full, names(4), [[0, 1], [2, 3]], "anchor")
+    key = "base_model.model.model.layers.{}.mlp.up_proj.lora_B.weight"
+    assert torch.equal(fused[key.format(1)], full[key.format(2)])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CopyAtSaves, lora, tiny_llama
+from conftest import CopyAtSaves, lora, resume_after_stages, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_launch import ROUNDING, difference, launch, run
@@ -367,3 +367,24 @@ def test_what_cannot_be_done_on_two_submodels(make_trainer, options, message):
 def test_what_remembers_does_not_go_with_a_temporary_head(make_trainer, options):
     with pytest.raises(ValueError, match="dropped with the head"):
         make_trainer(temporary_head=True, **options)
+
+
+def test_what_is_drawn_does_not_depend_on_who_came_before(make_trainer, tmp_path):
+    """Dropout of a client that leaves layers out, in a run that was stopped within the stage."""
+    options = {
+        "federated_method": "droppeft", "peft_config": lora(lora_dropout=0.3), "save_strategy": "steps",
+        "save_steps": 1, "stage_layers": [4], "stage_rounds": [3],
+    }  # fmt: skip
+    make_trainer(output_dir=tmp_path / "whole", callbacks=[CopyAtSaves()], **options).train()
+    for stopped_at in (1, 2):
+        folder = tmp_path / f"whole-at-{stopped_at}"
+        make_trainer(output_dir=folder, **options).train(resume_from_checkpoint=True)
+        assert difference(tmp_path / "whole" / "stage-1", folder / "stage-1") == 0
+
+
+def test_a_temporary_head_does_not_depend_on_what_was_evaluated_before(make_trainer, tmp_path, eval_tasks):
+    options = RUNS["progfed"] | {"eval_dataset": eval_tasks, "eval_strategy": "steps", "eval_steps": 1}
+    resume_after_stages(make_trainer, tmp_path, **options)
+    for stage in (1, 2):
+        folders = [tmp_path / run / "stage-3" for run in ("whole", f"resumed-{stage}")]
+        assert difference(*folders) == 0

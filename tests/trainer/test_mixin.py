@@ -978,3 +978,79 @@ def test_rows_without_labels_are_refused_unless_something_makes_them(make_traine
 def test_a_trainer_needs_a_model(tmp_path, tasks, options, said):
     with pytest.raises(ValueError, match=said):
         DevFTTrainer(args=config(tmp_path), peft_config=lora(), train_dataset=tasks, **options)
+
+
+def test_callbacks_are_told_of_all_sets_together(make_trainer, eval_tasks):
+    told = []
+
+    class Watching(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            told.append(metrics)
+
+    sets = {"a": eval_tasks.select(range(4)), "b": eval_tasks.select(range(4, 8))}
+    trainer = make_trainer(eval_dataset=sets, callbacks=[Watching()])
+    found = trainer.evaluate()
+    assert [("eval_a_loss" in each, "eval_worst_loss" in each) for each in told] == [
+        (True, False), (False, False), (True, True),
+    ]  # fmt: skip
+    assert told[-1] == found
+
+
+def test_a_schedule_that_goes_by_a_metric_begins_anew_with_each_stage(make_trainer, eval_tasks):
+    """Losses of two submodels cannot be compared."""
+
+    class Worse(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)
+
+    trainer = make_trainer(
+        lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs={"patience": 0, "factor": 0.5},
+        eval_dataset=eval_tasks, eval_strategy="steps", eval_steps=1, stage_layers=[2, 4], stage_rounds=[3],
+        callbacks=[Worse()], learning_rate=1e-2,
+    )  # fmt: skip
+    trainer.train()
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert rates == pytest.approx([1e-2, 1e-2, 0.5e-2] * 2)
+
+
+def test_a_best_round_whose_checkpoint_is_gone_is_not_claimed(make_trainer, eval_tasks, tmp_path, caplog):
+    """What is handed on then is the last round, and its metrics."""
+    options = {
+        "eval_dataset": eval_tasks, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+        "save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True,
+        "stage_layers": [4], "stage_rounds": [3],
+    }  # fmt: skip
+    make_trainer(**options, callbacks=[CopyAtSaves()]).train()
+    folder = tmp_path / "run-at-2"
+    shutil.rmtree(folder / "checkpoint-1")
+    resumed = make_trainer(output_dir=folder, **options)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert "round 1, the best of its stage so far, has no checkpoint" in caplog.text
+    losses = [row["eval_loss"] for row in resumed.state.log_history if "eval_loss" in row]
+    assert resumed.stages[0].metrics["eval_loss"] == losses[2] < losses[0]
+    assert resumed.stages[0].metrics["eval_full_loss"] == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_a_run_that_goes_back_says_what_is_still_ahead(make_trainer, tmp_path, caplog):
+    options = {"stage_layers": [2, 4], "save_strategy": "steps", "save_steps": 1, "overwrite_output_dir": False}
+    make_trainer(**options).train()
+    for checkpoint in (2, 3, 4):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{checkpoint}")
+    args = make_trainer(**options).args
+    starting_point(args, str(tmp_path / "run" / "checkpoint-1"))
+    assert "stage-1, stage-2 in" in caplog.text
+    caplog.clear()
+    starting_point(args, str(tmp_path / "run" / "stage-1"))
+    assert "stage-2 in" in caplog.text
+    caplog.clear()
+    starting_point(args, str(tmp_path / "run" / "stage-2"))
+    assert not caplog.text
+
+
+def test_a_run_that_goes_on_on_another_base_says_so(make_trainer, tmp_path, caplog):
+    for name, seed in (("one", 0), ("other", 1)):
+        tiny_llama(seed=seed).save_pretrained(tmp_path / name)
+    options = {"stage_layers": [2, 4], "overwrite_output_dir": False}
+    make_trainer(model=str(tmp_path / "one"), **options).train()
+    make_trainer(model=str(tmp_path / "other"), **options).train(str(tmp_path / "run" / "stage-1"))
+    assert f"was begun on {tmp_path}/one, and goes on on {tmp_path}/other" in caplog.text

@@ -90,6 +90,7 @@ def test_a_run_ends_before_its_budget_does(make_trainer, caplog):
         ({"federated_method": "scaffold"}, "gradients without noise"),
         ({"federated_method": "median", "round_quorum": 3}, "its noise is made for a mean"),
         ({"client_selection": "by_size"}, "equal chances"),
+        ({"dp_noise_multiplier": None, "dp_clipping_norm": None, "dp_delta": 1e-6}, "dp_delta=1e-06 without noise"),
         ({"client_eval_size": 0.2, "eval_dataset": None}, "metrics of clients' rows"),
     ],
 )
@@ -199,6 +200,7 @@ def test_the_noise_of_records_is_found_for_a_budget(make_trainer):
         ({"dp_level": "token"}, "dp_level='token'"),
         ({"dp_delta": 0.1}, "rows be laid bare"),
         ({"federated_method": "scaffold"}, "behind the noise"),
+        ({"federated_method": "flexlora"}, "ranks that a client does not have"),
         ({"gradient_accumulation_steps": 2}, "set it to 1"),
         ({"auto_find_batch_size": True}, "through the model alone"),
         ({"dp_noise_multiplier": None}, "without noise protects nobody"),

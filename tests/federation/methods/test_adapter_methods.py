@@ -8,7 +8,7 @@ from rounds_of import begin, layout, mean_products, products, random_adapter, ro
 
 from hf_devft.federation.client_side import ClientSide, ToClient
 from hf_devft.federation.memory import SERVER
-from hf_devft.federation.methods import METHODS
+from hf_devft.federation.methods import METHODS, make_methods
 from hf_devft.federation.turns import LocalResult
 from hf_devft.federation.wire import Wire
 from hf_devft.models.layout import RESIDUAL, A, B
@@ -380,3 +380,36 @@ def test_options_that_make_no_sense(name, options, message):
 def test_ranks_beyond_loras():
     with pytest.raises(ValueError, match=r"client_ranks=\[8\].*r=4"):
         begin(METHODS["flexlora"](client_ranks=[8]), layout(), [1], random_adapter(layout()))
+
+
+def test_fedex_sends_what_the_adapter_and_the_residual_can_be_made_of():
+    wide, method = layout(rank=2, into=60, out=50), METHODS["fedex_lora"]()
+    begin(method, wide, EXAMPLES, random_adapter(wide))
+    whole = random_adapter(wide).numel()
+    per_rank = sum(wide.shapes[pair.a][1] + wide.shapes[pair.b][0] for pair in wide.pairs)
+    dense = sum(wide.shapes[pair.a][1] * wide.shapes[pair.b][0] for pair in wide.pairs)
+    adapter = random_adapter(wide)
+    method.begin_round(0, adapter, [0])
+    assert method.download(0).numel() == whole, "the first time, the adapter"
+    for index in range(12):
+        adapter = round_of(method, index, adapter, [0, 1], lambda client, start: start + 1)
+    method.begin_round(12, adapter, [0, 1, 2])
+    assert method.download(0).numel() == 2 * per_rank, "the other's ranks, of the last round"
+    assert 12 * 4 * per_rank > dense
+    assert method.download(2).numel() == dense + whole, "the dense residual, and the adapter beside it"
+
+
+@pytest.mark.parametrize(("name", "options", "says"), [
+    ("fedprox", {"mu": "much"}, "mu='much': Input should be a valid number"),
+    ("fedprox", {"mu": float("nan")}, "mu=nan: Input should be a finite number"),
+    ("flexlora", {"client_ranks": 4}, "client_ranks=4: Input should be"),
+    ("flexlora", {"client_ranks": []}, "give a rank or more"),
+    ("krum", {"byzantine": 0.5}, "byzantine=0.5: Input should be a valid integer"),
+])  # fmt: skip
+def test_an_option_of_another_type_is_told(name, options, says):
+    with pytest.raises(ValueError, match=says):
+        make_methods(name, options)
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number():
+    assert make_methods("fedprox", {"mu": "1e-3"}).correction.mu == 1e-3
