@@ -2,6 +2,10 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
+from hf_devft.network.local import local_federation
+
 
 STAYS = """
 import sys, time
@@ -22,3 +26,10 @@ def test_a_process_that_is_told_to_end_leaves_none_of_its_own_behind(tmp_path):
         process.wait(60)
     with socket.socket() as trial:
         assert trial.connect_ex(("127.0.0.1", port)) != 0, "the SuperLink still answers"
+
+
+def test_a_folder_of_other_files_is_not_deleted(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something else than a federation's files"), local_federation(tmp_path):
+        raise AssertionError
+    assert (tmp_path / "thesis.tex").exists()

@@ -156,12 +156,17 @@ class LocalFederation:
 
 @contextmanager
 def local_federation(folder: Path, keeps_messages: bool = False) -> Iterator[LocalFederation]:
-    """Start a SuperLink in a new folder; ends it and every node of the federation at the end of the block, and where
-    this process is told to end (SIGTERM).
+    """Start a SuperLink in a new folder, in which what an earlier one has left is deleted; ends it and every node of
+    the federation at the end of the block, and where this process is told to end (SIGTERM).
 
     Args:
         keeps_messages: see `LocalFederation`.
+
+    Raises:
+        ValueError: the folder holds something else.
     """
+    if folder.exists() and any(folder.iterdir()) and not (folder / "superlink.log").exists():
+        raise ValueError(f"{folder} holds something else than a federation's files: choose another, or empty it.")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     federation = LocalFederation(folder, keeps_messages=keeps_messages)

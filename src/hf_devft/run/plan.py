@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compatibility
 from hf_devft.federation.memory import Memory
-from hf_devft.federation.methods import Clients, make_methods
+from hf_devft.federation.methods import C2A, Clients, HeterogeneousRanks, Residual, make_methods
 from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
 from hf_devft.federation.privacy import affordable
 from hf_devft.federation.sampling import Placement, sample_clients
@@ -77,6 +77,7 @@ class RunPlan:
         stages: a plan each; total: of all of them; without_stages: as many rounds of the full model.
         num_clients, clients_per_round: in all, and sampled for a round.
         measured: whether tokens were counted in the run's data, or as if every row had `max_length` of them.
+        has_like_messages: whether all messages of a stage are as long as the first one, which bytes are counted by.
         noise_multiplier, epsilon, delta: of a run that is differentially private, see `Accountant`; else None.
         protects: whom such a run protects, "client" or "record"; else None.
     """
@@ -87,6 +88,7 @@ class RunPlan:
     num_clients: int
     clients_per_round: int
     measured: bool
+    has_like_messages: bool = True
     noise_multiplier: float | None = None
     epsilon: float | None = None
     delta: float | None = None
@@ -143,7 +145,14 @@ def plan_run(
     full_depth_plan = _plan_stage(args, submodels, replace(stages[-1], rounds=rounds), batches(range(rounds)))
     without = replace(full_depth_plan, stage="none")
     return RunPlan(
-        plans, _total(plans), without, len(everyone), args.clients_per_round, clients is not None, **privacy
+        plans,
+        _total(plans),
+        without,
+        len(everyone),
+        args.clients_per_round,
+        clients is not None,
+        has_like_messages=not isinstance(setup.methods.method, (Residual, C2A, HeterogeneousRanks)),
+        **privacy,
     )
 
 

@@ -21,6 +21,7 @@ from hf_devft.federation.methods.fedsa_lora import FedSALoRA
 from hf_devft.federation.methods.ffa_lora import FFALoRA
 from hf_devft.federation.methods.flexlora import FlexLoRA, HLoRA
 from hf_devft.federation.methods.flora import FLoRA
+from hf_devft.federation.methods.heterogeneous import HeterogeneousRanks
 from hf_devft.federation.methods.hetlora import HetLoRA
 from hf_devft.federation.methods.residual import Residual
 from hf_devft.federation.methods.robust import AGGREGATION_RULES, AggregationRule
@@ -126,12 +127,14 @@ def _as_typed(make: Callable[..., Any], option: str, value: Any) -> Any:
 
 __all__ = [
     "AGGREGATION_RULES",
+    "C2A",
     "CORRECTIONS",
     "METHODS",
     "SERVER_OPTIMIZERS",
     "AggregationRule",
     "Clients",
     "FederatedMethod",
+    "HeterogeneousRanks",
     "LocalCorrection",
     "Methods",
     "Residual",
