@@ -279,6 +279,13 @@ def test_schedules_and_stage_rates_give_the_rounds_rate(make_trainer):
     assert rates == pytest.approx([1e-2, 0.75e-2, 0.5 * 4e-2, 0.25 * 4e-2])
 
 
+def test_no_round_is_spent_on_a_rate_of_zero(make_trainer):
+    trainer = make_trainer(lr_scheduler_type="linear", learning_rate=1e-2, warmup_steps=2, stage_rounds=[3])
+    trainer.train()
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert rates == pytest.approx([0.5e-2, 1e-2, 0.8e-2, 0.6e-2, 0.4e-2, 0.2e-2])
+
+
 def test_data_seed_orders_the_rows_of_the_same_clients(make_trainer):
     class Spy(DevFTTrainer):
         def __init__(self, *args, **kwargs):

@@ -15,7 +15,8 @@ class RoundSchedule:
     """`trainer`'s learning rate schedule, stepped once a round.
 
     It runs on an optimiser of its own that has nothing to optimise, as those of the stages come and go. One that goes
-    by a metric begins anew with each stage (our choice: the metrics of two submodels cannot be compared).
+    by a metric begins anew with each stage (our choice: the metrics of two submodels cannot be compared), and a warm-up
+    without its first step, whose rate is zero (our choice: clients would train and send for nothing).
 
     Args:
         num_rounds: of the whole run.
@@ -37,9 +38,16 @@ class RoundSchedule:
             self._load(state)
 
     def _begin(self) -> None:
+        self._make(self._num_rounds)
+        if self.clock.param_groups[0]["lr"] == 0:  # of a warm-up, whose first step is none
+            self._make(self._num_rounds + 1)
+            self.clock.step()
+            self.scheduler.step()
+
+    def _make(self, num_rounds: int) -> None:
         self.clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.base_rate)
         self._trainer.lr_scheduler = None
-        made = self._trainer.create_scheduler(self._num_rounds, optimizer=self.clock)
+        made = self._trainer.create_scheduler(num_rounds, optimizer=self.clock)
         self.scheduler = self._trainer.lr_scheduler if made is None else made  # an own one may only set it
 
     def begin_stage(self) -> None:
