@@ -752,7 +752,7 @@ CONFLICTS: list[tuple[str, str, str]] = [
     (
         "network",
         "resuming from the Hub",
-        "which run the clients have kept something of is never pushed: use resume_from_checkpoint",
+        "clients keep what is of a run whose number is never pushed: use resume_from_checkpoint",
     ),
     ("network", "moved weights", "each client would have to move them alike: use another initialisation"),
     ("network", "clock", "clients take the time they take: leave it out"),

@@ -176,13 +176,11 @@ def partition_dataset(
 
 def _refuse_missing(dataset: Dataset, column: str) -> None:
     """Refuse a column by which some rows would belong to nobody."""
-    values = dataset[column]
-    if (
-        row := next((index for index, value in enumerate(values) if value is None or value != value), None)
-    ) is not None:
-        raise ValueError(
-            f"partition_column={column!r}: row {row} has no value there: fill it in, or leave such rows out."
-        )
+    for row, value in enumerate(dataset[column]):
+        if value is None or value != value:  # NaN
+            raise ValueError(
+                f"partition_column={column!r}: row {row} has no value there: fill it in, or leave such rows out."
+            )
 
 
 Rows = dict[str, np.ndarray]

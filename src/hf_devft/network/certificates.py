@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -88,13 +87,15 @@ def make_server_certificate(folder: Path, hosts: Sequence[str]) -> None:
 def _read_authority(path: Path) -> ec.EllipticCurvePrivateKey:
     """Read the key of the authority whose certificate is there."""
     try:
-        key: Any = load_pem_private_key(path.read_bytes(), None)
-        return key
+        key = load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path}, the key of the authority whose ca.crt is there, cannot be read ({error}): put it there for as "
             "long as you make certificates, or choose another --folder for a new authority."
         ) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError(f"{path} is no key of an elliptic curve: choose another --folder for a new authority.")
+    return key
 
 
 def make_node_key(folder: Path, name: str) -> Path:
