@@ -15,8 +15,8 @@ class RoundSchedule:
     """`trainer`'s learning rate schedule, stepped once a round.
 
     It runs on an optimiser of its own that has nothing to optimise, as those of the stages come and go. One that goes
-    by a metric begins anew with each stage (our choice: the metrics of two submodels cannot be compared), and a warm-up
-    without its first step, whose rate is zero (our choice: clients would train and send for nothing).
+    by a metric begins anew with each stage (our choice: the metrics of two submodels cannot be compared), and a
+    warm-up without its first step, whose rate is zero (our choice: clients would train and send for nothing).
 
     Args:
         num_rounds: of the whole run.
