@@ -675,7 +675,7 @@ def test_checkpoints_of_later_rounds_than_one_resumes_from_are_told(make_trainer
     make_trainer(**options).train()
     trainer = make_trainer(**options)
     trainer.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-2")
-    assert "checkpoint-3, checkpoint-4 in" in caplog.text
+    assert "checkpoint-3, checkpoint-4, stage-2 in" in caplog.text
     caplog.clear()
     make_trainer(**options).train(resume_from_checkpoint="last")
     assert "stay as they are" not in caplog.text
