@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 
+from hf_devft.cli.errors import one_line_errors
 from hf_devft.embedded import task_dataset
 from hf_devft.federation.partition import partition_dataset
 from hf_devft.network.local import LocalFederation, local_federation
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="further flags, as for recipes/devft.py")
     options = parser.parse_args()
     datasets.disable_progress_bars()
-    with local_federation(options.folder) as federation:
+    with one_line_errors(), local_federation(options.folder) as federation:
         print(f"SuperLink at {federation.address}, with TLS; only nodes whose keys it knows can join")
         start_nodes(federation)
         print("They load PyTorch and join; the first round comes after half a minute", flush=True)
