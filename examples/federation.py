@@ -37,7 +37,7 @@ def start_nodes(federation: LocalFederation) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/federation"), help="of all that is written; an earlier one's is deleted")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/federation"), help="of all that is written")
     parser.add_argument("--rounds", type=int, default=4, help="of each stage")
     parser.add_argument("--flags", default="", help="further flags, as for recipes/devft.py")
     options = parser.parse_args()
