@@ -261,7 +261,7 @@ def test_what_a_stopped_run_had_not_pushed_is_pushed_by_the_one_that_goes_on(hub
         pusher(hub).push(stage_push(output, stage))
     before = list(hub.repos["me/run"].messages.values()) if there else ["initial commit"]
     goes_on = RunPublisher(pusher(hub), output, HubStrategy.EVERY_SAVE, always=False)
-    goes_on.catch_up()
+    goes_on.catch_up(3)
     goes_on.submit_stage(2)  # a later stage's push does not overtake them
     assert goes_on.pusher.finish() == []
     missing = [f"Stage {stage}" for stage in (1, 2) if stage not in there]

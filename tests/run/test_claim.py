@@ -1,6 +1,7 @@
 """The output folder: one run at a time, and not another one's."""
 
 import multiprocessing
+import os
 
 import pytest
 from conftest import config
@@ -80,9 +81,11 @@ def test_a_run_is_not_started_beside_another_one(make_trainer, tmp_path):
 
 
 def test_copies_that_a_kill_left_while_they_were_pushed_go(tmp_path):
-    (tmp_path / ".push-abc").mkdir()
+    own = f".push-{os.getpid()}-a"  # which is still to be pushed
+    for name in (own, ".push-0-a"):
+        (tmp_path / name).mkdir()
     with claim(config(tmp_path), is_new=False):
-        assert not (tmp_path / ".push-abc").exists()
+        assert {path.name for path in tmp_path.glob(".push-*")} == {own}
 
 
 def test_a_run_goes_on_from_its_own_folder_whose_root_is_the_newest_stage(tmp_path):

@@ -1038,6 +1038,23 @@ def test_a_best_round_whose_checkpoint_is_gone_is_not_claimed(make_trainer, eval
     assert resumed.stages[0].metrics["eval_full_loss"] == pytest.approx(losses[2], rel=1e-5)
 
 
+def test_the_best_round_may_be_the_one_that_is_resumed_from(make_trainer, eval_tasks, tmp_path, caplog):
+    """Whatever its folder is called now."""
+    options = {
+        "eval_dataset": eval_tasks, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+        "save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True,
+        "stage_layers": [4], "stage_rounds": [3],
+    }  # fmt: skip
+    make_trainer(**options, callbacks=[CopyAtSaves()]).train()
+    (tmp_path / "run-at-1" / "checkpoint-1").rename(tmp_path / "last-checkpoint")
+    resumed = make_trainer(output_dir=tmp_path / "again", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "last-checkpoint"))
+    assert "has no checkpoint" not in caplog.text
+    losses = [row["eval_loss"] for row in resumed.state.log_history if "eval_loss" in row]
+    assert resumed.stages[0].metrics["eval_loss"] == losses[0] > losses[2]
+    assert resumed.stages[0].metrics["eval_full_loss"] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_a_run_that_goes_back_says_what_is_still_ahead(make_trainer, tmp_path, caplog):
     options = {"stage_layers": [2, 4], "save_strategy": "steps", "save_steps": 1, "overwrite_output_dir": False}
     make_trainer(**options).train()

@@ -224,13 +224,7 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
     has_data = {"train_file", "dataset_name"} & set(flags)
     config = named or default_config or packaged_config("own_data" if has_data else "quickstart")
     values = _read_yaml(config)
-    off = {flag for flag in ("eval_fraction", "distillation_steps") if _value_of(flag, argv) in ("0", "0.0")}
-    for old, new in (*RENAMED.items(), *_RIVALS):  # the command line wins, by either name
-        if new in flags and new not in off:
-            values.pop(old, None)
-    distils = "distillation_steps" in flags or values.get("distillation_steps")
-    if "learning_rate" in flags and (not distils or "distillation_steps" in off):
-        values.pop("stage_learning_rates", None)  # which distillation has beside its own
+    _drop_rivals(values, flags, argv)
     chosen = values.keys() | set(flags)
     if "num_train_epochs" in chosen:  # also where it is the default
         raise ValueError(f"num_train_epochs is not used: {UNSUPPORTED['num_train_epochs'][1]}.")
@@ -268,6 +262,17 @@ def parse_arguments(argv: Sequence[str], default_config: Path | None = None) -> 
         kind(**{item.name: given[item.name] for item in fields(kind) if item.init and item.name in given})
         for kind in kinds
     )
+
+
+def _drop_rivals(values: dict, flags: Sequence[str], argv: Sequence[str]) -> None:
+    """Drop from a file's values, in place, those whose place a flag takes: the command line wins, by either name."""
+    off = {flag for flag in ("eval_fraction", "distillation_steps") if _value_of(flag, argv) in ("0", "0.0")}
+    for old, new in (*RENAMED.items(), *_RIVALS):
+        if new in flags and new not in off:
+            values.pop(old, None)
+    distils = "distillation_steps" in flags or values.get("distillation_steps")
+    if "learning_rate" in flags and (not distils or "distillation_steps" in off):
+        values.pop("stage_learning_rates", None)  # which distillation has beside its own
 
 
 def _value_of(key: str, argv: Sequence[str]) -> str | None:

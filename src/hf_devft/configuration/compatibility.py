@@ -257,7 +257,9 @@ FACTS: dict[str, Fact] = {
     ),
     "fused adapters": Fact(
         '`adapter_fusion` other than `"anchor"`',
-        lambda s: not _all_are_anchors(s, "adapter_fusion"),
+        lambda s: (
+            not (_all_are_anchors(s, "adapter_fusion") or s.args.adapter_layers or len(s.args.stage_layers or ()) == 1)
+        ),
         _given("adapter_fusion"),
     ),
     "transfer but broadcast": Fact(

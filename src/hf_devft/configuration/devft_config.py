@@ -382,7 +382,10 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
 
     def __post_init__(self):
         for option in _MAPPINGS:
-            setattr(self, option, as_mapping(option, getattr(self, option)))
+            value = getattr(self, option)
+            as_mapping(option, value)
+            if isinstance(value, str):
+                setattr(self, option, value.strip())  # transformers reads what begins with a brace
         if self.deepspeed and not is_deepspeed_available():
             raise ImportError(
                 "DeepSpeed is not installed: pip install 'hf-devft[deepspeed]', in a clone '.[deepspeed]'"

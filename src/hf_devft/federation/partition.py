@@ -175,8 +175,8 @@ def partition_dataset(
 
 
 def _refuse_missing(dataset: Dataset, column: str) -> None:
-    """Refuse a column by which some rows would belong to nobody."""
-    for row, value in enumerate(dataset[column]):
+    """Refuse a column in which some rows do not say whose they are."""
+    for row, value in enumerate(dataset[column][:]):
         if value is None or value != value:  # NaN
             raise ValueError(
                 f"partition_column={column!r}: row {row} has no value there: fill it in, or leave such rows out."
@@ -200,7 +200,7 @@ def _dirichlet(
     """Spread each value of `column` over the clients by a draw from Dirichlet(alpha) (Yurochkin et al. 2019, arXiv
     1905.12022, §4), so that clients differ in how many rows they have, too. A client that drew none takes a row from
     the largest, so that every client can be sampled."""
-    count, values = _count(dataset, num_clients), np.asarray(dataset[column])
+    count, values = _count(dataset, num_clients), np.asarray(dataset[column][:])
     parts: list[list[int]] = [[] for _ in range(count)]
     for value in np.unique(values):
         rows = rng.permutation(np.flatnonzero(values == value))
@@ -217,7 +217,7 @@ def _natural(
     dataset: Dataset, num_clients: int | None, column: str | None, alpha: float, rng: np.random.Generator
 ) -> Rows:
     """Make one client for each value of `column`."""
-    values, owners = np.unique(np.asarray(dataset[column]).astype(str), return_inverse=True)
+    values, owners = np.unique(np.asarray(dataset[column][:]).astype(str), return_inverse=True)
     if num_clients not in (None, len(values)):
         raise ValueError(
             f"num_clients={num_clients}, but column {column!r} has {len(values)} values, one client each: leave "

@@ -1,6 +1,7 @@
 """What of a run goes to the Hub, and when: `Trainer`'s Hub options, for stages."""
 
 import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,7 +16,14 @@ from hf_devft.hub.push import HubPusher, Push, finished_stages, left_over, push_
 logger = logging.getLogger(__name__)
 
 
-PUSHED = ".push-"  # begins the names of copies that are being pushed; a kill leaves them
+# Begins the names of copies that are being pushed, after which comes the process.
+_COPY = ".push-"
+
+
+def left_copies(output_dir: Path) -> list[Path]:
+    """List copies that were being pushed when another process was killed."""
+    own = f"{_COPY}{os.getpid()}-"
+    return [path for path in output_dir.glob(f"{_COPY}*") if not path.name.startswith(own)]
 
 
 class RunPublisher:
@@ -42,11 +50,12 @@ class RunPublisher:
         """Push a finished stage beside what comes next."""
         self.pusher.submit(stage_push(self.output_dir, stage))
 
-    def catch_up(self) -> None:
-        """Push the finished stages that a run that goes on had not pushed when it was stopped, beside what comes
-        next."""
+    def catch_up(self, stage: int) -> None:
+        """Push what a run that goes on in `stage` had not pushed of those before when it was stopped, beside what
+        comes next."""
+        before = [each for each in range(1, stage) if (self.output_dir / f"stage-{each}").is_dir()]
         if self.pushes_each_stage:
-            self.pusher.catch_up([stage_push(self.output_dir, stage) for stage in finished_stages(self.output_dir)])
+            self.pusher.catch_up([stage_push(self.output_dir, each) for each in before])
 
     def submit_checkpoint(self, folder: Path, round_number: int) -> None:
         """Push a checkpoint beside what comes next, where the strategy asks for it."""
@@ -55,7 +64,7 @@ class RunPublisher:
         if name is None or (self.pusher.pending and not self._always):
             return
         try:  # linked, so that the checkpoint can be rotated away while it is pushed
-            copy = tempfile.TemporaryDirectory(prefix=PUSHED, dir=self.output_dir)
+            copy = tempfile.TemporaryDirectory(prefix=f"{_COPY}{os.getpid()}-", dir=self.output_dir)
             shutil.copytree(folder, copy.name, copy_function=link_or_copy, dirs_exist_ok=True)
         except (OSError, shutil.Error) as error:
             logger.warning(f"{folder} is not pushed, as it cannot be copied: {error}")

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, MessageType, RecordDict
@@ -83,14 +83,15 @@ class Attendance:
                 self._note(node, reply, challenge)
 
     def renew(self, node: int, reply: RecordDict) -> None:
-        """Take note of what a node that was started anew says of itself now, which is known by its name."""
+        """Take note of what a node that was started anew says of itself now, which is known by its name; one that
+        measures what it can hold has not done so yet."""
         known = self._joinings.get(node)
         try:
             joining = joining_from_record(record_of(reply, JOIN))
         except ValueError:
             return
         if known is not None and joining.name == known.name:
-            self._joinings[node] = joining
+            self._joinings[node] = replace(joining, max_layers=joining.max_layers or known.max_layers)
 
     def _note(self, node: int, reply: RecordDict, challenge: bytes) -> None:
         """Take note of who a node says that it is."""

@@ -185,6 +185,7 @@ class Participant:
         assert trainer is not None
         if self.secure_only and told is None:
             raise ValueError("this participant takes part in secure sums alone: set `secure_aggregation`")
+        secure = None if told is None else self.sum  # before it trains: it may have been started anew since
         run = re.sub(r"[^0-9a-f]", "", stage.message.run)
         kept = ClientState(self.folder / "state" / f"run-{run}-client-{turn.client}", self.keep_states)
         side, memory = self._side(stage, turn, *kept.load(turn.state_round))
@@ -203,9 +204,9 @@ class Participant:
             needed = (turn.state_round, *turn.needed)
             kept.save(turn.round_index, state, stage.message.records[-1].stage, needed)
         masked = None
-        if told is not None and answer.adapter is not None:
+        if secure is not None and answer.adapter is not None:
             change = answer.adapter.decoded - side.method.payload(turn.client, local.start)
-            masked = self.sum.mask(to_fixed(change.cpu().numpy(), turn.weight), told).astype("<u4").tobytes()
+            masked = secure.mask(to_fixed(change.cpu().numpy(), turn.weight), told).astype("<u4").tobytes()
         if side.method.remembers and answer.adapter is not None:
             self._save_own_adapter(stage, trained[1])
         return answer_to_record(answer, trainer.args.wire_dtype, bool(state), masked)

@@ -14,7 +14,7 @@ from hf_devft.configuration import DevFTConfig
 from hf_devft.configuration.stage_folder import LEDGER, PLOT, STAGE_CONFIG_NAME
 from hf_devft.files import CHECKSUMS, delete_folders
 from hf_devft.hub.model_card import TAG
-from hf_devft.hub.publisher import PUSHED
+from hf_devft.hub.publisher import left_copies
 from hf_devft.models.adapter_files import ADAPTER_WEIGHTS
 from hf_devft.run.checkpoint import RUN_STATE
 
@@ -60,7 +60,7 @@ def _refusal(lock: FileLock, folder: Path, is_new: bool, overwrite: bool) -> str
         lock.acquire()
     except Timeout:
         return f"another run is at work in {folder}: wait until it is over, or choose another `output_dir`."
-    delete_folders([], leftovers=folder.glob(f"{PUSHED}*"))
+    delete_folders([], leftovers=left_copies(folder))
     if not is_new:
         return None
     if (why := _why_not_new(folder, overwrite)) is not None:

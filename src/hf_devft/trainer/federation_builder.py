@@ -107,8 +107,9 @@ def build_selection(args: DevFTConfig, examples: list[int], names: list[str], se
         resources = load_resources(args.client_resources, names)
     if args.round_quorum > (most := selection.most_in_time(args.clients_per_round)):
         raise ValueError(
-            f"round_quorum={args.round_quorum} can never be reached where rounds end after {most} answers, as "
-            f"client_selection={args.client_selection!r} has it: lower it, or raise `wait_for`."
+            f"round_quorum={args.round_quorum} is more than the {most} answers for which client_selection="
+            f"{args.client_selection!r} waits, so that rounds would be tried again with others: lower it, or "
+            "raise `wait_for`."
         )
     selection.begin_run(args.clients_per_round, examples, args.client_dropout_rate, seed, resources)
     return selection

@@ -54,7 +54,10 @@ def _later(args: DevFTConfig, chosen: Path) -> list[str]:
     if not goes_on_in(folder, chosen):
         return []
     begun = _rounds_done(str(chosen))
-    return [Path(path).name for path, rounds in _rounds_by_folder(folder).items() if rounds > begun]
+    try:
+        return [Path(path).name for path, rounds in _rounds_by_folder(folder).items() if rounds > begun]
+    except (OSError, ValueError):  # a broken stage that is not asked for
+        return []
 
 
 def _newest(folder: Path) -> str | None:

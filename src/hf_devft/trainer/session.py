@@ -343,7 +343,8 @@ class TrainingSession:
     def _take_up(self, checkpoint: Checkpoint) -> None:
         """Find again what a run that goes on had: its best round, and stages that were not pushed."""
         trainer, state = self.trainer, self.trainer.state
-        state.best_model_checkpoint = None
+        is_best = checkpoint.run.within and state.best_global_step == state.global_step  # whatever its name is now
+        state.best_model_checkpoint = str(checkpoint.folder) if is_best else None
         self._find_best(checkpoint.folder.parent)
         is_lost = checkpoint.run.within and state.best_global_step and state.best_model_checkpoint is None
         if is_lost and trainer.args.load_best_model_at_end:
@@ -354,7 +355,7 @@ class TrainingSession:
             state.best_metric = state.best_global_step = None
             self.run.stages[checkpoint.run.stage - 1].metrics = {}
         if trainer.publisher is not None and trainer.args.push_to_hub:
-            trainer.publisher.catch_up()
+            trainer.publisher.catch_up(checkpoint.run.stage)
 
     def _find_best(self, run_dir: Path, written: Path | None = None) -> None:
         """Note where the best round's checkpoint is, in the folder where the run is now; `written` is about to be."""
