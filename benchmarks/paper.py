@@ -61,7 +61,7 @@ def claims() -> list[tuple[str, str, str, str]]:
     def ablation(rules: str) -> str:
         return difference(ablations[rules], ablations["normalized_cut, differential, broadcast"])
 
-    def random_with_mean() -> float:
+    def random_by_mean() -> float:
         rules = "{}, mean, broadcast"
         return exact_match(ablations[rules.format("normalized_cut")]) - exact_match(ablations[rules.format("random")])
 
@@ -110,7 +110,7 @@ def claims() -> list[tuple[str, str, str, str]]:
             f"sum {ablation('normalized_cut, sum, broadcast')} (12 rounds, one seed, balanced groups)",
             "",
             "Met for sums alone. Anchors are not worse than the differential (level in 30 rounds, three seeds), "
-            f"random groups lose nothing with it in one seed ({random_with_mean():.1f} points with the mean), and even "
+            f"random groups lose nothing with it in one seed ({random_by_mean():.1f} points with the mean), and even "
             "groups are the same ones, as our base was grown.",
         ),
         (

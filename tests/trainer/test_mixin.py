@@ -1020,13 +1020,17 @@ def test_a_schedule_that_goes_by_a_metric_begins_anew_with_each_stage(make_train
     assert rates == pytest.approx([1e-2, 1e-2, 0.5e-2] * 2)
 
 
+# The first round, of the highest loss, is the best.
+KEEPS_BEST = {
+    "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+    "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True,
+    "stage_layers": [4], "stage_rounds": [3],
+}  # fmt: skip
+
+
 def test_a_best_round_whose_checkpoint_is_gone_is_not_claimed(make_trainer, eval_tasks, tmp_path, caplog):
     """What is handed on then is the last round, and its metrics."""
-    options = {
-        "eval_dataset": eval_tasks, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
-        "save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True,
-        "stage_layers": [4], "stage_rounds": [3],
-    }  # fmt: skip
+    options = KEEPS_BEST | {"eval_dataset": eval_tasks}
     make_trainer(**options, callbacks=[CopyAtSaves()]).train()
     folder = tmp_path / "run-at-2"
     shutil.rmtree(folder / "checkpoint-1")
@@ -1040,11 +1044,7 @@ def test_a_best_round_whose_checkpoint_is_gone_is_not_claimed(make_trainer, eval
 
 def test_the_best_round_may_be_the_one_that_is_resumed_from(make_trainer, eval_tasks, tmp_path, caplog):
     """Whatever its folder is called now."""
-    options = {
-        "eval_dataset": eval_tasks, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
-        "save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True,
-        "stage_layers": [4], "stage_rounds": [3],
-    }  # fmt: skip
+    options = KEEPS_BEST | {"eval_dataset": eval_tasks}
     make_trainer(**options, callbacks=[CopyAtSaves()]).train()
     (tmp_path / "run-at-1" / "checkpoint-1").rename(tmp_path / "last-checkpoint")
     resumed = make_trainer(output_dir=tmp_path / "again", **options)
