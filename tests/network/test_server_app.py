@@ -2,6 +2,7 @@
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from loopback import Loopback
 
 from hf_devft.cli.arguments import parse_arguments
 from hf_devft.cli.recipe import load_server_data
@@ -42,6 +43,7 @@ def test_many_names_are_cut_short():
 
 
 def test_a_node_whose_rows_cannot_be_read_says_no_more_than_that(tmp_path, caplog):
+    Loopback({})  # which says whose messages these are
     node = {"name": "org-a", "train-file": str(tmp_path / "secret-name.jsonl")}
     context = Context(1, 1, node, RecordDict(), {})
     question = Message(RecordDict({"join": ConfigRecord({"settings": "", "challenge": b""})}), 1, "query.join")

@@ -74,6 +74,6 @@ def print_plan(plan: RunPlan, name: str) -> None:
     elif plan.protects is not None:
         console.print("Differentially private; ε depends on how many rows each client has, which were not read.")
     if not plan.has_like_messages:
-        console.print("Bytes are of a whole adapter each way; this method's messages are of other sizes.")
+        console.print("Bytes are of a whole adapter each way: this method sends more or less.")
     if not plan.measured:
         console.print("Rows were not measured: FLOPs and memory are as if each had `max_length` tokens.")
