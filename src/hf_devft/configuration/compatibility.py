@@ -720,6 +720,11 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("products", "uneven adapter", "it needs one rank and scale everywhere: leave these out"),
     ("products", "moved weights", "products hold a part of the weights: use another initialisation"),
     ("changed base", "anchor transfer", 'what other layers have is dropped: set transfer="broadcast" or "split"'),
+    (
+        "own values",
+        "anchors that come and go",
+        'layers that are no anchors for a stage would lose theirs: set transfer="broadcast" or grouping="prefix"',
+    ),
     ("changed base", "quantised base", "it adds to the weights: use a base that is not quantised"),
     ("changed base", "ZeRO-3", "it adds to the weights, which are not whole: use ZeRO-2"),
     ("changed base", "adapted embeddings", "it cannot add to embeddings: leave them out of `target_modules`"),
@@ -784,11 +789,6 @@ CONFLICTS: list[tuple[str, str, str]] = [
         "a client does not know what layers have that come later: use another method",
     ),
     ("robust rule", "not averaged", "it needs updates that stand for the same: use fedit, ffa_lora or rolora"),
-    (
-        "own values",
-        "anchors that come and go",
-        'layers that are no anchors for a stage would lose theirs: set transfer="broadcast" or grouping="prefix"',
-    ),
     ("rule of each value", "partial uploads", "what most clients leave out counts as nothing: set it to 1"),
     ("robust rule", "recorded gradients", "what it sends beside the update would go unwatched: leave it out"),
     ("robust rule", "late updates", "it looks at all of a round's updates at once: use another `client_selection`"),

@@ -16,7 +16,7 @@ from flwr.app import DEFAULT_TTL, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from hf_devft.federation.client_side import Answer, Exchange, ToClient
-from hf_devft.federation.memory import SERVER, Memory
+from hf_devft.federation.memory import SERVER
 from hf_devft.federation.partition import ClientData, clients_elsewhere
 from hf_devft.federation.rounds import Federation
 from hf_devft.models.layout import State
@@ -338,10 +338,8 @@ class RemoteClients:
 
 def _counted_rounds(state: State) -> dict[int, int]:
     """The round in which each client has counted last, in what the server remembers; see `Memory.state_dict`."""
-    memory = Memory()
-    memory.load_state_dict(state)
-    owners = {int(path.partition("/")[0]) for path in state if f"/{_COUNTED}/" in path}
-    return {client: int((memory.get(client, _COUNTED) or {})["round"]) for client in owners}
+    end = f"/{_COUNTED}/round"
+    return {int(path.removesuffix(end)): int(counted) for path, counted in state.items() if path.endswith(end)}
 
 
 def _size(content: RecordDict) -> int:

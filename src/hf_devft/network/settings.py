@@ -16,8 +16,8 @@ SHARED_OPTIONS = (
     "local_steps", "per_device_train_batch_size", "auto_find_batch_size", "gradient_accumulation_steps",
     "dataloader_drop_last", "max_length", "learning_rate", "optim", "optim_args", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16",
-    "activation_checkpointing",
-    "activation_checkpointing_kwargs", "auto_activation_checkpointing", "neftune_noise_alpha",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "auto_activation_checkpointing",
+    "neftune_noise_alpha",
     "train_sampling_strategy", "length_column_name", "include_num_input_tokens_seen", "seed", "data_seed",
 )  # fmt: skip
 # Of `from_pretrained`, and their values: where the base comes from is the client's own matter, and other names of an

@@ -47,6 +47,12 @@ FUSIONS: dict[str, Fusion] = {
 }
 
 
+def members_read(group: Sequence[int], rule: str) -> Sequence[int]:
+    """Return the members of a group that a rule asks for: the anchor alone where that stays, so that the others may be
+    of another kind, or have no adapter."""
+    return group[:1] if FUSIONS[rule] is anchor_only else group
+
+
 def fuse(members: Sequence[torch.Tensor], rule: str = "differential", beta: float = 0.1) -> torch.Tensor:
     """Fuse `members` (the first is the anchor) into one, in their shape and dtype, computed in float32 or wider.
 

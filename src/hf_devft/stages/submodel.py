@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from hf_devft.models.layer_stack import LayerStack, find_layer_stack, with_layers
 from hf_devft.models.weights import DenseValues, check_dense, is_stored, store_like
 from hf_devft.stages.bridges import add_bridges, check_contiguous
-from hf_devft.stages.fusion import FUSIONS, anchor_only, fuse
+from hf_devft.stages.fusion import fuse, members_read
 from hf_devft.stages.grouping import Groups
 
 
@@ -31,8 +31,7 @@ def build_submodel(
     """
     submodel = with_layers(model, stack, [group[0] for group in groups])
     for layer, group in zip(layers_of(submodel, stack, groups), groups, strict=True):
-        fused = group[:1] if FUSIONS[fusion] is anchor_only else group
-        members = [stack.layers[index] for index in fused]
+        members = [stack.layers[index] for index in members_read(group, fusion)]
         if len(members) > 1 or any(map(is_stored, layer.parameters())):
             _fuse_into(layer, members, fusion, beta)
     if fusion == "bridge":

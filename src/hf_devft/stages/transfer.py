@@ -10,7 +10,7 @@ import torch
 
 from hf_devft.models.layer_stack import LayerNames
 from hf_devft.models.layout import MAGNITUDE, RESIDUAL, B, State
-from hf_devft.stages.fusion import FUSIONS, anchor_only, fuse
+from hf_devft.stages.fusion import fuse, members_read
 from hf_devft.stages.grouping import Groups
 
 
@@ -68,9 +68,7 @@ def fuse_adapter(
             fused[key] = tensor
         elif parts[0] in position:
             index, rest = position[parts[0]], parts[1]
-            # Of others nothing is asked where the anchor stays: they may be of another kind, or have no adapter.
-            members = groups[index][:1] if FUSIONS[fusion] is anchor_only else groups[index]
-            tensors = [full[names.join(layer, rest)] for layer in members]
+            tensors = [full[names.join(layer, rest)] for layer in members_read(groups[index], fusion)]
             fused[short.join(index, rest)] = fuse(tensors, fusion, beta)
     return fused
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_devft.federation.methods.residual import Residual, placeholder_message
+from hf_devft.federation.methods.residual import Residual
 from hf_devft.models.layout import RESIDUAL
 
 
@@ -14,16 +14,7 @@ class FedExLoRA(Residual):
     values, the dense residual, with the adapter, which does not follow from it.
     """
 
-    supports_error_feedback = True
-
-    def download(self, client: int) -> torch.Tensor:
-        is_first, missing = self.memory.get(client, "stacked") is None, self.missing(client)
-        count = self.layout.count(self.layout.others)
-        for pair in self.layout.pairs:
-            (rank, into), (out, _) = self.layout.shapes[pair.a], self.layout.shapes[pair.b]
-            adapter = rank * (into + out)
-            count += min(missing * (into + out) + is_first * adapter, into * out + adapter)
-        return placeholder_message(count)
+    supports_error_feedback = starts_from_adapter = True
 
     def start(self, client: int, received: torch.Tensor) -> torch.Tensor:
         return self.adapter

@@ -48,7 +48,7 @@ class HeterogeneousRanks(FederatedMethod):
         return self._ranks[client % len(self._ranks)]
 
     def message_sizes(self, client: int) -> tuple[int, int]:
-        rank = self._ranks[client % len(self._ranks)]  # as configured, so that a resumed run plans the same
+        rank = HeterogeneousRanks.rank(self, client)  # as configured, so that a resumed run plans the same
         values = int((self._rank_of_value < rank).sum())
         return values, values
 

@@ -18,6 +18,7 @@ class Residual(Stacking):
     """
 
     modifies_base_weights = products = True
+    starts_from_adapter = False  # which then is sent, too: it does not follow from ΔW
 
     def end_stage(self) -> None:
         for client in range(len(self.clients.examples)):
@@ -46,15 +47,16 @@ class Residual(Stacking):
         state = self.memory.get(owner, "stacked")
         return 0 if state is None else int(state["rank"])
 
-    def missing(self, client: int) -> int:
-        """Ranks that went into ΔW since a client last took part in the stage."""
-        return self._stacked(SERVER) - self._stacked(client)
-
     def download(self, client: int) -> torch.Tensor:
-        missing = self.missing(client)
-        shapes = [(self.layout.shapes[pair.a], self.layout.shapes[pair.b]) for pair in self.layout.pairs]
-        factors = sum(min(missing * (a[1] + b[0]), a[1] * b[0]) for a, b in shapes)
-        return placeholder_message(factors + self.layout.count(self.layout.others))
+        missing = self._stacked(SERVER) - self._stacked(client)
+        adapter = self._rank * self.starts_from_adapter
+        if self.memory.get(client, "stacked") is None:  # later ones follow from the factors
+            missing += adapter
+        count = self.layout.count(self.layout.others)
+        for pair in self.layout.pairs:
+            into, out = self.layout.shapes[pair.a][1], self.layout.shapes[pair.b][0]
+            count += min(missing * (into + out), into * out + adapter * (into + out))
+        return placeholder_message(count)
 
     def keep(self, client: int, start: torch.Tensor, adapter: torch.Tensor) -> None:
         known = self._stacked(SERVER) + self._rank  # and its own of this round

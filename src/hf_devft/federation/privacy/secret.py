@@ -1,8 +1,9 @@
 """The secret that sampling and noise are drawn by: who knows it can take the noise away again."""
 
-import os
 import secrets
 from pathlib import Path
+
+from hf_devft.files import atomic_file
 
 
 SECRET = "privacy_secret"
@@ -33,13 +34,9 @@ def read_secret(folder: str | Path, rows: str = "", is_new: bool = True) -> int:
         )
     if known != rows or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{SECRET}.{os.getpid()}")
-        draft.touch(mode=0o600)
-        with draft.open("w") as file:
-            file.write(f"{secret}\n{rows}\n")
-            file.flush()
-            os.fsync(file.fileno())  # without it no run goes on
-        draft.replace(path)
+        with atomic_file(path) as draft:
+            draft.touch(mode=0o600)
+            draft.write_text(f"{secret}\n{rows}\n")
     return secret
 
 
