@@ -26,7 +26,7 @@ def loss(runs: dict[str, dict]) -> float:
 
 
 def mean_of(runs: dict[str, dict], name: str) -> float:
-    return mean(run[name] for run in runs.values())
+    return mean(run[name] for run in runs.values() if run[name] is not None)
 
 
 def total(runs: dict[str, dict], name: str) -> float:

@@ -23,6 +23,7 @@ from to_target import cost
 
 
 EVERY_SECOND = ["--eval_steps", "2"]
+EACH_SAVED = ["--save_strategy", "steps", "--save_steps", "1"]  # a stop loses a round
 INT4 = ["--wire_dtype", "int4"]
 RANK_2 = ["--lora_r", "2"]
 FOUR_PARTS = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
@@ -160,7 +161,7 @@ def runs_on(
     """Variants on the files of a folder, and with further flags, as `run_all` takes them."""
     data, precision = options.data, FLOAT32 if options.float32 else []
     files = ["--train_file", f"{data}/train.jsonl", "--eval_file", f"{data}/test.jsonl"]
-    files += [*flags, *EVERY_SECOND, *precision]
+    files += [*flags, *EVERY_SECOND, *EACH_SAVED, *precision]
     server = ["--calibration_file", f"{data}/server.jsonl"]
     return {
         name: ("gemma3-270m.yaml", [*files, *(server if name.startswith(SERVER_TEXTS) else []), *VARIANTS[name]])

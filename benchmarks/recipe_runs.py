@@ -2,11 +2,12 @@
 kept."""
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from hf_devft.run.comparison import Point, read_curve
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
 RECIPE = RECIPES / "devft.py"
+UNFINISHED = HERE.parent / "build" / "runs"
+QUIET = ["--disable_tqdm", "true"]
 
 # Column -> (value of a run, format).
 COLUMNS = {
@@ -44,23 +47,27 @@ def run_recipe(
     measure: Measure | None = None,
 ) -> dict:
     """One run of the recipe: the full-depth metrics of its last stage, the ledger's totals over all stages, the
-    process's wall time, with start-up, grouping, calibration and all evaluations; with `curve`, what every evaluation
-    at full depth found, and with `measure`, what that finds in the run's folder."""
+    process's wall time, with start-up, grouping, calibration and all evaluations (None where a run was stopped and
+    went on); with `curve`, what every evaluation at full depth found, and with `measure`, what that finds in the run's
+    folder. The folder is of these arguments and gone when all is found: the same call goes on with a run that was
+    stopped."""
+    command = [*script, "--config", str(RECIPES / "configs" / config), *overrides]
+    folder = UNFINISHED / hashlib.sha256(json.dumps(command).encode()).hexdigest()[:16]
+    goes_on = folder.exists()
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, *script, "--config", str(RECIPES / "configs" / config)]
-        done = subprocess.run(
-            [*command, *overrides, "--output_dir", folder, "--disable_tqdm", "true"],
-            capture_output=True,
-            text=True,
-            env=os.environ | environment,
-        )
-        if done.returncode:
-            raise RuntimeError(f"{config} {' '.join(overrides)}:\n{done.stderr}")
-        stages = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("stage-*/stage_config.json"))]
-        more = {"curve": [_until(point) for point in read_curve(folder) if point.rounds]} if curve else {}
-        wall = time.perf_counter() - started
-        more |= {"measured": measure(Path(folder))} if measure else {}
+    done = subprocess.run(
+        [sys.executable, *command, "--output_dir", str(folder), "--resume_from_checkpoint", "last", *QUIET],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{config} {' '.join(overrides)}:\n{done.stderr}")
+    stages = [json.loads(path.read_text()) for path in sorted(folder.glob("stage-*/stage_config.json"))]
+    more = {"curve": [_until(point) for point in read_curve(folder) if point.rounds]} if curve else {}
+    wall = None if goes_on else time.perf_counter() - started
+    more |= {"measured": measure(folder)} if measure else {}
+    shutil.rmtree(folder)
     names = ("bytes", "flops", "seconds")
     totals = {name: sum(stage["totals"][name] for stage in stages) for name in names}
     totals["client_flops"] = totals["flops"]
@@ -141,7 +148,7 @@ def to_row(name: str, seed: int, run: dict) -> dict:
         "revision": run["revision"],
         "machine": run["machine"],
         "totals": run["totals"] | {"seconds": round(run["totals"]["seconds"], 1)},
-        "wall_seconds": round(run["wall_seconds"], 1),
+        "wall_seconds": run["wall_seconds"] and round(run["wall_seconds"], 1),
         "stages": [
             [stage["layers"], *(_round(stage["metrics"].get(key)) for key in _STAGE), stage["peak_memory"]]
             for stage in run["stages"]
