@@ -52,7 +52,8 @@ def run_recipe(
     folder. The folder is of these arguments and gone when all is found: the same call goes on with a run that was
     stopped."""
     command = [*script, "--config", str(RECIPES / "configs" / config), *overrides]
-    folder = UNFINISHED / hashlib.sha256(json.dumps(command).encode()).hexdigest()[:16]
+    named = json.dumps([os.path.relpath(script[0], HERE), *script[1:], config, *overrides])
+    folder = UNFINISHED / hashlib.sha256(named.encode()).hexdigest()[:16]
     goes_on = folder.exists()
     started = time.perf_counter()
     done = subprocess.run(
