@@ -82,10 +82,9 @@ _BROUGHT = {
 
 def _megabytes(trainer: DevFTMixin) -> float:
     """Of all adapters that the run's rounds will send."""
-    left, total = trainer.run.num_rounds, 0.0
+    start, total = 0, 0.0
     for stage in trainer.run.stages:
-        rounds = min(left, stage.rounds)
-        left -= rounds
+        rounds = range(start, min(trainer.run.num_rounds, start := start + stage.rounds))
         total += planned_traffic(trainer.args, _layout(trainer, stage), rounds) if rounds else 0.0
     return total / 1e6
 

@@ -4,13 +4,14 @@ import functools
 import itertools
 import math
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compatibility
@@ -77,7 +78,7 @@ class RunPlan:
         stages: a plan each; total: of all of them; without_stages: as many rounds of the full model.
         num_clients, clients_per_round: in all, and sampled for a round.
         measured: whether tokens were counted in the run's data, or as if every row had `max_length` of them.
-        has_like_messages: whether all messages of a stage are as long as the first one, which bytes are counted by.
+        has_like_messages: whether messages are as long as the tensors that they tell of, which bytes are counted by.
         noise_multiplier, epsilon, delta: of a run that is differentially private, see `Accountant`; else None.
         protects: whom such a run protects, "client" or "record"; else None.
     """
@@ -108,10 +109,9 @@ def plan_run(
 ) -> RunPlan:
     """Plan a run: what it will send, compute and hold in memory.
 
-    Bytes are those that the ledger will count where every message of a method is as long as the first round's: not
-    with `flora`, `fedex_lora`, `c2a` and methods with `client_ranks`, of which this counts a whole adapter each way.
-    FLOPs are the ledger's formula; of what the server computes, calibration and evaluation are not counted. As if
-    all clients held every stage.
+    Bytes are those that the ledger will count, but with `flora`, `fedex_lora`, `c2a` and methods with `client_ranks`,
+    of which this counts a whole adapter each way. FLOPs are the ledger's formula; of what the server computes,
+    calibration and evaluation are not counted. As if all clients held every stage.
 
     Args:
         base: without adapter; may be on the meta device, see `empty_base`.
@@ -132,6 +132,7 @@ def plan_run(
     )
     begun = _begun(stages, rounds)
     ends = np.cumsum([0, *(stage.rounds for stage in begun)]).tolist()
+    turns = functools.partial(_turns, args, everyone)
     batches = functools.partial(planned_batches, args, clients)
     all_logits = trainer != "devft" or args.torch_compile or args.label_smoothing_factor > 0  # TRL has its own losses
     submodels = PlannedSubmodels(args, base, peft_config, all_logits)
@@ -139,10 +140,11 @@ def plan_run(
     setup = Setup(args, trainer, adapter=peft_config, layout=layout, base=base, num_stages=len(stages))
     check_compatibility(setup)
     plans = [
-        _plan_stage(args, submodels, stage, batches(range(*span)), smaller)
+        _plan_stage(args, submodels, stage, turns(range(*span)), batches(range(*span)), smaller)
         for stage, span, smaller in zip(begun, itertools.pairwise(ends), [None, *begun[:-1]], strict=True)
     ]
-    full_depth_plan = _plan_stage(args, submodels, replace(stages[-1], rounds=rounds), batches(range(rounds)))
+    whole = replace(stages[-1], rounds=rounds)
+    full_depth_plan = _plan_stage(args, submodels, whole, turns(range(rounds)), batches(range(rounds)))
     without = replace(full_depth_plan, stage="none")
     return RunPlan(
         plans,
@@ -190,29 +192,34 @@ def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range
     if clients is None:
         return [(args.train_batch_size, args.max_length)] * (len(rounds) * args.clients_per_round * steps)
     lengths = lengths_of(clients.dataset)
-    everyone = range(len(clients.rows))
-    order = [
+    # One process, which has all of the work.
+    order = _turns(args, range(len(clients.rows)), rounds)
+    sampler = make_sampler(args, clients.dataset, list(clients.rows.values()), order, Placement())
+    return [(len(batch), 8 * -(-int(lengths[batch].max()) // 8)) for batch in sampler]
+
+
+def _turns(args: DevFTConfig, everyone: range, rounds: range) -> list[tuple[int, int]]:
+    """(round, client) of the clients that these rounds sample."""
+    return [
         (index, client)
         for index in rounds
         for client in sample_clients(everyone, args.clients_per_round, args.seed, index)
     ]
-    # One process, which has all of the work.
-    sampler = make_sampler(args, clients.dataset, list(clients.rows.values()), order, Placement())
-    return [(len(batch), 8 * -(-int(lengths[batch].max()) // 8)) for batch in sampler]
 
 
 def _plan_stage(
     args: DevFTConfig,
     submodels: PlannedSubmodels,
     stage: StageConfig,
+    turns: list[tuple[int, int]],
     batches: list[tuple[int, int]],
     smaller: StageConfig | None = None,
 ) -> StagePlan:
     """Plan a stage that comes after `smaller`."""
     model, base_bytes = submodels.model(stage)
     layout = AdapterLayout.of(model)
-    down, up, trained = _messages(args, layout)
-    encoders = encoders_of(model.get_base_model())
+    messages = _messages(args, layout, turns)
+    trained = messages.trained
     found = submodels.activations(stage, *max(batches, key=math.prod))
     kept = found.checkpointed if args.activation_checkpointing else found.everything
     returning = 1 - args.client_dropout_rate
@@ -230,11 +237,11 @@ def _plan_stage(
         rounds=stage.rounds,
         trainable=trained,
         base_bytes=base_bytes,
-        bytes_down=down,
-        bytes_up=up,
-        bytes=_traffic(args, stage.rounds, down, up),
+        bytes_down=messages.down / len(turns),
+        bytes_up=messages.up / len(turns),
+        bytes=messages.down + returning * messages.up,
         tokens=sum(positions),
-        flops=sum(map(operator.mul, positions, flops_per_token(model, encoders=encoders))),
+        flops=sum(map(operator.mul, positions, _flops_per_token(args, model, messages.skips))),
         setup_flops=_teaching_flops(args, submodels, stage, smaller, row),
         client_memory=client_memory,
         client_memory_checkpointed=client_memory - kept + found.checkpointed,
@@ -298,34 +305,48 @@ def _teaching_flops(
     return total
 
 
-def planned_traffic(args: DevFTConfig, layout: AdapterLayout, rounds: int) -> float:
+def _flops_per_token(args: DevFTConfig, model: PeftModel, skips: list[tuple[int, ...]]) -> np.ndarray:
+    """Of each of the model's stacks, the mean over clients that leave out these layers."""
+    base = model.get_base_model()
+    layers, encoders = find_layer_stack(base, args.stack).layers, encoders_of(base)
+    counts = Counter(skips)
+    found = [flops_per_token(model, [layers[index] for index in skipped], encoders) for skipped in counts]
+    return np.average(found, axis=0, weights=list(counts.values()))
+
+
+def planned_traffic(args: DevFTConfig, layout: AdapterLayout, rounds: range) -> float:
     """Bytes that rounds with an adapter of this layout will send, both ways, of all clients; see `plan_run`."""
-    down, up, _ = _messages(args, layout)
-    return _traffic(args, rounds, down, up)
+    messages = _messages(args, layout, _turns(args, range(args.num_clients or DEFAULT_NUM_CLIENTS), rounds))
+    return messages.down + (1 - args.client_dropout_rate) * messages.up
 
 
-def _traffic(args: DevFTConfig, rounds: int, down: float, up: float) -> float:
-    """Bytes of all clients in some rounds, of which one client's messages have so many each way."""
-    return args.clients_per_round * rounds * (down + (1 - args.client_dropout_rate) * up)
+@dataclass(frozen=True)
+class _Messages:
+    """Of some clients' turns: bytes to them, and from them where all answer, the values that one of them trains at
+    most, and the layers that each leaves out."""
+
+    down: float
+    up: float
+    trained: int
+    skips: list[tuple[int, ...]]
 
 
-def _messages(args: DevFTConfig, layout: AdapterLayout) -> tuple[float, float, int]:
-    """Bytes to a client and from it in a round, and the values that it trains: means over the first two rounds, as
-    some methods take turns."""
+def _messages(args: DevFTConfig, layout: AdapterLayout, turns: Sequence[tuple[int, int]]) -> _Messages:
     memory = Memory()
     method, correction, *_ = make_methods(args.federated_method, args.federated_method_kwargs)
-    count = args.num_clients or DEFAULT_NUM_CLIENTS
+    count = max(client for _, client in turns) + 1
     labels = np.ones((count, 2))  # of which the messages' sizes do not depend
     method.begin_run(Clients(examples=[1] * count, seed=args.seed, memory=memory, label_counts=lambda: labels))
     method.begin_stage(layout, torch.zeros(sum(layout.sizes)))
     wire = Wire(args.wire_dtype, args.upload_fraction, memory)
     both = 2 if correction is not None and correction.records else 1
-    rounds = []
-    for method.round_index in range(2):
-        values = [layout.count(places(0)) for places in (method.receives, method.sends, method.trains)]
-        rounds.append((both * wire.bytes_down(values[0]), both * wire.bytes_up(values[1]), values[2]))
-    down, up, trained = zip(*rounds, strict=True)
-    return sum(down) / len(down), sum(up) / len(up), max(trained)
+    down, up, trained, skips = 0, 0, 0, []
+    for method.round_index, client in turns:
+        down += both * wire.bytes_down(layout.count(method.receives(client)))
+        up += both * wire.bytes_up(layout.count(method.sends(client)))
+        trained = max(trained, layout.count(method.trains(client)))
+        skips.append(method.skips(client))
+    return _Messages(down, up, trained, skips)
 
 
 def _total(plans: Sequence[StagePlan]) -> StagePlan:
