@@ -106,6 +106,25 @@ def test_orthogonal_factors_are_their_own_layers(tmp_path):
     check_compatibility(setup(tmp_path, adapter, adapter_fusion="anchor"))
     with pytest.raises(ValueError, match='set adapter_fusion="anchor"'):
         check_compatibility(setup(tmp_path, adapter, adapter_fusion="mean"))
+    for options in ({"federated_method": "flexlora"}, {"wire_dtype": "int4"}):
+        with pytest.raises(ValueError, match="orthogonal"):
+            check_compatibility(setup(tmp_path, adapter, **options))
+
+
+def test_only_factors_are_split(tmp_path):
+    for adapter in (lora(use_dora=True), IA3Config(target_modules=["k_proj"], feedforward_modules=[])):
+        check_compatibility(setup(tmp_path, adapter, tiny_llama(), **ANCHORS | {"transfer": "anchor"}))
+        with pytest.raises(ValueError, match='set transfer="broadcast" or "anchor"'):
+            check_compatibility(setup(tmp_path, adapter, tiny_llama(), **ANCHORS | {"transfer": "split"}))
+
+
+def test_layers_are_not_chosen_for_experts(tmp_path):
+    """Whose adapters PEFT puts on all layers, whatever was chosen."""
+    experts = {"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": ["q_proj"]}
+    with pytest.raises(ValueError, match="layers_to_transform cannot go with target_parameters"):
+        check_compatibility(setup(tmp_path, lora(layers_to_transform=[1], **experts)))
+    with pytest.raises(ValueError, match="adapter_layers=.* cannot go with target_parameters"):
+        check_compatibility(setup(tmp_path, lora(**experts), stage_layers=None, adapter_layers=[1, 4]))
 
 
 def test_what_is_not_known_conflicts_with_nothing(tmp_path):

@@ -7,6 +7,8 @@ from transformers import (
     AlbertConfig,
     AlbertModel,
     AutoModelForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     JambaConfig,
@@ -182,6 +184,14 @@ def test_types_that_a_config_computes_from_numbers_cannot_be_shortened():
     assert with_layers(model, stack, [0, 1, 4, 5]).config.num_hidden_layers == 4, "by chance they are the same"
     with pytest.raises(ValueError, match=r"JambaConfig computes .* set `adapter_layers` in place of `stage_layers`"):
         with_layers(model, stack, [0, 2, 3, 5])
+
+
+def test_a_model_with_one_table_for_all_layers_keeps_all():
+    sizes = {"vocab_size": 32, "vocab_size_per_layer_input": 32, "hidden_size": 16, "intermediate_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "hidden_size_per_layer_input": 4}
+    model = Gemma3nForCausalLM(Gemma3nTextConfig(**sizes, **heads, num_hidden_layers=4, num_kv_shared_layers=0))
+    with pytest.raises(ValueError, match=r"embeddings of each layer .* set `adapter_layers` in place of"):
+        with_layers(model, find_layer_stack(model), [0, 2])
 
 
 @torch.no_grad()

@@ -135,6 +135,7 @@ WEIGHTS, CONFIG = "submodel/adapter_model.safetensors", "submodel/adapter_config
     (CONFIG, edit(alpha_pattern={r"(q|q)*_proj": 2.0}), "a pattern that may take forever"),
     (CONFIG, edit(alpha_pattern={"q_proj": "2"}), "give one above 0"),
     (CONFIG, edit(layers_to_transform=[0], layers_pattern=r"(.*)*x"), "a pattern that may take forever"),
+    (CONFIG, edit(modules_to_save=["([a-z_.0-9]+)+!"]), "a pattern that may take forever"),
     (CONFIG, edit(target_modules=[f"x{i}" for i in range(100_000)]), "has 100000 entries, 4096 at most"),
     (CONFIG, edit(megatron_config={"x": 1}, megatron_core="this"), "sets megatron_config, megatron_core"),
     (CONFIG, edit(lora_dropout=7.0), "give 0 to below 1"),

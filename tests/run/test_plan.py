@@ -69,6 +69,16 @@ def test_a_head_for_the_early_stages_is_planned_beside_all_linear_modules(make_t
     assert planned == [trainer.ledger.totals(stage)["bytes_down"] / (2 * clients) for stage in (1, 2)]
 
 
+def test_layers_with_an_adapter_share_no_group_with_the_others(make_trainer):
+    for chosen in ([0, 2], [3]):
+        adapter = lora(target_modules=["q_proj"], layers_to_transform=chosen)
+        trainer = make_trainer(peft_config=adapter, overwrite_output_dir=True)
+        plan = plan_run(trainer.args, empty_like(trainer.model.get_base_model()), adapter)
+        trainer.train()
+        planned = [stage.bytes for stage in plan.stages]
+        assert planned == [stage.totals["bytes"] for stage in trainer.stages]
+
+
 def test_what_distillation_takes_of_the_server_is_planned(make_trainer):
     trainer = make_trainer(distillation_steps=4, calibration_samples=8, generation_max_new_tokens=12)
     base = empty_like(trainer.model.get_base_model())

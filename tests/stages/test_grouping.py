@@ -5,7 +5,7 @@ import torch
 from architectures import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import IA3Config, LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.stages.grouping import GROUPINGS, GroupingTask, adapter_gram, group_layers, similarity_of, weight_gram
@@ -126,6 +126,16 @@ def test_a_layers_adapter_is_part_of_it():
     expected = torch.nn.functional.cosine_similarity(torch.stack(flat)[:, None], torch.stack(flat)[None], dim=-1)
     similarity = similarity_of(weight_gram(stack) + adapter_gram(stack, state))
     torch.testing.assert_close(similarity, expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [
+    LoraConfig(target_modules=["q_proj"], use_dora=True), IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+])  # fmt: skip
+def test_an_adapter_that_changes_nothing_makes_no_layers_alike(adapter):
+    """Nor do LoRA's own factors, of which A is drawn."""
+    model = get_peft_model(tiny_model("llama"), adapter)
+    state = {key: tensor for key, tensor in get_peft_model_state_dict(model).items() if "lora_A" not in key}
+    assert not adapter_gram(find_layer_stack(model.get_base_model()), state).any()
 
 
 def test_layers_of_different_kinds_have_no_similarity():

@@ -208,6 +208,7 @@ def test_an_adapter_on_weights_that_were_changed_elsewhere_is_refused(make_train
     (lora(target_modules=r".*layers\.[01]\..*q_proj"), {}, "not on all layers alike"),
     (lora(modules_to_save=["input_layernorm"]), {}, "belongs to a single layer"),
     (lora(trainable_token_indices=[1]), {}, "trainable_token_indices"),
+    (lora(ensure_weight_tying=True, modules_to_save=["embed_tokens"]), {}, "ensure_weight_tying"),
     (lora(target_modules=["q_proj"], bias="none", lora_bias=True), {}, "lora_bias"),
     (lora(rank_pattern={r"(.*\.)?q_proj": 4}), {}, "a pattern that may take forever"),
     (lora(target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 1, "v_proj": 1}), {}, "that no module has"),
@@ -219,6 +220,15 @@ def test_an_adapter_on_weights_that_were_changed_elsewhere_is_refused(make_train
 def test_what_stages_cannot_carry_is_refused_at_once(make_trainer, adapter, options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(peft_config=adapter, **options)
+
+
+def test_an_adapter_that_is_merged_is_not_trained_on_top_of_itself(make_trainer):
+    model = get_peft_model(tiny_llama(), lora())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"call `model.unmerge_adapter\(\)`"):
+        make_trainer(model=model, peft_config=None)
+    model.unmerge_adapter()
+    make_trainer(model=model, peft_config=None)
 
 
 def test_names_of_modules_may_have_numbers():

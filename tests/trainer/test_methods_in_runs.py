@@ -127,7 +127,9 @@ def test_flora_does_not_forget_an_adapter_that_was_trained(make_trainer, tmp_pat
                 make_trainer(**options)
         else:
             make_trainer(**options)
-    make_trainer(peft_config=lora(init_lora_weights="orthogonal"), federated_method="flora")  # whose product is zero
+    make_trainer(peft_config=lora(init_lora_weights="orthogonal"), federated_method="fedex_lora")  # a product of zero
+    with pytest.raises(ValueError, match="from a new A, which it draws itself"):
+        make_trainer(peft_config=lora(init_lora_weights="orthogonal"), federated_method="flora")
 
 
 def test_clients_of_hetlora_prune_ranks_that_shrink(make_trainer):

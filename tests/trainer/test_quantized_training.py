@@ -73,6 +73,24 @@ def test_a_run_on_a_4_bit_base(wide, tmp_path, tasks, eval_tasks, tokenizer, eva
         torch.testing.assert_close(loaded.train()(tokens).logits, trainer.model.train()(tokens).logits)
 
 
+def test_submodels_of_an_8_bit_base_have_its_weights(wide, tmp_path, tasks, tokenizer):
+    """Whose scales bitsandbytes moves from a parameter to the first module that uses it."""
+    eight_bit = BitsAndBytesConfig(load_in_8bit=True)
+    trainer = DevFTTrainer(
+        AutoModelForCausalLM.from_pretrained(wide, quantization_config=eight_bit),
+        config(tmp_path / "run", grouping="even", stage_layers=[2, 4], stage_rounds=[1]),
+        peft_config=lora(),
+        train_dataset=tasks,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    fresh = AutoModelForCausalLM.from_pretrained(wide, quantization_config=eight_bit)
+    loaded, tokens = PeftModel.from_pretrained(fresh, tmp_path / "run"), torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(tokens).logits, trainer.model.eval()(tokens).logits)
+
+
+
 def packed(model: torch.nn.Module) -> int:
     return sum(isinstance(parameter, bitsandbytes.nn.Params4bit) for parameter in model.parameters())
 

@@ -6,6 +6,7 @@ from the table.
 """
 
 import os
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_devft.federation.methods import (
@@ -221,6 +222,13 @@ def _adapts_outside_of_layers(setup: Setup) -> bool:
     return any(".lora_" in key and names.split(key) is None for key in setup.layout.keys)
 
 
+def _adapts_another_stack(setup: Setup) -> bool:
+    if setup.base is None or setup.layout is None:
+        return False
+    names = find_layer_stack(setup.base, setup.args.stack).names
+    return any(re.search(r"\.\d+\.", key) and names.split(key) is None for key in setup.layout.keys)
+
+
 def _lacks_labels(setup: Setup) -> bool:
     rows = setup.server_rows
     return answers_prompts(setup.args.task) and isinstance(rows, Dataset) and "labels" not in rows.column_names
@@ -358,6 +366,18 @@ FACTS: dict[str, Fact] = {
         '`init_lora_weights="orthogonal"`',
         lambda s: getattr(s.adapter, "init_lora_weights", None) == "orthogonal",
     ),
+    "chosen start": Fact(
+        "`init_lora_weights`",
+        lambda s: getattr(s.adapter, "init_lora_weights", True) is not True,
+        lambda s: f"init_lora_weights={s.adapter.init_lora_weights!r}",
+    ),
+    "IA3": Fact("IA3", lambda s: s.adapter is not None and s.adapter.peft_type == PeftType.IA3),
+    "adapted experts": Fact(
+        "`target_parameters`, as a mixture's experts have them",
+        lambda s: getattr(s.adapter, "target_parameters", None),
+        lambda s: f"target_parameters={sorted(s.adapter.target_parameters)}",
+    ),
+    "adapted layers elsewhere": Fact("an adapter on numbered layers of another stack", _adapts_another_stack),
     "uneven adapter": Fact(
         "`rank_pattern`, `alpha_pattern`, `use_dora` or `target_parameters`",
         lambda s: isinstance(s.adapter, LoraConfig) and uneven_options(s.adapter),
@@ -671,6 +691,7 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("adapter stages", "distillation", "nothing is lost where layers get an adapter: leave one out"),
     ("adapter stages", "temporary head", "every stage has the head as it is: leave one out"),
     ("adapter stages", "chosen layers", "both say which layers have an adapter: leave one out"),
+    ("adapter stages", "adapted experts", "PEFT chooses layers only of modules: leave one out"),
     ("adapter stages", "pattern of modules", "PEFT chooses layers only of modules by name: use names"),
     ("adapter stages", "encoder and decoder", "PEFT numbers the layers of both alike: use stages of submodels"),
     ("adapter stages", "modules outside of layers", "they have no layer's number: leave them out of `target_modules`"),
@@ -705,6 +726,11 @@ CONFLICTS: list[tuple[str, str, str]] = [
         "factors of different layers are not orthogonal, so that a stage would start from noise: set "
         'adapter_fusion="anchor"',
     ),
+    ("orthogonal start", "own ranks", "a part of its ranks is not orthogonal, but noise: use another method"),
+    ("orthogonal start", "lossy wire", "rounded factors are not orthogonal: use another initialisation"),
+    ("split", "no LoRA factors", 'there is no B to divide: set transfer="broadcast" or "anchor"'),
+    ("split", "DoRA", 'its norms cannot be divided: set transfer="broadcast" or "anchor"'),
+    ("IA3", "quantised base", "PEFT cannot take it off again: use a `LoraConfig`"),
     ("moved weights", "rules that are not anchors", f"an adapter holds a part of its own layer's weights: {_ANCHORS}"),
     ("moved weights", "calibrated", "every module needs its adapter: group by another rule"),
     ("moved weights", "temporary head", "every module needs its adapter: leave it out"),
@@ -715,6 +741,12 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("temporary head", "adapted head", "it has an adapter already: leave one out"),
     ("temporary head", "memory of values", "some of them are dropped with the head: leave one out"),
     ("chosen layers", "two stacks", "it numbers the layers of one stack: choose that by `stack`"),
+    (
+        "chosen layers",
+        "adapted layers elsewhere",
+        'they are numbered otherwise in a submodel: set layers_pattern="decoder.layers", or as the stack is called',
+    ),
+    ("chosen layers", "adapted experts", "PEFT chooses layers only of modules: leave one out"),
     ("factors", "no LoRA factors", "use a `LoraConfig`, or another method"),
     ("products", "no LoRA factors", "use a `LoraConfig`, or another method"),
     ("products", "uneven adapter", "it needs one rank and scale everywhere: leave these out"),
@@ -729,6 +761,7 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("changed base", "ZeRO-3", "it adds to the weights, which are not whole: use ZeRO-2"),
     ("changed base", "adapted embeddings", "it cannot add to embeddings: leave them out of `target_modules`"),
     ("FLoRA", "trained start", "every client starts from a new one: use a base that it is merged into"),
+    ("FLoRA", "chosen start", "every client starts from a new A, which it draws itself: leave it out"),
     ("FFA-LoRA", "adapted embeddings", "it freezes A, which is zero there: leave them out of `target_modules`"),
     ("DropPEFT", "not one stack of tokens", "it leaves out layers of one stack that tokens go through: use another"),
     ("recorded gradients", "not FedIT", "it corrects the gradients of all that travels: join it with fedit"),

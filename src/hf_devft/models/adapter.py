@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_devft.models.initialisation import without_weight_based_init
+from hf_devft.models.layer_stack import shared_parts
 from hf_devft.models.layout import State
 from hf_devft.models.saved_modules import train_saved_modules_in_float32
 from hf_devft.models.weights import gathered, stand_ins
@@ -62,6 +63,14 @@ def chooses_layers(config: PeftConfig | None) -> bool:
     return getattr(config, "layers_to_transform", None) is not None
 
 
+def chosen_layers(config: PeftConfig | None) -> set[int] | None:
+    """The numbers of the layers that an adapter is for; None for all."""
+    if not chooses_layers(config):
+        return None
+    chosen = config.layers_to_transform
+    return {chosen} if isinstance(chosen, int) else set(chosen)
+
+
 def remap_layers_to_transform(
     config: PeftConfig, kept: Sequence[int], adapted: Sequence[int] | None = None
 ) -> PeftConfig:
@@ -75,10 +84,8 @@ def remap_layers_to_transform(
         config = copy.deepcopy(config)
         config.layers_to_transform = list(adapted)
         return config
-    if not chooses_layers(config):
+    if (chosen := chosen_layers(config)) is None:
         return config
-    chosen = config.layers_to_transform
-    chosen = {chosen} if isinstance(chosen, int) else set(chosen)
     config = copy.deepcopy(config)
     config.layers_to_transform = [index for index, layer in enumerate(kept) if layer in chosen]
     if not config.layers_to_transform:  # which PEFT takes for all
@@ -121,7 +128,7 @@ def own_adapted_weights(model: PeftModel) -> None:
 
 def shared_copy(model: PeftModel) -> PeftModel:
     """Copy a model's Python structure: its parameters and buffers are those of `model`."""
-    return copy.deepcopy(model, {id(each): each for each in (*model.parameters(), *model.buffers())})
+    return copy.deepcopy(model, shared_parts(model))
 
 
 def detach_adapter(model: PeftModel) -> PreTrainedModel:

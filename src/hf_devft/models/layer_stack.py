@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import nn
@@ -221,13 +222,18 @@ def with_layers(model: PreTrainedModel, stack: LayerStack, kept: Sequence[int]) 
     The config is a copy with the shorter depth; its per-layer lists (`layer_types`, ...) are shortened alike,
     so generation, the KV cache and attention masks see a model of `len(kept)` layers.
     """
-    memo = {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    memo = shared_parts(model)
     config = copy.deepcopy(model.config, memo)
     sections, names = _sections(config), stack.names.keeping(kept)
     first, kept_of = 0, {}
     for path, depth in stack.names.lists.items():
         own = kept_of[path] = [layer - first for layer in kept if first <= layer < first + depth]
         section, name = sections.get(_part(path)) or sections[""]
+        if len(own) < depth and getattr(section, "hidden_size_per_layer_input", 0):
+            raise ValueError(
+                f"{type(section).__name__} has embeddings of each layer (hidden_size_per_layer_input), which are one "
+                "table: set `adapter_layers` in place of `stage_layers`, so that all layers compute."
+            )
         is_own = section is not config or len(sections) == 1  # in one for both, a list may be of either
         types = {key: [each[index] for index in own] for key, each in _types_of(section, depth).items()}
         if is_own:
@@ -255,6 +261,14 @@ def with_layers(model: PreTrainedModel, stack: LayerStack, kept: Sequence[int]) 
         if not any(inner is known for known in (config, *(section for section, _ in sections.values()))):
             inner.num_hidden_layers = names.lists[path]  # T5 gives each stack a config of its own
     return shorter
+
+
+def shared_parts(model: nn.Module) -> dict[int, Any]:
+    """What a copy of a model shares with it, as `copy.deepcopy` takes it: parameters, buffers, and the state in which
+    bitsandbytes keeps the scales of 8-bit weights, which it takes from the parameter at the first use."""
+    tensors = {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    states = [module.state for module in model.modules() if hasattr(getattr(module, "state", None), "SCB")]
+    return tensors | {id(state): state for state in states}
 
 
 def _types_of(config: PretrainedConfig, depth: int) -> dict[str, list]:

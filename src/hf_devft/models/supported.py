@@ -18,7 +18,7 @@ _OPTIONS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-    "use_dora", "target_parameters", "ensure_weight_tying",
+    "use_dora", "target_parameters",
 }  # fmt: skip
 _MOST_NAMES = 4096  # in one option; PEFT compares each with every module
 _LARGEST_ALPHA = 1e6
@@ -35,6 +35,7 @@ def check_adapter(config: PeftConfig, new: bool = False) -> None:
             out of range, or a pattern that may take forever.
     """
     _check_lengths(config)
+    _check_names(config)
     if config.peft_type == PeftType.IA3:
         return
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
@@ -104,7 +105,20 @@ def _check_values(config: LoraConfig) -> None:
         raise ValueError(f"a rank_pattern is {wrong[0]!r}: give a rank of 1 or more.")
     if not 0 <= config.lora_dropout < 1:
         raise ValueError(f"lora_dropout is {config.lora_dropout}: give 0 to below 1.")
-    if wrong := [key for key in (*ranks, *factors, *_listed(config.layers_pattern)) if not _is_harmless(key)]:
+    _check_patterns((*ranks, *factors, *_listed(config.layers_pattern)))
+
+
+def _check_names(config: PeftConfig) -> None:
+    """Refuse names of modules that PEFT takes for patterns, and that no module has."""
+    feed_forward = getattr(config, "feedforward_modules", None)
+    _check_patterns((
+        *_listed(getattr(config, "modules_to_save", None)),
+        *([feed_forward] if isinstance(feed_forward, str) else []),
+    ))  # fmt: skip
+
+
+def _check_patterns(patterns: Iterable[str]) -> None:
+    if wrong := [pattern for pattern in patterns if not _is_harmless(pattern)]:
         raise ValueError(f"{wrong[0][:80]!r} is a pattern that may take forever: name modules only, such as 'q_proj'.")
 
 

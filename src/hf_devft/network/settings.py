@@ -34,8 +34,9 @@ OWN_OPTIONS = {
 # Of an adapter's config; others name files or code, or are of adapters that no stage carries.
 _SHARED_ADAPTER_OPTIONS = (
     "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
-    "modules_to_save", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "init_lora_weights", "layers_to_transform",
-    "layers_pattern", "rank_pattern", "alpha_pattern", "feedforward_modules", "init_ia3_weights",
+    "target_parameters", "modules_to_save", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "feedforward_modules",
+    "init_ia3_weights",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.models.activations import activations
-from hf_devft.models.adapter import new_adapter, remap_layers_to_transform, with_head
+from hf_devft.models.adapter import chosen_layers, new_adapter, remap_layers_to_transform, with_head
 from hf_devft.models.initialisation import without_weight_based_init
 from hf_devft.models.layer_stack import find_layer_stack, with_layers
 from hf_devft.stages.bridges import add_bridges
@@ -59,7 +59,9 @@ class PlannedSubmodels:
 
     def _model(self, layers: int, adapted: tuple[int, ...]) -> tuple[PeftModel, int]:
         args, stack, config = self._args, self._stack, self._peft_config
-        groups = group_layers(GroupingTask(stack.kinds, layers), "even")  # of any grouping's sizes
+        chosen = chosen_layers(config)  # those share no group with the others
+        kinds = stack.kinds if chosen is None else tuple((kind, i in chosen) for i, kind in enumerate(stack.kinds))
+        groups = group_layers(GroupingTask(kinds, layers), "even")  # of any grouping's sizes
         submodel = with_layers(self._base, stack, [group[0] for group in groups])
         own = stack.names.keeping([group[0] for group in groups]).layers(submodel)
         if args.fusion == "bridge":

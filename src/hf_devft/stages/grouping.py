@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hf_devft.models.layer_stack import LayerStack
-from hf_devft.models.layout import State
+from hf_devft.models.layout import MAGNITUDE, State
 from hf_devft.models.weights import check_dense, dense, is_cheap_to_read, piece_size, read_slice
 from hf_devft.stages.bridges import best_blocks
 
@@ -64,12 +64,14 @@ def weight_gram(stack: LayerStack) -> torch.Tensor:
 
 
 def adapter_gram(stack: LayerStack, adapter: State) -> torch.Tensor:
-    """As `weight_gram`, over the layers' parameters of a full-depth adapter."""
+    """As `weight_gram`, over the layers' parameters of a full-depth adapter. What would make any two layers alike, as it
+    is far above zero in all, is left out: DoRA's magnitudes, which are norms of the weights, and the one that a factor
+    of IA3's is where it changes nothing."""
     gram = torch.zeros(len(stack), len(stack), dtype=torch.float64)
     own: list[dict] = [{} for _ in stack.layers]
     for key, tensor in adapter.items():
-        if (parts := stack.names.split(key)) is not None:
-            own[parts[0]][parts[1]] = tensor
+        if (parts := stack.names.split(key)) is not None and MAGNITUDE not in key:
+            own[parts[0]][parts[1]] = tensor - 1 if "ia3_" in key else tensor
     for members in _by_kind(stack.kinds).values():
         index = torch.tensor(members)
         for name in own[members[0]]:

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compatibility
 from hf_devft.federation.heterogeneity.capacity import Capacities
@@ -116,6 +117,11 @@ def adapter_config_of(model: Any, initialisation: str | None) -> PeftConfig:
         raise ValueError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`.")
     if len(model.peft_config) != 1:
         raise ValueError(f"the model has several adapters {list(model.peft_config)}: leave one.")
+    if any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        raise ValueError(
+            "the model's adapter is merged into its weights, on which stages would train it again: call "
+            "`model.unmerge_adapter()`, or pass `model.merge_and_unload()` with `peft_config`."
+        )
     config = copy.deepcopy(model.peft_config[model.active_adapter])
     config.inference_mode = False
     config.revision = getattr(model.get_base_model().config, "_commit_hash", None) or config.revision
