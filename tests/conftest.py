@@ -154,4 +154,5 @@ _TRAINER_ARGUMENTS = {
     "partitioner",
     "optimizers",
     "model_init",
+    "compute_loss_func",
 }

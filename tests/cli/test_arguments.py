@@ -105,6 +105,9 @@ def test_flags_may_have_hyphens():
     (["--train_file", "a.csv", "--train_file", "b.csv"], "--train_file is given twice"),
     (["--train_file=a.csv", "--train-file", "b.csv"], "--train_file is given twice"),
     (["--num_train_epochs", "3"], "num_train_epochs is not used: an epoch is a stage"),
+    (["--bf16_full_eval", "true"], "bf16_full_eval=True cannot be used with .*: set `bf16`"),
+    (["--enable_jit_checkpoint", "true"], "enable_jit_checkpoint=True cannot be used"),
+    (["--stage_layers", "16", "--max_steps", "200"], "max_steps=200, but stages have .* raise stage_rounds"),
     ([__file__], "Give files after `--train_file`"),
 ])  # fmt: skip
 def test_what_would_not_count_is_refused(argv, said):
@@ -243,3 +246,10 @@ def test_a_wrong_value_is_one_line(default, flags, says):
     with pytest.raises(ValueError, match=says) as error:
         parse_arguments(flags, default)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [["--batch_eval_metrics", "true"], ["--eval_do_concat_batches", "false"]])
+def test_what_only_metrics_of_ones_own_take_is_refused(tmp_path, flags):
+    recipe, args = parse_arguments([*flags, "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="is for a `compute_metrics` of your own"):
+        make_trainer(recipe, args)

@@ -123,7 +123,7 @@ def test_layers_are_not_chosen_for_experts(tmp_path):
     experts = {"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": ["q_proj"]}
     with pytest.raises(ValueError, match="layers_to_transform cannot go with target_parameters"):
         check_compatibility(setup(tmp_path, lora(layers_to_transform=[1], **experts)))
-    with pytest.raises(ValueError, match="adapter_layers=.* cannot go with target_parameters"):
+    with pytest.raises(ValueError, match=r"adapter_layers=.* cannot go with target_parameters"):
         check_compatibility(setup(tmp_path, lora(**experts), stage_layers=None, adapter_layers=[1, 4]))
 
 

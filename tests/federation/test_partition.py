@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,6 +49,14 @@ def test_given_clients_keep_their_rows():
         "a": [1, 2],
         "b": [3],
     }
+
+
+def test_splits_are_not_clients():
+    rows = Dataset.from_dict({"n": [1, 2]})
+    for splits in (DatasetDict(train=rows, test=rows), {"train": rows}):
+        with pytest.raises(ValueError, match=r"the splits train.*: pass one of them"):
+            make_clients(splits)
+    assert list(make_clients({"train": rows, "clinic": rows}).rows) == ["train", "clinic"]
 
 
 def test_clients_say_how_their_rows_came_to_them():

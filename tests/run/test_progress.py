@@ -2,6 +2,11 @@
 
 import re
 
+import pytest
+from transformers import PrinterCallback, ProgressCallback
+
+from hf_devft.run.progress import RoundProgressCallback
+
 
 def test_the_bar_shows_the_newest_numbers_of_the_stage_it_is_in(make_trainer, eval_tasks, capsys):
     make_trainer(
@@ -14,3 +19,18 @@ def test_the_bar_shows_the_newest_numbers_of_the_stage_it_is_in(make_trainer, ev
     assert not any("eval" in line for line in first), "stage 1's"
     last = [line for line in shown if "round 5/5" in line][-1]
     assert re.search(r"loss \d\.\d{3}, eval \d\.\d{3}$", last.rstrip())
+
+
+class OwnBar(ProgressCallback):
+    """A user's."""
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_only_the_default_bar_is_replaced(make_trainer, off):
+    """Without bars the logs are printed, as `Trainer` prints them."""
+    trainer = make_trainer(callbacks=[OwnBar, PrinterCallback], disable_tqdm=off)
+    kinds = [type(each) for each in trainer.callback_handler.callbacks]
+    assert ProgressCallback not in kinds
+    assert kinds.count(OwnBar) == 1
+    assert kinds.count(PrinterCallback) == 1 + off
+    assert kinds.count(RoundProgressCallback) == (not off)

@@ -31,7 +31,7 @@ def bert(tmp_path_factory, tokenizer):
 
 
 def run(model, folder, rows, adapter, **kwargs) -> DevFTTrainer:
-    passed = {name: kwargs.pop(name) for name in ("processing_class",) if name in kwargs}
+    passed = {name: kwargs.pop(name) for name in ("processing_class", "compute_loss_func") if name in kwargs}
     sizes = {"stage_rounds": [1], "local_steps": 1, "num_clients": 2, "max_length": 16}
     trainer = DevFTTrainer(
         model, config(folder, **sizes | kwargs), peft_config=adapter, train_dataset=rows,
@@ -155,6 +155,28 @@ def test_text_to_text(tmp_path, tokenizer):
     adapter = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
     trainer = run(model, tmp_path, rows, adapter, stage_layers=[4], processing_class=tokenizer)
     assert tokenizer.decode(trainer.train_dataset[0]["input_ids"]).startswith("Question: row 0 is")
+    for option in ({"label_smoothing_factor": 0.1}, {"compute_loss_func": sum}):
+        with pytest.raises(ValueError, match="takes the labels out of a batch, and the decoder reads them"):
+            run(model, tmp_path / "labels", rows, adapter, stage_layers=[4], processing_class=tokenizer, **option)
+
+
+def test_outputs_that_no_metric_takes_are_left_out_of_every_evaluation(tmp_path, tokenizer):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 2}
+    model = hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, pad_token_id=0, **sizes)
+    )
+    rows = Dataset.from_dict({"question": SENTENCES, "answer": SENTENCES})
+    trainer = DevFTTrainer(
+        model,
+        config(tmp_path, stage_layers=[4, 6], stage_rounds=[1], local_steps=1, num_clients=2, max_length=16),
+        peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_2_SEQ_LM"),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(4)),
+        processing_class=tokenizer,
+        compute_metrics=lambda found: {"width": found.predictions.shape[-1]},
+    )
+    trainer.train(ignore_keys_for_eval=["encoder_last_hidden_state", "past_key_values"])
+    assert [stage.metrics["eval_full_width"] for stage in trainer.stages] == [len(tokenizer)] * 2
 
 
 def test_images(tmp_path):

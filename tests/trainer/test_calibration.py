@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import tiny_model
 from transformers import T5Config, T5ForConditionalGeneration, set_seed
+from transformers.loss.loss_utils import ForCausalLMLoss as model_loss
 
 from hf_devft.models.counted_logits import count_logits
 from hf_devft.models.layer_stack import with_layers
@@ -51,6 +52,17 @@ def test_losses_are_those_of_the_models_without_a_layer(make, stack):
     before = len(measured)
     assert losses_without(layers, layers[1:]) == losses
     assert len(measured) == before, "each is measured once"
+
+
+def test_a_loss_of_ones_own_is_told_how_many_labels_there_are(make_trainer, eval_tasks):
+    counts = []
+
+    def loss(outputs, labels, num_items_in_batch):
+        counts.append(int(num_items_in_batch))
+        return model_loss(outputs.logits, labels, outputs.logits.shape[-1], num_items_in_batch=num_items_in_batch)
+
+    make_trainer(grouping="calibrated", eval_dataset=eval_tasks, compute_loss_func=loss, stage_rounds=[1]).train()
+    assert all(counts)
 
 
 def test_layers_below_are_computed_once():

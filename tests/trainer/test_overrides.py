@@ -52,15 +52,23 @@ def test_what_the_mixin_takes_the_place_of_is_refused(make_trainer):
         make_trainer(cls=Mixed)
 
 
-def test_an_optimiser_and_a_schedule_may_only_be_set(make_trainer):
-    """As `Trainer` allows, which does not look at what these methods return."""
+def handed(self, num_training_steps, optimizer=None):
+    self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+
+
+def of_its_own(self, num_training_steps):
+    self.lr_scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=2, gamma=0.5)
+
+
+@pytest.mark.parametrize("schedule", [handed, of_its_own])
+def test_an_optimiser_and_a_schedule_may_only_be_set(make_trainer, schedule):
+    """As `Trainer` allows, which does not look at what these methods return, nor hands over the optimiser."""
 
     class Setting(DevFTTrainer):
+        create_scheduler = schedule
+
         def create_optimizer(self, model=None):
             self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=0.1)
-
-        def create_scheduler(self, num_training_steps, optimizer=None):
-            self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
 
     trainer = make_trainer(cls=Setting)
     trainer.train()

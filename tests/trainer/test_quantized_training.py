@@ -90,7 +90,6 @@ def test_submodels_of_an_8_bit_base_have_its_weights(wide, tmp_path, tasks, toke
         torch.testing.assert_close(loaded.eval()(tokens).logits, trainer.model.eval()(tokens).logits)
 
 
-
 def packed(model: torch.nn.Module) -> int:
     return sum(isinstance(parameter, bitsandbytes.nn.Params4bit) for parameter in model.parameters())
 

@@ -144,6 +144,30 @@ def test_dpo_raises_the_reward_margin_at_each_stage(tmp_path, tokenizer):
     assert trainer.stages[0].metrics["eval_rewards/margins"] > 0.02, "of the submodel, against itself untrained"
 
 
+def test_a_private_run_says_nothing_of_its_rows(tmp_path, tokenizer):
+    """TRL adds its own metrics to what is logged."""
+    args = options(dp_noise_multiplier=1.0, dp_clipping_norm=1.0, dp_delta=0.01, logging_steps=1, max_length=64)
+    trainer = DevFTSFTTrainer(
+        tiny_llama(), DevFTSFTConfig(str(tmp_path), **args), peft_config=lora(), train_dataset=task_dataset(60),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    logged = {name for row in trainer.state.log_history for name in row}
+    assert logged <= {"epsilon", "learning_rate", "stage", "bytes", "epoch", "step", "train_runtime",
+                      "train_samples_per_second", "train_steps_per_second"}  # fmt: skip
+    assert "epsilon" in logged
+
+
+def test_dpo_weighs_pairs(tmp_path, tokenizer):
+    args = options(stage_rounds=[1], max_length=64, use_weighting=True)
+    trainer = DevFTDPOTrainer(
+        tiny_llama(), DevFTDPOConfig(str(tmp_path), **args), peft_config=lora(),
+        train_dataset=preference_pairs(task_dataset(40)), processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    assert not any(record.dropped for record in trainer.ledger.rounds)
+
+
 def test_what_a_method_freezes_stays_frozen_beside_a_reference(tmp_path, tokenizer):
     """For which PEFT turns the adapter off, and all of it on again."""
     args = DevFTDPOConfig(

@@ -176,6 +176,13 @@ def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
     return plan_run(args, empty_base(path, task.auto_class, **options), config, clients, recipe.trainer)
 
 
+def _check_metrics_options(args: DevFTConfig) -> None:
+    """Refuse options by which a `compute_metrics` is given its batches in another form than a task's own takes."""
+    for option, usual in (("eval_do_concat_batches", True), ("batch_eval_metrics", False)):
+        if getattr(args, option) != usual:
+            raise ValueError(f"{option} is for a `compute_metrics` of your own, in Python: leave it out.")
+
+
 def make_trainer(
     recipe: RecipeArguments,
     args: DevFTConfig,
@@ -201,6 +208,7 @@ def make_trainer(
             f"early_stopping_patience={patience} ends a stage after its best round: give 1 or more, and set "
             "`load_best_model_at_end`, and `save_strategy` as `eval_strategy`."
         )
+    _check_metrics_options(args)
     train, evaluation, calibration = load_data(recipe, args) if data is None else data
     if evaluation is None and not args.client_eval_size and args.eval_strategy == "no":
         args.eval_on_start = False  # which configs ask for

@@ -118,11 +118,16 @@ class Fact:
 
 def _given(*options: str) -> Callable[[Setup], str]:
     """The options as the user has given them."""
-    return lambda setup: ", ".join(f"{option}={getattr(setup.args, option)!r}" for option in options)
+    return lambda setup: ", ".join(f"{option}={_value(setup, option)!r}" for option in options)
+
+
+def _value(setup: Setup, option: str) -> Any:
+    """As it holds, where it has a default that is another option's."""
+    return getattr(setup.args, "fuses_adapters_by" if option == "adapter_fusion" else option)
 
 
 def _all_are_anchors(setup: Setup, *options: str) -> bool:
-    return {getattr(setup.args, option) for option in options} <= {"anchor", "bridge"}
+    return {_value(setup, option) for option in options} <= {"anchor", "bridge"}
 
 
 def _named(registry: Collection[str], default: str = "") -> Callable[[Setup], str]:

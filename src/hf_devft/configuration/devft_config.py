@@ -45,6 +45,9 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "neftune_noise_alpha": (None, "noise on the embeddings is not implemented"),
     "use_liger_kernel": (False, "Liger kernels are not implemented"),
     "debug": ([], "use `torch.autograd.set_detect_anomaly`"),
+    "bf16_full_eval": (False, "a base would be in two precisions: set `bf16`"),
+    "fp16_full_eval": (False, "a base would be in two precisions: set `fp16`"),
+    "enable_jit_checkpoint": (False, "`devft train` saves when it is told to stop; set `save_steps`"),
     "ignore_data_skip": (False, "a resumed run draws just the batches that are still to come"),
     "dataloader_persistent_workers": (False, "one data loader serves a whole run anyway"),
 }
@@ -54,6 +57,7 @@ _UNSUPPORTED_OPTIMIZERS = ("schedule_free", "lomo", "adalomo", "layerwise")
 RENAMED = {"wire_top_k": "upload_fraction"}
 # Where the layers of `adapter_layers` are.
 ENDS = ("first", "last")
+_OPEN = ("task", "stack", "adapter_fusion")  # None is a choice, too
 # Option -> what it may name. The registries are the only lists: a rule that is registered there is a choice here.
 CHOICES: dict[str, Collection[str]] = {
     "grouping": GROUPINGS,
@@ -395,7 +399,6 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
         super().__post_init__()
         _rename_options(self)
         settle_privacy(self)
-        self.adapter_fusion = self.adapter_fusion or self.fusion
         self._n_gpu = min(self.n_gpu, 1)  # one process, one device: clients are not spread by DataParallel
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns of it on every data loader
@@ -413,6 +416,11 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
                 self.resolve_stages(layers[-1] if layers else 0)
 
     @property
+    def fuses_adapters_by(self) -> str:
+        """`adapter_fusion`, or else `fusion`."""
+        return self.adapter_fusion or self.fusion
+
+    @property
     def asks_server_texts(self) -> bool:
         """Whether grouping or teaching needs texts of the server's own."""
         bridges = self.fusion == "bridge" or self.grouping == "bridged"
@@ -422,10 +430,10 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
         """Make the records of a run's stages on a model of `num_layers` layers.
 
         Raises:
-            ValueError: numbers of layers that do not increase from at least 1 to exactly `num_layers`, or a list of
-                rounds or learning rates that is neither one value nor one per stage.
+            ValueError: numbers of layers that do not increase from at least 1 to exactly `num_layers`, a list of
+                rounds or learning rates that is neither one value nor one per stage, or fewer rounds than `max_steps`.
         """
-        rules = ("grouping", "fusion", "fusion_beta", "transfer", "adapter_fusion", "stack", "federated_method")
+        rules = ("grouping", "fusion", "fusion_beta", "transfer", "stack", "federated_method")
         derived = derive_layers(num_layers, self.initial_layers, self.growth_factor)
         option = "adapter_layers" if self.adapter_layers else "stage_layers"
         given = getattr(self, option)
@@ -438,15 +446,22 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
         if self.adapter_layers:
             adapted = adapted_layers(layers, self.adapter_layers_from)
             layers = [num_layers] * len(layers)
-        return plan_stages(
+        stages = plan_stages(
             layers,
             self.stage_rounds,
             self.stage_learning_rates or self.learning_rate,
             self.healing_steps,
             adapted,
             task=self.task or "text-generation",
+            adapter_fusion=self.fuses_adapters_by,
             **{name: getattr(self, name) for name in rules},
         )
+        if self.max_steps > (rounds := sum(stage.rounds for stage in stages)):
+            raise ValueError(
+                f"max_steps={self.max_steps}, but stages have {rounds} rounds in all: raise stage_rounds, or leave "
+                "max_steps out."
+            )
+        return stages
 
 
 def _rename_options(args: DevFTConfig) -> None:
@@ -516,7 +531,7 @@ def _check_values(args: DevFTConfig) -> None:
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"model_init_kwargs: dtype={dtype!r} is unknown: give float32, bfloat16, float16 or auto.")
     for option, choices in CHOICES.items():
-        if (value := getattr(args, option)) not in choices and not (value is None and option in ("task", "stack")):
+        if (value := getattr(args, option)) not in choices and not (value is None and option in _OPEN):
             raise ValueError(f"{option}={value!r} is unknown: choose one of {_names(choices)}.")
     if any(name in OptimizerNames(args.optim).value for name in _UNSUPPORTED_OPTIMIZERS):
         raise ValueError(f"optim={OptimizerNames(args.optim).value!r} cannot start afresh with each client.")

@@ -106,6 +106,9 @@ def hold_out(clients: ClientData, part: float, seed: int = 0) -> tuple[ClientDat
     return replace(clients, rows=kept), held
 
 
+_SPLITS = {"train", "validation", "test"}  # of a `DatasetDict`, as `load_dataset` makes it
+
+
 def make_clients(data: Any, partitioner: Any = None, num_clients: int | None = None, **options) -> ClientData:
     """Make clients from whatever a user has: {client: dataset}, a dataset and a partitioner, or a dataset and options.
 
@@ -115,10 +118,15 @@ def make_clients(data: Any, partitioner: Any = None, num_clients: int | None = N
         num_clients, options: see `partition_dataset`.
 
     Raises:
-        ValueError: none of these, or a count that contradicts the clients given.
+        ValueError: none of these, splits in place of clients, or a count that contradicts the clients given.
     """
     if isinstance(data, ClientData):
         return data
+    if isinstance(data, Mapping) and data and set(data) <= _SPLITS:
+        raise ValueError(
+            f"train_dataset has the splits {', '.join(data)}, which would be clients: pass one of them, such as "
+            "data['train'], or name the clients otherwise."
+        )
     if isinstance(data, Mapping) and num_clients not in (None, len(data)):
         raise ValueError(f"num_clients={num_clients}, but train_dataset has {len(data)} clients: leave it out.")
     if isinstance(data, Mapping) and partitioner is not None:

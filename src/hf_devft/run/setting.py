@@ -15,7 +15,7 @@ from hf_devft.federation.partition import ClientData
 from hf_devft.models.layout import State
 
 
-_RULES = ("grouping", "fusion", "fusion_beta", "transfer", "adapter_fusion", "stack", "temporary_head")
+_RULES = ("grouping", "fusion", "fusion_beta", "transfer", "stack", "temporary_head")
 _FEDERATION = (
     "federated_method", "federated_method_kwargs", "wire_dtype", "upload_fraction", "client_selection",
     "client_selection_kwargs", "client_max_layers", "client_resources", "beyond_capacity", "clients_per_round",
@@ -44,6 +44,7 @@ def run_setting(
         return [getattr(args, option) for option in options] if getattr(args, options[0]) else None
 
     setting = {option: getattr(args, option) for option in (*_RULES, *_FEDERATION)} | {
+        "adapter_fusion": args.fuses_adapters_by,
         "stage_layers": [stage.num_layers for stage in stages],
         "adapter_layers": [stage.adapted for stage in stages] if args.adapter_layers else None,
         "lora_r": getattr(adapter, "r", None),

@@ -64,9 +64,9 @@ def weight_gram(stack: LayerStack) -> torch.Tensor:
 
 
 def adapter_gram(stack: LayerStack, adapter: State) -> torch.Tensor:
-    """As `weight_gram`, over the layers' parameters of a full-depth adapter. What would make any two layers alike, as it
-    is far above zero in all, is left out: DoRA's magnitudes, which are norms of the weights, and the one that a factor
-    of IA3's is where it changes nothing."""
+    """As `weight_gram`, over the layers' parameters of a full-depth adapter. What would make any two layers alike is
+    left out: DoRA's magnitudes, which are norms of the weights, and the one that a factor of IA3's is where it changes
+    nothing."""
     gram = torch.zeros(len(stack), len(stack), dtype=torch.float64)
     own: list[dict] = [{} for _ in stack.layers]
     for key, tensor in adapter.items():

@@ -96,6 +96,8 @@ class DevFTTrainer(DevFTMixin, Trainer):
             model = base
         model = _with_adapter(model, given)
         _settle_padding(processing_class, base.config)
+        if base.config.is_encoder_decoder and data_collator is None:
+            _check_loss_has_labels(args, kwargs)
         encoding = Encoding(processing_class, base.config, args.max_length, args.dataset_num_proc)
         self._encode = functools.partial(_encoded, task=task, encoding=encoding)
         if type(self).compute_loss is DevFTTrainer.compute_loss:
@@ -130,6 +132,18 @@ class DevFTTrainer(DevFTMixin, Trainer):
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """As `Trainer`'s; encodes rows as the constructor does."""
         return super().get_test_dataloader(self._encode(test_dataset))
+
+
+def _check_loss_has_labels(args: DevFTConfig, given: dict[str, Any]) -> None:
+    """Refuse losses for which `Trainer` takes the labels out of a batch, of which an encoder-decoder makes what its
+    decoder reads."""
+    takes = [name for name in ("compute_loss_func",) if given.get(name) is not None]
+    takes += ["label_smoothing_factor"] if args.label_smoothing_factor else []
+    if takes:
+        raise ValueError(
+            f"{takes[0]} takes the labels out of a batch, and the decoder reads them: leave it out, or pass a "
+            "`data_collator` that makes `decoder_input_ids`, such as `DataCollatorForSeq2Seq(tokenizer, model=model)`."
+        )
 
 
 @dataclass(frozen=True)

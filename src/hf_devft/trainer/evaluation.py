@@ -74,11 +74,14 @@ def each_batch_alone(args: DevFTConfig) -> Iterator[None]:
         args.average_tokens_across_devices = averaging
 
 
-def evaluate_full_depth(trainer: FederatedTrainer, stage: int, known: Mapping[str, float]) -> dict[str, float]:
+def evaluate_full_depth(
+    trainer: FederatedTrainer, stage: int, known: Mapping[str, float], ignore_keys: list[str] | None = None
+) -> dict[str, float]:
     """Measure the model in use, which is the full one, on every evaluation set, and log it as of a stage.
 
     Args:
         known: {"eval_...": value}, what was measured of the same model already, and is not measured again.
+        ignore_keys: of the model's outputs, see `Trainer.evaluate`.
 
     Returns:
         {"eval_full_...": value}.
@@ -93,6 +96,7 @@ def evaluate_full_depth(trainer: FederatedTrainer, stage: int, known: Mapping[st
                 trainer.get_eval_dataloader(dataset),
                 description="Evaluation at full depth",
                 prediction_loss_only=True if trainer.compute_metrics is None else None,
+                ignore_keys=ignore_keys,
                 metric_key_prefix=prefix,
             ).metrics
         metrics |= {key: value for key, value in found.items() if not key.endswith("preparation_time")}

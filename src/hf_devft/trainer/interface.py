@@ -94,7 +94,7 @@ class FederatedTrainer(TrainingHooks, Protocol):
         """See `Trainer.create_optimizer`."""
         ...
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer) -> Any:
+    def create_scheduler(self, num_training_steps: int, **kwargs: Any) -> Any:
         """See `Trainer.create_scheduler`."""
         ...
 

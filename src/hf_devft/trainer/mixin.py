@@ -182,7 +182,7 @@ class DevFTMixin(Base):
         if args.eval_on_start and checkpoint is None:
             self.models.use_whole(self.run)
             known = self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
-            self.run.start_metrics = evaluate_full_depth(self, 0, known)
+            self.run.start_metrics = evaluate_full_depth(self, 0, known, ignore_keys_for_eval)
         for record in self.stages[checkpoint.run.stage - 1 if checkpoint else 0 :]:
             if self.control.should_training_stop and not (checkpoint and checkpoint.run.within):
                 if checkpoint is not None:
@@ -211,7 +211,7 @@ class DevFTMixin(Base):
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
             self._log_save_evaluate(None, session.schedule.rate(record.learning_rate), *log_how)
             session.clients.end_stage()
-            session.finish(active)
+            session.finish(active, ignore_keys_for_eval)
             active = None  # what it held is not needed to make the next one
         self.models.use_whole(self.run)
         self.models.hand_back(self.run)

@@ -1,5 +1,6 @@
 """The learning rate: a schedule over rounds, a rate per stage."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -45,10 +46,15 @@ class RoundSchedule:
             self.scheduler.step()
 
     def _make(self, num_rounds: int) -> None:
+        trainer = self._trainer
         self.clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.base_rate)
-        self._trainer.lr_scheduler = None
-        made = self._trainer.create_scheduler(num_rounds, optimizer=self.clock)
-        self.scheduler = self._trainer.lr_scheduler if made is None else made  # an own one may only set it
+        # An own one may read the trainer's optimiser, which `Trainer` does not hand it, and only set the schedule.
+        before, trainer.optimizer, trainer.lr_scheduler = trainer.optimizer, self.clock, None
+        takes = inspect.signature(trainer.create_scheduler).parameters
+        given = {"optimizer": self.clock} if "optimizer" in takes else {}
+        made = trainer.create_scheduler(num_training_steps=num_rounds, **given)
+        self.scheduler = trainer.lr_scheduler if made is None else made
+        trainer.optimizer = before
 
     def begin_stage(self) -> None:
         """Begin a schedule that goes by a metric anew."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -217,7 +218,7 @@ class TrainingSession:
                 ),
                 calibration=CalibrationLoss(
                     lambda: trainer.server_batches(rows, args.eval_batch_size),
-                    trainer.compute_loss,
+                    functools.partial(_loss_of, trainer),
                     lambda base: self.models.count_logits(base, lambda: True),
                     self.autocast,
                     args.device,
@@ -283,15 +284,20 @@ class TrainingSession:
         self.run.record_round(outcome, index, seconds, peak)
         return outcome
 
-    def finish(self, active: ActiveStage) -> None:
-        """Finish a stage: transfer its adapter to full depth, measure that, write it, show it, push it."""
+    def finish(self, active: ActiveStage, ignore_keys: list[str] | None) -> None:
+        """Finish a stage: transfer its adapter to full depth, measure that, write it, show it, push it.
+
+        Args:
+            ignore_keys: see `evaluate_full_depth`.
+        """
         trainer, run, record = self.trainer, self.run, active.record
         best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
         compact = run.hand_on(Path(best) if best is not None else None)
         self.models.release()
         if trainer.eval_dataset is not None:
             self.models.use_whole(run)
-            record.metrics |= evaluate_full_depth(trainer, record.stage, record.metrics if active.is_whole else {})
+            known = record.metrics if active.is_whole else {}
+            record.metrics |= evaluate_full_depth(trainer, record.stage, known, ignore_keys)
         if trainer.args.process_index == 0:
             rows = table_rows(run.stages[: record.stage], run.start_metrics)
             publisher = trainer.publisher if trainer.args.push_to_hub else None
@@ -395,6 +401,14 @@ class TrainingSession:
                 state.stateful_callbacks[name] = callback.state()
         state.save_to_json(str(folder / TRAINER_STATE_NAME))
         note_checksum(folder / TRAINER_STATE_NAME)
+
+
+def _loss_of(trainer: FederatedTrainer, model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
+    """Of a model on a batch; a `compute_loss_func` may divide by the number of labelled tokens."""
+    if trainer.compute_loss_func is None:
+        return trainer.compute_loss(model, inputs)
+    _, items = trainer.get_batch_samples(iter([inputs]), 1, trainer.args.device)
+    return trainer.compute_loss(model, inputs, num_items_in_batch=items)
 
 
 def server_rows(trainer: FederatedTrainer) -> Dataset | None:

@@ -98,7 +98,14 @@ class TRLMixin(DevFTMixin):
         # TRL has patched the base's `forward`; a submodel's copy of that would run the base.
         base = model.get_base_model()
         vars(base).pop("forward", None)
-        add_fused_lm_head(base, outputs=self.fused_outputs)
+        weighting = ("log_sum_sq_probs",) if getattr(self, "use_weighting", False) else ()  # of DPO's pairs
+        add_fused_lm_head(base, outputs=(*self.fused_outputs, *weighting))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, which adds its metrics of the clients' rows, but not in a private run: no noise covers them."""
+        if self.args.is_private:
+            self._metrics["train"].clear()
+        super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
         """As TRL's, whose own metrics are among the output's, so that stages record them."""
