@@ -175,7 +175,7 @@ def test_outputs_that_no_metric_takes_are_left_out_of_every_evaluation(tmp_path,
         processing_class=tokenizer,
         compute_metrics=lambda found: {"width": found.predictions.shape[-1]},
     )
-    trainer.train(ignore_keys_for_eval=["encoder_last_hidden_state", "past_key_values"])
+    trainer.train(ignore_keys_for_eval=["encoder_last_hidden_state", "cache"])
     assert [stage.metrics["eval_full_width"] for stage in trainer.stages] == [len(tokenizer)] * 2
 
 

@@ -98,7 +98,7 @@ class FederatedTrainer(TrainingHooks, Protocol):
         """See `Trainer.create_scheduler`."""
         ...
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor:
         """See `Trainer.compute_loss`."""
         ...
 
