@@ -37,6 +37,7 @@ def test_defaults_conflict_with_nothing(tmp_path):
 @pytest.mark.parametrize(("options", "message"), [
     ({"grouping": "prefix"}, "grouping='prefix' cannot go with fusion='anchor', .*transfer='broadcast'"),
     ({"federated_method": "fedsa_lora+scaffold"}, "join it with fedit"),
+    ({"federated_method": "scaffold", "client_selection": "by_size"}, "weigh gradients and adapters"),
     ({"federated_method": "flora+fedadam"}, "cannot go with federated_method='flora"),
     ({"federated_method": "flora", "transfer": "anchor"}, 'set transfer="broadcast" or "split"'),
     ({"federated_method": "scaffold", "auto_find_batch_size": True}, "leave one out"),

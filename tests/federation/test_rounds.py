@@ -155,9 +155,29 @@ def test_a_round_below_its_quorum_is_tried_with_others():
     outcome = run_round(run, 0, torch.zeros(2), training(failing=first[:2]))
     assert not set(first) & set(second)
     assert outcome.sampled == first + second
-    assert outcome.left_out == first[:2]
+    assert outcome.left_out == first, "also who has answered, as it did not count"
+    assert outcome.losses.keys() == set(second)
     assert outcome.adapter.tolist() == pytest.approx([mean(second)] * 2), "nothing of the first attempt stays"
     assert (outcome.attempts, outcome.bytes_down, outcome.bytes_up, outcome.tokens) == (2, 48, 32, 40)
+
+
+def test_the_clock_runs_in_every_attempt():
+    resources = make_resources(6, seed=1)
+    run = federation(quorum=2, retries=1, resources=resources)
+    attempts = [run.selection.sampled(0, attempt) for attempt in (0, 1)]
+    outcome = run_round(run, 0, torch.zeros(2), training(failing=attempts[0][:2]))
+    needed = [max(map(run.selection.seconds_of, sampled)) for sampled in attempts]
+    assert outcome.seconds == run.clock.time == pytest.approx(sum(needed))
+    assert min(needed) > 0
+
+
+def test_a_rule_of_too_few_updates_leaves_the_adapter():
+    """Which a private run takes, as no round of it is tried again."""
+    run = federation(quorum=5, clients=6, per_round=5)
+    run.rule, run.is_private = AGGREGATION_RULES["multi_krum"](), True
+    run.selection.training = lambda round_index, attempt=0: run.selection.sampled(round_index, attempt)[:1]
+    start = torch.tensor([3.0, 4.0])
+    assert torch.equal(run_round(run, 0, start, training()).adapter, start)
 
 
 def test_an_attempt_below_the_quorum_leaves_nothing_with_its_clients():

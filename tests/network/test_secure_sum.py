@@ -69,10 +69,13 @@ def test_a_client_shows_no_part_of_itself():
         clients[1].reveal([0, 1, 2], [])
 
 
-def test_large_values_are_clipped_and_do_not_wrap():
-    """Also where every client's is out of range."""
-    total = sum((to_fixed(np.array([12.0, -12.0]), weight) for weight in (0.25, 0.75)), np.zeros(2, np.uint32))
-    np.testing.assert_allclose(from_fixed(total), [8.0, -8.0], atol=1e-5)
+def test_large_values_do_not_wrap():
+    """Also where every client's is as large as can be; larger ones are refused, not cut."""
+    total = sum((to_fixed(np.array([7.999, -7.999]), weight) for weight in (0.25, 0.75)), np.zeros(2, np.uint32))
+    np.testing.assert_allclose(from_fixed(total), [7.999, -7.999], atol=1e-5)
+    for value in (8.0, -12.0, float("nan")):
+        with pytest.raises(SecureSumError, match="fixed-point numbers hold less than 8: lower learning_rate"):
+            to_fixed(np.array([0.0, value]), 0.5)
     for weight in (0.0, -1.0, 1.5):
         with pytest.raises(SecureSumError, match="must be above 0, up to 1"):
             to_fixed(np.zeros(1), weight)

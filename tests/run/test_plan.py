@@ -152,6 +152,12 @@ def test_a_plan_says_where_messages_are_of_other_sizes(tmp_path, capsys):
         assert ("this method sends more or less" in capsys.readouterr().out) == says
 
 
+def test_a_plan_refuses_what_a_private_run_would(tmp_path):
+    args = config(tmp_path, dp_target_epsilon=8.0, dp_delta=1e-3, num_clients=20)
+    with pytest.raises(ValueError, match="needs more clients a round than 10 times the noise multiplier"):
+        plan_run(args, tiny_llama(), lora())
+
+
 def test_a_plan_without_stages_is_one_row(tmp_path, capsys):
     print_plan(plan_run(config(tmp_path, stage_layers=[4]), tiny_llama(), lora()), "tiny, fedit")
     lines = capsys.readouterr().out.splitlines()

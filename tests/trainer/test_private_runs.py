@@ -12,6 +12,7 @@ from hf_devft.federation.client_side import Exchange
 from hf_devft.federation.encoding import Encoded
 from hf_devft.federation.privacy import ClientAccountant, RecordAccountant
 from hf_devft.models.adapter_files import load_adapter
+from hf_devft.trainer.federated_run import planned_draws
 from hf_devft.trainer.local_clients import LocalClients
 
 
@@ -64,6 +65,23 @@ def test_the_noise_is_found_for_a_budget_before_the_run(make_trainer):
     trainer.train()
     assert len(trainer.ledger.rounds) == trainer.run.num_rounds == sum(stage.rounds for stage in trainer.stages)
     assert 7.9 < trainer.ledger.rounds[-1].epsilon <= 8.0
+
+
+def test_rounds_stay_accounted_for_by_the_noise_and_the_clients_they_had(make_trainer):
+    """Whatever clients can hold today, and however rounds are dealt out to stages."""
+    options = {**PRIVATE, "dp_noise_multiplier": None} | {
+        "dp_target_epsilon": 8.0, "client_max_layers": [2, 4], "save_strategy": "steps", "save_steps": 1,
+        "max_steps": 3,
+    }  # fmt: skip
+    trainer = make_trainer(stage_rounds=[2, 2], **options)
+    trainer.train()
+    assert [record.drawn_from for record in trainer.ledger.rounds] == [12, 12, 6]
+    with pytest.raises(ValueError, match="is of a run with differential privacy"):
+        make_trainer(stage_rounds=[1, 3], **options).train(resume_from_checkpoint=True)
+    run = trainer.run
+    run.capacities.lower(1, 2, 4)
+    assert run.capacities.taking_part(2).keys() == {3, 5, 7, 9, 11}
+    assert planned_draws(run.args, run.stages, run.capacities, run.ledger) == [12, 12, 6]
 
 
 def test_a_run_ends_before_its_budget_does(make_trainer, caplog):

@@ -555,6 +555,9 @@ FACTS: dict[str, Fact] = {
         lambda s: s.args.train_sampling_strategy == "group_by_length",
         _given("train_sampling_strategy"),
     ),
+    "clients by size": Fact(
+        '`client_selection="by_size"`', lambda s: s.args.client_selection == "by_size", _given("client_selection")
+    ),
     "chosen clients": Fact(
         '`client_selection` other than `"uniform"`',
         lambda s: s.args.client_selection != "uniform",
@@ -775,6 +778,7 @@ CONFLICTS: list[tuple[str, str, str]] = [
         "smaller batches",
         "it adds up gradients, also of steps taken again: leave one out",
     ),
+    ("recorded gradients", "clients by size", "it would weigh gradients and adapters otherwise: leave one out"),
     ("server optimiser", "not optimisable", "it steps from one round's adapter to the next: leave one out"),
     ("late updates", "no late updates", "none can come late: use another `client_selection`, or method"),
     ("clock", "encoder and decoder", "a round's length is known of one stack of layers: leave it out"),

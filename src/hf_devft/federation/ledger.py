@@ -30,6 +30,7 @@ class RoundRecord:
         late: names of the sampled clients whose update counts in a later round.
         simulated_seconds: what the round takes by the clients' speeds and bandwidths; 0 where they are not known.
         epsilon: what the rounds so far have cost in privacy, see `Accountant`; None in a run that is not private.
+        drawn_from: of how many clients chance has drawn the round's, where it is this that makes them private.
     """
 
     round: Annotated[int, Ge(1)]
@@ -48,6 +49,7 @@ class RoundRecord:
     simulated_seconds: Amount = 0.0
     epsilon: Amount | None = None
     padding: Count = 0
+    drawn_from: Count | None = None
 
 
 @dataclass

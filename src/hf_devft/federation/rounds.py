@@ -83,6 +83,12 @@ class RoundOutcome:
             self.grad_norm = reports[used, GRAD_NORM][-1].item()
         return int(counted.sum())
 
+    def discard(self, sampled: list[int]) -> None:
+        """Take back what the clients of the last attempt have brought, as too few of them did."""
+        self.left_out = [client for client in self.left_out if client not in sampled] + sampled
+        self.late = [client for client in self.late if client not in sampled]
+        self.losses = {client: loss for client, loss in self.losses.items() if client not in sampled}
+
     def to_record(
         self, round_index: int, stage: int, names: list[str], seconds: float, peak_memory: int
     ) -> RoundRecord:
@@ -109,17 +115,18 @@ class RoundOutcome:
             simulated_seconds=self.seconds,
         )
 
-    def to_private_record(self, epsilon: float, **of_the_round: Any) -> RoundRecord:
+    def to_private_record(self, epsilon: float, drawn_from: int | None, **of_the_round: Any) -> RoundRecord:
         """Return the ledger's record of a differentially private round: who took part, with which loss, on how many
         tokens and in how much memory, stays untold, as no noise covers it.
 
         Args:
-            epsilon: see `RoundRecord`. of_the_round: the arguments of `to_record`; bytes must not tell how many took
-                part, see `Federation.expected_bytes`.
+            epsilon, drawn_from: see `RoundRecord`.
+            of_the_round: the arguments of `to_record`; bytes must not tell how many took part, see
+                `Federation.expected_bytes`.
         """
         untold: dict[str, Any] = {"clients": [], "dropped": [], "late": [], "loss": None}
         untold |= {"tokens": 0, "padding": 0, "flops": 0.0, "peak_memory": 0}
-        return replace(self.to_record(**of_the_round), epsilon=epsilon, **untold)
+        return replace(self.to_record(**of_the_round), epsilon=epsilon, drawn_from=drawn_from, **untold)
 
 
 @dataclass
@@ -265,13 +272,14 @@ class Federation:
             sampled = self.selection.sampled(round_index, attempt)
             reports = self._ask_all(round_index, attempt, start, exchange, outcome)
             counted = outcome.add(sampled, self._of_all_processes(reports))
+            outcome.seconds += self.selection.seconds(round_index, attempt)
             arrived = self.late.arrived(self.selection.arrivals(round_index), round_index)
             if counted + len(arrived) >= min(self.quorum, self._most_answers(round_index, attempt)):
                 nobody = not counted and not arrived and self.privacy is None
                 outcome.adapter = start if nobody else self._combine(round_index, start, counted, arrived)
-                outcome.seconds = self.selection.seconds(round_index)
                 self.clock.time += outcome.seconds
                 return outcome
+            outcome.discard(sampled)
             logger.warning(
                 f"round {round_index + 1}, attempt {attempt + 1}: {counted} of {len(sampled)} clients returned a "
                 f"finite adapter, {self.quorum} are needed."
@@ -313,7 +321,9 @@ class Federation:
         def messages() -> Iterator[ToClient]:
             for client in sampled:
                 values = self.method.download(client)
-                outcome.bytes_down += self.wire.bytes_down(self._travelling(client, values.numel()))
+                exact = self.method.exact_values(client)
+                outcome.bytes_down += self.wire.bytes_down(self._travelling(client, values.numel() - exact))
+                outcome.bytes_down += 4 * self._travelling(client, exact)
                 if extra is not None:
                     outcome.bytes_down += self.wire.bytes_down(extra.numel())
                 if client in mine:
@@ -404,7 +414,7 @@ class Federation:
         everyone: dict[int, torch.Tensor] = {}
         for theirs in gather(mine) if gather is not None else [mine]:
             everyone |= theirs
-        if not everyone:
+        if len(everyone) < rule.needs:  # in a private run, where chance may leave fewer; the adapter stays
             return
         clients, self._updates = sorted(everyone), {}
         weights = torch.tensor([self.method.clients.examples[client] for client in clients], dtype=torch.float64)

@@ -184,9 +184,13 @@ class ClientSelection:
         began = ((index, client, arrives) for index, r in self.rounds.items() for client, arrives in r.late.items())
         return {client: index for index, client, arrives in began if arrives == round_index}
 
-    def seconds(self, round_index: int) -> float:
-        """Return how long the round takes by the simulated clock, 0 without one."""
-        return self.rounds[round_index].seconds if round_index in self.rounds else 0.0
+    def seconds(self, round_index: int, attempt: int = 0) -> float:
+        """Return how long an attempt of the round takes by the simulated clock, 0 without one."""
+        if round_index not in self.rounds:
+            return 0.0
+        if attempt == 0:
+            return self.rounds[round_index].seconds
+        return max(map(self.seconds_of, self.training(round_index, attempt)), default=0.0)
 
     def most_in_time(self, clients_per_round: int) -> int:
         """Return how many of a round's clients it waits for."""

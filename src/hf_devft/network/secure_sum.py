@@ -32,16 +32,19 @@ class SecureSumError(RuntimeError):
 
 
 def to_fixed(values: np.ndarray, weight: float) -> np.ndarray:
-    """Return weight times the values in fixed point, modulo 2³². Values are clipped to ±`LARGEST` first, so that sums
-    whose weights add up to 1 cannot wrap.
+    """Return weight times the values in fixed point, modulo 2³². Sums whose weights add up to 1 cannot wrap.
 
     Raises:
-        SecureSumError: a weight that is not above 0, up to 1.
+        SecureSumError: a weight that is not above 0, up to 1; a value that is not between ±`LARGEST`.
     """
     if not 0 < weight <= 1:
         raise SecureSumError(f"a weight of {weight} would show one update, or none: it must be above 0, up to 1")
-    most = LARGEST * (1 - 2**-24)
-    scaled = np.clip(values.astype(np.float64), -most, most) * weight * FRACTION
+    scaled = values.astype(np.float64) * weight * FRACTION
+    if not (size := np.abs(values).max(initial=0.0)) <= LARGEST * (1 - 2**-24):
+        raise SecureSumError(
+            f"a value of the adapter has changed by {size:.3g}, and fixed-point numbers hold less than {LARGEST:g}: "
+            "lower learning_rate or local_steps, or leave secure_aggregation out"
+        )
     return np.rint(scaled).astype(np.int64).astype(np.uint32)
 
 

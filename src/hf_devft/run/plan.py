@@ -18,7 +18,7 @@ from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compat
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import C2A, Clients, HeterogeneousRanks, Residual, make_methods
 from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
-from hf_devft.federation.privacy import affordable
+from hf_devft.federation.privacy import ADAPTIVE, affordable, split_noise
 from hf_devft.federation.sampling import Placement, sample_clients
 from hf_devft.federation.wire import Wire
 from hf_devft.models.flops import flops_per_token, forward_flops
@@ -179,6 +179,8 @@ def _privacy(
     draws = draws_of(args, ((index, everyone) for index in range(rounds)))
     accountant = make_accountant(args, draws, examples)
     assert accountant is not None
+    if args.protects_clients and args.dp_clipping_norm == ADAPTIVE:
+        split_noise(accountant.noise_multiplier, args.clients_per_round)  # refuses what the run would
     if args.dp_target_epsilon is not None:  # the run ends before it would spend more
         rounds = affordable(accountant, draws, args.dp_target_epsilon)
     spent = {"epsilon": accountant.epsilon(draws[:rounds]), "delta": args.dp_delta}

@@ -32,11 +32,13 @@ def run_setting(
     adapter: PeftConfig,
     initialisation: str | None,
     clients: ClientData,
+    noise_multiplier: float | None,
 ) -> dict[str, Any]:
     """Collect what a resumed run must have in common with this one: {what: its value}.
 
     Args:
         initialisation: the one that takes a part of the base's weights into the adapter, or None.
+        noise_multiplier: of a private run, which its rounds so far are accounted for by; or None.
     """
 
     def of(*options: str) -> list[Any] | None:
@@ -60,9 +62,8 @@ def run_setting(
             args.dp_delta,
             args.dp_clipping_norm,
             args.dp_sampling,
-            # What the noise was found for, and what the rounds so far are accounted for by.
             *([args.dp_level, args.train_batch_size] if args.protects_records else []),
-            *([sum(s.rounds for s in stages), args.max_steps] if args.dp_noise_multiplier is None else []),
+            None if noise_multiplier is None else float(f"{noise_multiplier:.6g}"),
         ]
         if args.is_private
         else None,

@@ -1,7 +1,6 @@
 """A run between two rounds: its stages, its adapters, its ledger; what is written of it, and read again."""
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,15 +34,22 @@ logger = logging.getLogger(__name__)
 _WITHOUT_NOISE = ("loss", "grad_norm", "train_loss", "num_input_tokens_seen", "total_flos")
 
 
-def planned_draws(args: DevFTConfig, stages: list[StageConfig], capacities: Capacities) -> list[Any]:
-    """Say of each round that a run has, by its stages and `max_steps`, how its clients are drawn; see `draws_of`."""
+def planned_draws(
+    args: DevFTConfig, stages: list[StageConfig], capacities: Capacities, ledger: Ledger | None = None
+) -> list[Any]:
+    """Say of each round that a run has, by its stages and `max_steps`, how its clients are drawn; see `draws_of`.
+
+    Args:
+        ledger: of the rounds that are over: they were drawn as they were, whatever clients can hold today.
+    """
     numbers = [stage.stage for stage in stages for _ in range(stage.rounds)]
-    return _draws(args, enumerate(numbers if args.max_steps < 0 else numbers[: args.max_steps]), capacities)
-
-
-def _draws(args: DevFTConfig, rounds: Iterable[tuple[int, int]], capacities: Capacities) -> list[Any]:
-    """`draws_of` rounds, each given as its index and its stage."""
-    return draws_of(args, ((index, list(capacities.taking_part(stage))) for index, stage in rounds))
+    numbers = numbers if args.max_steps < 0 else numbers[: args.max_steps]
+    able = {stage: list(capacities.taking_part(stage)) for stage in set(numbers)}
+    draws = draws_of(args, ((index, able[stage]) for index, stage in enumerate(numbers)))
+    for index, record in enumerate(ledger.rounds if ledger is not None else ()):
+        if record.drawn_from is not None:
+            draws[index] = record.drawn_from
+    return draws
 
 
 def _named(base: str | None, revision: str | None) -> str:
@@ -95,7 +101,7 @@ class FederatedRun:
     @property
     def num_rounds(self) -> int:
         """Of all stages, or fewer where `max_steps` or the privacy budget says so."""
-        planned = planned_draws(self.args, self.stages, self.capacities)
+        planned = planned_draws(self.args, self.stages, self.capacities, self.ledger)
         if self.accountant is not None and self.args.dp_target_epsilon is not None:
             return affordable(self.accountant, planned, self.args.dp_target_epsilon)
         return len(planned)
@@ -128,13 +134,12 @@ class FederatedRun:
                 {} if secret else {self.clients.names[client]: loss for client, loss in outcome.losses.items()}
             )
             return
-        rounds = [(record.round - 1, record.stage) for record in self.ledger.rounds]
-        rounds.append((index, self.active.record.stage))
+        draws = planned_draws(self.args, self.stages, self.capacities, self.ledger)[: index + 1]
         outcome.seen = 0
         if self.args.protects_clients and self.federation is not None:
             outcome.bytes_down, outcome.bytes_up = self.federation.expected_bytes(self.args.clients_per_round)
-        spent = self.accountant.epsilon(_draws(self.args, rounds, self.capacities))
-        self.ledger.add(outcome.to_private_record(spent, **of_the_round))
+        drawn_from = draws[-1] if self.args.protects_clients else None
+        self.ledger.add(outcome.to_private_record(self.accountant.epsilon(draws), drawn_from, **of_the_round))
 
     # --- a stage is over ------------------------------------------------------------------------------------
 
@@ -277,4 +282,5 @@ class FederatedRun:
         self.adapter = replace(self.adapter, state=checkpoint.full)
 
     def _setting(self) -> dict[str, Any]:
-        return run_setting(self.args, self.stages, self.adapter.config, self.initialisation, self.clients)
+        noise = None if self.accountant is None else self.accountant.noise_multiplier
+        return run_setting(self.args, self.stages, self.adapter.config, self.initialisation, self.clients, noise)

@@ -390,13 +390,15 @@ def test_fedex_sends_what_the_adapter_and_the_residual_can_be_made_of():
     dense = sum(wide.shapes[pair.a][1] * wide.shapes[pair.b][0] for pair in wide.pairs)
     adapter = random_adapter(wide)
     method.begin_round(0, adapter, [0])
-    assert method.download(0).numel() == whole, "the first time, the adapter"
+    assert method.download(0).numel() == method.exact_values(0) == whole, "the first time, the adapter"
     for index in range(12):
         adapter = round_of(method, index, adapter, [0, 1], lambda client, start: start + 1)
     method.begin_round(12, adapter, [0, 1, 2])
     assert method.download(0).numel() == 2 * per_rank, "the other's ranks, of the last round"
+    assert method.exact_values(0) == 0, "they are passed on as they were sent"
     assert 12 * 4 * per_rank > dense
     assert method.download(2).numel() == dense + whole, "the dense residual, and the adapter beside it"
+    assert method.exact_values(2) == dense + whole
 
 
 @pytest.mark.parametrize(("name", "options", "says"), [

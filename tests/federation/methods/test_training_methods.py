@@ -188,6 +188,8 @@ def test_names_are_joined():
         ("fedit", {"mu": 1}, "takes none"),
         ("fedprox", {"mu": -1}, "0 or more"),
         ("fedadam", {"server_learning_rate": 0}, "above 0"),
+        ("fedavgm", {"server_beta2": 0.9}, r"takes \['server_learning_rate', 'server_momentum'\]"),
+        ("fedadagrad", {"server_momentum": 0.5}, r"takes \['server_learning_rate', 'server_tau'\]"),
     ],
 )
 def test_names_and_options_that_make_no_sense(name, options, message):

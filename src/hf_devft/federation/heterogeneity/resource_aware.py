@@ -17,7 +17,7 @@ class ResourceAware(ClientSelection):
     round (§4.1; from the given times, where the paper predicts them; equals in random order). The round is over when
     the part `wait_for` of them has answered; the others' updates count in the round in which they arrive (see
     `late_weights`), if that is no more than `max_staleness` rounds later. A client that leaves before it is done is
-    not heard of again.
+    not heard of again. A round that is tried again asks any others, wherever they are (our choice).
 
     Args:
         wait_for: default 0.5. max_staleness: default 5 rounds (our choices).

@@ -156,6 +156,10 @@ class FederatedMethod:
         """Return the values that a client is sent, flat."""
         return self.layout.pick(self.adapter, self.receives(client))
 
+    def exact_values(self, client: int) -> int:
+        """How many values of the download are sent in float32 on any wire."""
+        return 0
+
     def start(self, client: int, received: torch.Tensor) -> torch.Tensor:
         """Put together the adapter that a client starts from, of what it received (see `download`) and what it
         kept."""

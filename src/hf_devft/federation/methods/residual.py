@@ -48,15 +48,25 @@ class Residual(Stacking):
         return 0 if state is None else int(state["rank"])
 
     def download(self, client: int) -> torch.Tensor:
+        return placeholder_message(sum(self._message(client)))
+
+    def exact_values(self, client: int) -> int:
+        return self._message(client)[1]
+
+    def _message(self, client: int) -> tuple[int, int]:
+        """How many values of others' messages a client is sent, as these were sent, and how many of the server's own,
+        which it has in float32."""
         missing = self._stacked(SERVER) - self._stacked(client)
         adapter = self._rank * self.starts_from_adapter
-        if self.memory.get(client, "stacked") is None:  # later ones follow from the factors
-            missing += adapter
-        count = self.layout.count(self.layout.others)
+        first = adapter if self.memory.get(client, "stacked") is None else 0  # later ones follow from the factors
+        relayed, own = 0, self.layout.count(self.layout.others)
         for pair in self.layout.pairs:
             into, out = self.layout.shapes[pair.a][1], self.layout.shapes[pair.b][0]
-            count += min(missing * (into + out), into * out + adapter * (into + out))
-        return placeholder_message(count)
+            each, dense = into + out, into * out + adapter * (into + out)
+            by_factors = (missing + first) * each <= dense
+            relayed += missing * each if by_factors else 0
+            own += first * each if by_factors else dense
+        return relayed, own
 
     def keep(self, client: int, start: torch.Tensor, adapter: torch.Tensor) -> None:
         known = self._stacked(SERVER) + self._rank  # and its own of this round

@@ -38,7 +38,7 @@ class ServerOptimizer(ABC):
 
     Its state begins anew with a stage (our choice: second moments cannot be fused).
 
-    Args:
+    Args (of each those that its optimiser has):
         server_learning_rate: of `fedavgm` by default 1 − β1, with which the steps of an update that stays the same add
             up to that update; of the adaptive ones 0.01, about the size of their steps in every coordinate (our
             choices; on 12 rounds of the quickstart's task 0.001 and 0.003 were far worse, 0.02 a little).
@@ -114,6 +114,9 @@ class ServerOptimizer(ABC):
 class FedAvgM(ServerOptimizer):
     """SGD with momentum (Hsu et al. 2019, §3)."""
 
+    def __init__(self, server_learning_rate: float | None = None, server_momentum: float = 0.9):
+        super().__init__(server_learning_rate, server_momentum)
+
     def default_rate(self, momentum: float) -> float:
         return 1 - momentum
 
@@ -123,6 +126,9 @@ class FedAvgM(ServerOptimizer):
 
 class FedAdagrad(ServerOptimizer):
     """Adagrad; without momentum, as `torch.optim` has it."""
+
+    def __init__(self, server_learning_rate: float | None = None, server_tau: float = 1e-3):
+        super().__init__(server_learning_rate, server_tau=server_tau)
 
     def make(self, parameters: list[torch.nn.Parameter]) -> Optimizer:
         return Adagrad(parameters, lr=self.rate, initial_accumulator_value=self.tau**2, eps=self.tau)

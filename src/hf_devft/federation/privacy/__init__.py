@@ -9,7 +9,7 @@ from hf_devft.federation.privacy.accounting import (
     affordable,
     find_noise_multiplier,
 )
-from hf_devft.federation.privacy.mechanism import ADAPTIVE, ClientPrivacy
+from hf_devft.federation.privacy.mechanism import ADAPTIVE, ClientPrivacy, split_noise
 from hf_devft.federation.privacy.poisson import PoissonSampling
 from hf_devft.federation.privacy.record_level import PrivateSteps, RecordPrivacy, RowsApart
 from hf_devft.federation.privacy.secret import read_secret
@@ -30,4 +30,5 @@ __all__ = [
     "affordable",
     "find_noise_multiplier",
     "read_secret",
+    "split_noise",
 ]
