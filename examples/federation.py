@@ -46,7 +46,7 @@ def main() -> None:
         print(f"SuperLink at {federation.address}, with TLS; only nodes whose keys it knows can join")
         start_nodes(federation)
         print("They load PyTorch and join; the first round comes after half a minute", flush=True)
-        flags = f"--output_dir {federation.folder}/run --stage_rounds {options.rounds} --eval_strategy epoch"
+        flags = f'--output_dir "{federation.folder}/run" --stage_rounds {options.rounds} --eval_strategy epoch'
         run = federation.run(
             RECIPES / "federation",
             {

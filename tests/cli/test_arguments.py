@@ -44,6 +44,13 @@ def test_rows_held_out_of_the_clients_replace_the_files_evaluation(tmp_path, key
     assert args.client_eval_size == 0.1
 
 
+@pytest.mark.parametrize("flags", [["--eval_file", "e.jsonl"], ["--eval_fraction", "0.2"],
+                                   ["--dataset_eval_split", "test"]])  # fmt: skip
+def test_other_rows_replace_the_files_rows_of_the_clients(tmp_path, flags):
+    config = write(tmp_path / "data.yaml", "output_dir: out\ndataset_name: rows\nclient_eval_size: 0.1\n")
+    assert parse_arguments(flags, config)[1].client_eval_size is None
+
+
 def test_to_hold_nothing_out_leaves_the_files_evaluation(tmp_path):
     config = write(tmp_path / "data.yaml", "output_dir: out\ndataset_name: rows\neval_file: test.jsonl\n")
     recipe, _ = parse_arguments(["--eval_fraction", "0"], config)
@@ -253,3 +260,14 @@ def test_what_only_metrics_of_ones_own_take_is_refused(tmp_path, flags):
     recipe, args = parse_arguments([*flags, "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="is for a `compute_metrics` of your own"):
         make_trainer(recipe, args)
+
+
+def test_an_owner_keeps_the_rows_that_are_all_it_has(tmp_path):
+    files = [write(tmp_path / f"{name}.csv", "prompt,completion\n" + "a,b\n" * count) for name, count in
+             (("north", 30), ("south", 1), ("west", 1))]  # fmt: skip
+    for seed in range(12):  # in some of them chance holds out south, or west
+        flags = ["--train_file", *map(str, files), "--eval_fraction", "0.2", "--seed", str(seed)]
+        train, evaluation, _ = load_data(*parse_arguments([*flags, "--output_dir", str(tmp_path / "run")]))
+        assert set(train["source"]) == {"north", "south", "west"}
+        assert set(evaluation["source"]) == {"north"}
+        assert len(train) + len(evaluation) == 32

@@ -139,6 +139,17 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub, output, monkeypatch):
         push_run(str(output), "me/run", None, None)
 
 
+def test_a_branch_that_is_not_there_does_not_hold_what_another_has(hub, output, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    push_run(str(output), "me/run", None, None)
+    push_run(str(output), "me/run", None, None)
+    assert capsys.readouterr().out.endswith("Everything is on the Hub already.\n")
+    push_run(str(output), "me/run", "v2", None)
+    assert "already" not in capsys.readouterr().out
+    assert {"main", "v2"} <= hub.repos["me/run"].branches.keys()
+
+
 def test_by_hand(hub, make_trainer, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     trainer = make_trainer(hub_model_id="me/hand", hub_token=TOKEN)

@@ -7,6 +7,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from hf_devft.network.certificates import main, make_node_key, make_server_certificate
 from hf_devft.network.node import ConnectionArguments, DataArguments
+from hf_devft.network.node import main as node
 
 
 def test_a_certificate_is_for_its_hosts_and_signed_by_the_authority(tmp_path):
@@ -52,6 +53,25 @@ def test_tls_and_a_key_are_asked_for_unless_refused():
     with pytest.raises(ValueError, match="leave either out"):
         ConnectionArguments(insecure=True, private_key="org-a.key").check()
     ConnectionArguments(insecure=True).check()
+
+
+@pytest.mark.parametrize(("run", "flags", "says"), [
+    (main, ["--nodes", "team/a"], "error: .*team/a"),
+    (main, ["--hots", "localhost"], "error: .*--hots"),
+    (node, ["--name", "a", "--train_file", "x.jsonl", "--model_nme", "y"], "error: .*--model_nme"),
+    (node, ["--name", "a", "--train_file", "x.jsonl"], "error: x.jsonl is not a file"),
+])  # fmt: skip
+def test_mistakes_are_one_line(run, flags, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=says):
+        run(flags)
+
+
+def test_a_node_may_have_a_base_of_some_revision(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    participant = DataArguments(name="a", train_file=[str(path)], revision="v2").participant()
+    assert participant.options["model_init_kwargs"] == {"revision": "v2"}
 
 
 def test_a_node_has_rows():

@@ -36,6 +36,14 @@ def test_clients_must_be_countable_and_have_their_rows_themselves(tmp_path):
         load_server_data(*run(tmp_path, "--train_file", "rows.jsonl"))
 
 
+def test_what_clients_would_not_have_of_the_base_is_refused(tmp_path):
+    flags = ["--model_init_kwargs", '{"dtype": "float32", "revision": "main"}']
+    check_before_waiting(*run(tmp_path, *flags), names=["a"], count=1)
+    flags = ["--model_init_kwargs", '{"quantization_config": {"load_in_4bit": true}}']
+    with pytest.raises(ValueError, match="has quantization_config, which a server does not tell its clients"):
+        check_before_waiting(*run(tmp_path, *flags), names=["a"], count=1)
+
+
 def test_many_names_are_cut_short():
     assert some_of([]) == "none"
     assert some_of(["a", "b"]) == "a, b"

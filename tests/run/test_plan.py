@@ -152,6 +152,18 @@ def test_a_plan_says_where_messages_are_of_other_sizes(tmp_path, capsys):
         assert ("this method sends more or less" in capsys.readouterr().out) == says
 
 
+def test_a_plan_does_not_guess_how_many_owners_rows_have(tmp_path, capsys):
+    private = {"dp_noise_multiplier": 1.0, "dp_clipping_norm": 1.0, "dp_delta": 1e-3}
+    natural = {"partition": "natural", "partition_column": "user", "num_clients": None}
+    plan = plan_run(config(tmp_path, **private, **natural), tiny_llama(), lora())
+    assert (plan.num_clients, plan.epsilon, plan.protects) == (None, None, "client")
+    print_plan(plan, "tiny, fedit")
+    said = capsys.readouterr().out
+    assert "A round's 2 clients: up to" in said
+    assert "ε depends on the clients and their rows" in said
+    assert plan_run(config(tmp_path, **private, num_clients=20), tiny_llama(), lora()).epsilon > 0
+
+
 def test_a_plan_refuses_what_a_private_run_would(tmp_path):
     args = config(tmp_path, dp_target_epsilon=8.0, dp_delta=1e-3, num_clients=20)
     with pytest.raises(ValueError, match="needs more clients a round than 10 times the noise multiplier"):

@@ -33,12 +33,37 @@ def test_unknown_columns_name_the_known_ones():
     ("prompt,completion\n1+1=,2\n2+2=,4\n", "4"),
     ("question,answer\n1+1,2\n2+2,4.5\n", " 4.5"),
     ("instruction,output\nsum,2\nsum,4\n", "4"),
+    ("instruction,output\nis it?,True\nis it?,False\n", "False"),
+    ("question,answer\ncode?,001\ncode?,007\n", " 007"),
+    ("question,answer\nmissing?,NA\nmissing?,None\n", " None"),
+    ("prompt,completion\nhow much?,1.25\nhow much?,1.50\n", "1.50"),
 ])  # fmt: skip
 def test_numbers_are_text(tmp_path, tokenizer, text, completion):
     rows = load_files([write(tmp_path / "sums.csv", text)])
     assert rows[1]["completion"] == completion
     labels = [label for label in tokenize(rows, tokenizer, 64)[1]["labels"] if label != -100]
     assert tokenizer.decode(labels) == f"{completion}<|endoftext|>"
+
+
+def test_an_empty_cell_is_none(tmp_path):
+    with pytest.raises(ValueError, match="row 2 of the data has no `answer`"):
+        load_files([write(tmp_path / "sums.csv", "question,answer\nq,1\nq,\n")])
+
+
+def test_dates_are_not_learned_in_another_form(tmp_path):
+    rows = '{"question": "when?", "answer": "1969-07-20"}\n'
+    with pytest.raises(ValueError, match="answer of the data is read as dates"):
+        load_files([write(tmp_path / "dates.jsonl", rows)])
+
+
+def test_chats_have_one_form(tokenizer):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert to_known_columns(Dataset.from_list([{"conversations": turns}]))[0]["messages"] == turns
+    for chat in ([{"from": "human", "value": "a"}], [turns[0], {"role": "assistant", "content": None}]):
+        with pytest.raises(ValueError, match=r"chat template does not take a chat .*: give each turn `role` and"):
+            tokenize(Dataset.from_list([{"messages": chat}]), tokenizer, 8)
 
 
 @pytest.mark.parametrize("name", ["label", "label_ids"])

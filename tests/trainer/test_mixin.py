@@ -619,9 +619,17 @@ def test_a_base_by_name_can_be_evaluated_before_it_is_trained(tmp_path, tasks, e
 
 
 def test_a_checkpoint_loads_as_a_plain_adapter(make_trainer):
-    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    class Noting(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                saved.update(load_file(f"{args.output_dir}/checkpoint-1/adapter_model.safetensors"))
+
+    saved: dict = {}
+    trainer = make_trainer(save_strategy="steps", save_steps=1, callbacks=[Noting()])
     trainer.train()
-    PeftModel.from_pretrained(tiny_llama(), f"{trainer.args.output_dir}/checkpoint-1")
+    loaded = PeftModel.from_pretrained(tiny_llama(), f"{trainer.args.output_dir}/checkpoint-1")
+    assert any(tensor.any() for key, tensor in saved.items() if "lora_B" in key), "trained"
+    torch.testing.assert_close(adapter_state(loaded), saved, rtol=0, atol=0)
 
 
 def test_a_checkpoint_of_another_run_is_refused(make_trainer):

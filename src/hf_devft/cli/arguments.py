@@ -24,6 +24,7 @@ from hf_devft.tasks.data import SOURCE
 
 # Trainer -> what the names of its class and its config begin with.
 TRAINERS = {"devft": "DevFT", "sft": "DevFTSFT", "dpo": "DevFTDPO"}
+_OTHER_ROWS = ("eval_file", "eval_fraction", "dataset_eval_split")  # to evaluate on than the clients'
 # (key of a file, another that takes its place on the command line).
 _RIVALS = (
     ("stage_layers", "initial_layers"),
@@ -41,7 +42,8 @@ _RIVALS = (
     ("dataset_eval_split", "eval_file"),
     ("train_file", "dataset_name"),
     ("eval_file", "dataset_eval_split"),
-    *((others, "client_eval_size") for others in ("eval_file", "eval_fraction", "dataset_eval_split")),
+    *((others, "client_eval_size") for others in _OTHER_ROWS),
+    *(("client_eval_size", others) for others in _OTHER_ROWS),
 )
 # Options that are text, where `true` stands for the default or the newest.
 _TEXT_OR_TRUE = ("init_lora_weights", "resume_from_checkpoint")

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoTokenizer, EarlyStoppingCallback
 
 import hf_devft
@@ -54,10 +54,10 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
                 "`eval_fraction: 0` with `eval_strategy: no`), and `calibration_file` where the server reads texts."
             )
         if part:
-            train, evaluation = _held_out(train, part, args.seed)
+            train, evaluation = _held_out(train, part, args)
         if calibration is not None or not asked:
             return train, evaluation, calibration
-        train, calibration = _split(train, args.calibration_samples, args.seed)
+        train, calibration = _split(train, args.calibration_samples, args)
         return train, evaluation, calibration
     as_asked = preference_pairs if recipe.trainer == "dpo" else lambda rows: rows
     train = as_asked(task_dataset(recipe.task_rows, recipe.task_families, seed=args.seed))
@@ -85,7 +85,7 @@ def _part_held_out(recipe: RecipeArguments, args: DevFTConfig) -> float:
     return recipe.eval_fraction
 
 
-def _held_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+def _held_out(rows: Dataset, fraction: float, args: DevFTConfig) -> tuple[Dataset, Dataset]:
     """Split rows in those to train and those to evaluate on.
 
     Raises:
@@ -97,13 +97,27 @@ def _held_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
             f"eval_fraction={fraction} of {len(rows)} rows leaves none to {'train' if count else 'evaluate'} on: give "
             "more rows, another part, or an `eval_file`; 0 evaluates nothing, with `eval_strategy: no`."
         )
-    return _split(rows, count, seed)
+    return _split(rows, count, args)
 
 
-def _split(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
-    """(the others, `count` rows)."""
-    parts = rows.train_test_split(test_size=count, seed=seed)
-    return parts["train"], parts["test"]
+def _split(rows: Dataset, count: int, args: DevFTConfig) -> tuple[Dataset, Dataset]:
+    """(the others, `count` rows drawn by the seed). An owner keeps the rows that would be all it has.
+
+    Raises:
+        ValueError: none would be left.
+    """
+    parts = rows.train_test_split(test_size=count, seed=args.seed)
+    train, drawn, column = parts["train"], parts["test"], args.partition_column
+    if args.partition != "natural" or column not in rows.column_names:
+        return train, drawn
+    owners, left = drawn[column][:], set(train[column][:])
+    back = [index for index, owner in enumerate(owners) if owner not in left]
+    if len(back) == len(drawn):
+        raise ValueError(f"every row of {count} to hold out is all that its owner has: give an `eval_file`.")
+    if not back:
+        return train, drawn
+    taken = [index for index, owner in enumerate(owners) if owner in left]
+    return concatenate_datasets([train, drawn.select(back)]), drawn.select(taken)
 
 
 def load_server_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset | None, Dataset | None]:

@@ -26,6 +26,7 @@ def train_or_plan(argv: Sequence[str]) -> None:
     logging.disable_progress_bar()  # the run has one bar and one table of its own
     with one_line_errors("--traceback" in argv):
         recipe, args = parse_arguments(argv)
+    with one_line_errors(recipe.traceback):
         if not (recipe.train_file or recipe.dataset_name):
             datasets.disable_progress_bars()  # made-up tasks are encoded at once
         if recipe.plan or recipe.plan_json:

@@ -16,8 +16,9 @@ from hf_devft.models.layer_stack import STACKS
 STAGE_CONFIG_NAME = "stage_config.json"
 
 # No model has more layers, no run more stages or rounds: what follows from a number must not fill the memory.
-Count = Annotated[int, Interval(ge=1, le=100_000)]
-Index = Annotated[int, Interval(ge=0, le=100_000)]
+_MOST = 100_000
+Count = Annotated[int, Interval(ge=1, le=_MOST)]
+Index = Annotated[int, Interval(ge=0, le=_MOST)]
 Finite = Annotated[float, AllowInfNan(False)]
 Positive = Annotated[float, Ge(0), AllowInfNan(False)]
 
@@ -177,8 +178,8 @@ def plan_stages(
     """
     rounds = _one_per_stage("stage_rounds", rounds, len(layers))
     rates = _one_per_stage("stage_learning_rates", learning_rates, len(layers))
-    if min(rounds) < 1:
-        raise ValueError(f"stage_rounds={rounds}: give each stage 1 round or more.")
+    if not all(1 <= each <= _MOST for each in rounds):
+        raise ValueError(f"stage_rounds={rounds}: give each stage 1 round or more, {_MOST} at most.")
     if min(rates) <= 0:
         raise ValueError(f"stage_learning_rates={rates}: give each stage a rate above 0.")
     return [

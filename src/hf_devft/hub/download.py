@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from peft.utils import CONFIG_NAME
 
 from hf_devft.files import CHECKSUMS
@@ -18,7 +18,7 @@ def _reading(repo_id: str) -> Iterator[None]:
     """Turn what goes wrong with a repository into a ValueError that names it."""
     try:
         yield
-    except (OSError, HFValidationError) as error:
+    except (OSError, HFValidationError, HTTPError) as error:
         raise ValueError(f"{repo_id} is neither a folder nor a readable repository: {error}") from error
 
 

@@ -157,14 +157,18 @@ class HubPusher:
         return self.repo_id
 
     def holds(self, push: Push) -> bool:
-        """Whether the tag of a stage's push is there, with the same adapter."""
+        """Whether the tag of a stage's push is there, and the branch has it, with the same adapter."""
         path = Path(push.folders[push.tag]) / ADAPTER_WEIGHTS
-        try:
-            found = self.api.get_paths_info(self.repo_id, [f"{push.tag}/{ADAPTER_WEIGHTS}"], revision=push.tag)
-        except HfHubHTTPError:
-            return False
-        lfs = getattr(found[0], "lfs", None) if found else None
-        return lfs is not None and lfs.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        wanted = hashlib.sha256(path.read_bytes()).hexdigest()
+        for revision in (push.tag, self.revision):
+            try:
+                found = self.api.get_paths_info(self.repo_id, [f"{push.tag}/{ADAPTER_WEIGHTS}"], revision=revision)
+            except HfHubHTTPError:
+                return False
+            lfs = getattr(found[0], "lfs", None) if found else None
+            if lfs is None or lfs.sha256 != wanted:
+                return False
+        return True
 
     def push(self, push: Push) -> CommitInfo:
         """Push at once.

@@ -10,7 +10,6 @@ authority's own key, `ca.key`, signs further certificates. The second writes `ho
 
 import ipaddress
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -27,7 +26,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from transformers import HfArgumentParser
+
+from hf_devft.cli.arguments import OneLineParser
+from hf_devft.cli.errors import one_line_errors
 
 
 DAYS = 825  # the most that Apple's and other verifiers accept of a server's certificate
@@ -182,17 +183,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the flags; default: the process's.
     """
-    (arguments,) = HfArgumentParser(CertificateArguments).parse_args_into_dataclasses(argv)
-    folder = Path(arguments.folder)
-    if not (arguments.hosts or arguments.nodes):
-        sys.exit("error: give --hosts, for the SuperLink's certificate, or --nodes, for keys of nodes.")
-    try:
+    with one_line_errors():
+        (arguments,) = OneLineParser(CertificateArguments).parse_args_into_dataclasses(argv)
+        folder = Path(arguments.folder)
+        if not (arguments.hosts or arguments.nodes):
+            raise ValueError("give --hosts, for the SuperLink's certificate, or --nodes, for keys of nodes.")
         if arguments.hosts:
             make_server_certificate(folder, arguments.hosts)
         for name in arguments.nodes or ():
             make_node_key(folder, name)
-    except (FileExistsError, ValueError) as error:
-        sys.exit(f"error: {error}")
     print(f"written to {folder}/: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 

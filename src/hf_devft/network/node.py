@@ -31,8 +31,9 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_object_contents_from_iterable,
 )
 from flwr.supernode.fleet_http_connection import http_request_response
-from transformers import HfArgumentParser
 
+from hf_devft.cli.arguments import OneLineParser
+from hf_devft.cli.errors import one_line_errors
 from hf_devft.network.participant import Participant
 from hf_devft.network.parts import pull_parts
 from hf_devft.network.polling import pause
@@ -61,6 +62,7 @@ class DataArguments:
     model_name_or_path: str = field(
         default="embedded", metadata={"help": "The base, the same as the server's: a Hub name, a path, or embedded."}
     )
+    revision: str | None = field(default=None, metadata={"help": "Of a base on the Hub: a branch, tag or commit."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of what stays here. Default: outputs/ and the name."}
     )
@@ -96,7 +98,9 @@ class DataArguments:
         else:
             rows = load_datasets(self.dataset_name, self.dataset_config, self.dataset_train_split, to_columns)
         folder = Path(self.output_dir or f"outputs/{self.name}")
-        options = {"use_cpu": True} if self.use_cpu else {}
+        options: dict[str, Any] = {"use_cpu": True} if self.use_cpu else {}
+        if self.revision is not None:
+            options["model_init_kwargs"] = {"revision": self.revision}
         return Participant(
             name=self.name,
             model=self.model_name_or_path,
@@ -231,10 +235,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     ours.addHandler(shown)
     ours.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the SuperLink is told that it ends
-    data, connection = HfArgumentParser([DataArguments, ConnectionArguments]).parse_args_into_dataclasses(argv)
+    with one_line_errors():
+        data, connection = OneLineParser([DataArguments, ConnectionArguments]).parse_args_into_dataclasses(argv)
+        participant = data.participant()
     place = None
     try:
-        participant = data.participant()
         connection.check()
         participant.key = connection.keys and connection.keys[0]
         ours.info(f"{data.name} asks {connection.superlink} to let it in")
@@ -250,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "SuperLink has noticed, after a minute."
             )
         raise
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         ours.info(f"{data.name} ends")

@@ -21,7 +21,7 @@ from hf_devft.network.attendance import some_of
 from hf_devft.network.names import read_public_keys
 from hf_devft.network.parts import pull_replies_soon
 from hf_devft.network.remote_clients import RemoteClients
-from hf_devft.network.settings import shared_settings
+from hf_devft.network.settings import check_model_options, shared_settings
 from hf_devft.run.claim import check_free
 from hf_devft.run.report import table_rows
 from hf_devft.run.tables import GrowingTable
@@ -37,7 +37,7 @@ def check_before_waiting(recipe: RecipeArguments, args: DevFTConfig, names: list
     """Refuse what no client could change, before any is waited for.
 
     Raises:
-        ValueError: clients that cannot be counted, or what `check_run` refuses.
+        ValueError: clients that cannot be counted, or what `check_model_options` and `check_run` refuse.
     """
     if not count:
         raise ValueError("how many clients there are is not known: give `num_clients`, or their names as `clients`.")
@@ -45,6 +45,7 @@ def check_before_waiting(recipe: RecipeArguments, args: DevFTConfig, names: list
         raise ValueError(
             f"clients={names}, min-clients={count}: give each name once, and wait for no more than those."
         )
+    check_model_options(args.model_init_kwargs or {})
     check_run(recipe, args)
 
 
@@ -63,12 +64,17 @@ class RoundLog(TrainerCallback):
 
     Args:
         trainer: whose rounds they are.
+
+    Attributes:
+        rounds: how many there were since this server's start.
     """
 
     def __init__(self, trainer: DevFTMixin):
         self._trainer = trainer
+        self.rounds = 0
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.rounds += 1
         record, stages = self._trainer.ledger.rounds[-1], self._trainer.stages
         answered = some_of([client for client in record.clients if client not in record.dropped])
         came_to = f"ε {record.epsilon:.2f}" if record.loss is None else f"loss {record.loss:.3f} of {answered}"
@@ -127,9 +133,9 @@ def train(recipe: RecipeArguments, args: DevFTConfig, clients: RemoteClients, da
     """
     args.disable_tqdm = True
     trainer = make_trainer(recipe, args, clients, data)
-    trainer.add_callback(RoundLog(trainer))
+    trainer.add_callback(log := RoundLog(trainer))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    traffic = {"bytes_down": clients.traffic.down, "bytes_up": clients.traffic.up}
+    traffic = {"rounds": log.rounds, "bytes_down": clients.traffic.down, "bytes_up": clients.traffic.up}
     Path(args.output_dir, TRAFFIC_NAME).write_text(json.dumps(traffic) + "\n")
     finished = [stage for stage in trainer.stages if stage.rounds_done]  # a run may end before its last stage
     GrowingTable().show(table_rows(finished, trainer.run.start_metrics))

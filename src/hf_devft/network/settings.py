@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftConfig, get_peft_config
 
 from hf_devft.configuration import DevFTConfig
+from hf_devft.models.streaming import where_from
 
 
 # All that local training depends on, and nothing that names a file, a program or a place on the network: a server
@@ -38,6 +39,23 @@ _SHARED_ADAPTER_OPTIONS = (
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "feedforward_modules",
     "init_ia3_weights",
 )  # fmt: skip
+
+
+def check_model_options(options: dict[str, Any]) -> None:
+    """Refuse options of loading the base that clients would not have.
+
+    Args:
+        options: of `from_pretrained`, as the server has them.
+
+    Raises:
+        ValueError: one that is neither told to clients nor about where the base comes from, which is their own matter.
+    """
+    others = sorted(options.keys() - SHARED_MODEL_OPTIONS.keys() - where_from(options).keys())
+    if others:
+        raise ValueError(
+            f"model_init_kwargs has {', '.join(others)}, which a server does not tell its clients: leave them out, or "
+            "let all load a base that was saved so."
+        )
 
 
 def shared_settings(args: DevFTConfig, adapter: PeftConfig) -> str:

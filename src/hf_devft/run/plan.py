@@ -76,17 +76,19 @@ class RunPlan:
 
     Attributes:
         stages: a plan each; total: of all of them; without_stages: as many rounds of the full model.
-        num_clients, clients_per_round: in all, and sampled for a round.
+        num_clients: in all; None where they are the owners of rows that were not read.
+        clients_per_round: sampled for a round.
         measured: whether tokens were counted in the run's data, or as if every row had `max_length` of them.
         has_like_messages: whether messages are as long as the tensors that they tell of, which bytes are counted by.
-        noise_multiplier, epsilon, delta: of a run that is differentially private, see `Accountant`; else None.
+        noise_multiplier, epsilon, delta: of a run that is differentially private, see `Accountant`; else None, and
+            where they depend on rows that were not read.
         protects: whom such a run protects, "client" or "record"; else None.
     """
 
     stages: list[StagePlan]
     total: StagePlan
     without_stages: StagePlan
-    num_clients: int
+    num_clients: int | None
     clients_per_round: int
     measured: bool
     has_like_messages: bool = True
@@ -126,10 +128,10 @@ def plan_run(
     stages = args.resolve_stages(len(find_layer_stack(base, args.stack)))
     examples = clients.examples if clients else []
     everyone = range(len(examples) or args.num_clients or DEFAULT_NUM_CLIENTS)
+    are_known = bool(examples) or args.num_clients is not None or args.partition != "natural"
     planned = sum(stage.rounds for stage in stages)
-    rounds, privacy = _privacy(
-        args, planned if args.max_steps < 0 else min(planned, args.max_steps), everyone, examples
-    )
+    planned = planned if args.max_steps < 0 else min(planned, args.max_steps)
+    rounds, privacy = _privacy(args, planned, everyone if are_known else None, examples)
     begun = _begun(stages, rounds)
     ends = np.cumsum([0, *(stage.rounds for stage in begun)]).tolist()
     turns = functools.partial(_turns, args, everyone)
@@ -150,7 +152,7 @@ def plan_run(
         plans,
         _total(plans),
         without,
-        len(everyone),
+        len(everyone) if are_known else None,
         args.clients_per_round,
         clients is not None,
         has_like_messages=not isinstance(setup.methods.method, (Residual, C2A, HeterogeneousRanks)),
@@ -169,12 +171,12 @@ def _begun(stages: list[StageConfig], rounds: int) -> list[StageConfig]:
 
 
 def _privacy(
-    args: DevFTConfig, rounds: int, everyone: Sequence[int], examples: Sequence[int]
+    args: DevFTConfig, rounds: int, everyone: Sequence[int] | None, examples: Sequence[int]
 ) -> tuple[int, dict[str, Any]]:
     """How many of so many rounds a private run's budget allows, and what protects its clients, as `RunPlan` has it."""
     if not args.is_private:
         return rounds, {}
-    if args.protects_records and not examples:  # what it costs depends on how many rows a client has
+    if everyone is None or (args.protects_records and not examples):  # what it costs depends on them
         return rounds, {"protects": args.dp_level}
     draws = draws_of(args, ((index, everyone) for index in range(rounds)))
     accountant = make_accountant(args, draws, examples)

@@ -43,11 +43,12 @@ def print_plan(plan: RunPlan, name: str) -> None:
     rows: list[StagePlan] = [*plan.stages, plan.total, plan.without_stages] if has_stages else plan.stages
     round_bytes = max(stage.bytes / stage.rounds for stage in plan.stages)
     console.print(make_table(name, list(_PLANNED), [[value(row) for value in _PLANNED.values()] for row in rows]))
+    of_all = "" if plan.num_clients is None else f" of {plan.num_clients}"
     console.print(
         "values: that a client trains; down, up: to and from it in a round;\n"
         "sent, TFLOPs: by all in all rounds; client, server: peak memory, estimated,\n"
         "above what Python and PyTorch take before there is a model.\n"
-        f"A round's {plan.clients_per_round} of {plan.num_clients} clients: up to {_digits(round_bytes / 1e6)} MB, "
+        f"A round's {plan.clients_per_round}{of_all} clients: up to {_digits(round_bytes / 1e6)} MB, "
         "which over a network the server holds."
     )
     if has_stages:
@@ -72,7 +73,7 @@ def print_plan(plan: RunPlan, name: str) -> None:
             f"end, with a noise multiplier of {plan.noise_multiplier:.3g}."
         )
     elif plan.protects is not None:
-        console.print("Differentially private; ε depends on how many rows each client has, which were not read.")
+        console.print("Differentially private; ε depends on the clients and their rows, which were not read.")
     if not plan.has_like_messages:
         console.print("Bytes are of a whole adapter each way: this method sends more or less.")
     if not plan.measured:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import has_length
 
 from hf_devft.configuration import StageConfig
@@ -90,15 +91,16 @@ def leaving_bars(trainer: Trainer) -> Iterator[None]:
 
 
 def show_rounds(trainer: Trainer, stages: list[StageConfig], client_losses: Callable[[], Mapping[str, float]]) -> None:
-    """Put our bar in the place of the one that `Trainer` shows by default; give trackers series of stages and clients.
+    """Put our bar in the place of the callback by which `Trainer` shows progress by default, or none with
+    `disable_tqdm`; give trackers series of stages and clients.
 
     Args:
         client_losses: see `SeriesCallback`.
     """
     # Before those that read the logs.
     trainer.callback_handler.callbacks.insert(0, SeriesCallback(client_losses))
-    if trainer.args.disable_tqdm:
-        return
-    default = [each for each in trainer.callback_handler.callbacks if type(each) is DEFAULT_PROGRESS_CALLBACK]
-    trainer.remove_callback(default[-1])  # those before are the user's
-    trainer.add_callback(RoundProgressCallback(stages))
+    default = PrinterCallback if trainer.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK
+    # Those before it are the user's.
+    trainer.remove_callback([each for each in trainer.callback_handler.callbacks if type(each) is default][-1])
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(RoundProgressCallback(stages))

@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets.utils import logging as datasets_logging
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 
@@ -41,11 +42,10 @@ def _from_question(row: dict, answer: str) -> dict[str, str]:
 
 
 def _from_conversations(row: dict, answer: str) -> dict[str, list]:
-    """ShareGPT's names for what chat templates call role and content."""
+    """ShareGPT's names for what chat templates call role and content, which it may have, too."""
     roles = {"human": "user", "gpt": "assistant"}
-    return {
-        "messages": [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in row[answer]]
-    }
+    turns = [(turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content")) for turn in row[answer]]
+    return {"messages": [{"role": roles.get(role, role), "content": content} for role, content in turns]}
 
 
 def _from_chat_prompt(row: dict, answer: str) -> dict[str, list]:
@@ -90,8 +90,17 @@ def to_known_columns(dataset: Dataset) -> Dataset:
 
 
 def _numbers_as_text(dataset: Dataset, columns: Sequence[str]) -> Dataset:
-    """Cast what a CSV, say, has read as numbers: answers of sums."""
+    """Cast what a file has as numbers: answers of sums.
+
+    Raises:
+        ValueError: JSON's dates, whose text is lost.
+    """
     kinds = {name: dataset.features[name] for name in columns}
+    if dates := [name for name, kind in kinds.items() if isinstance(kind, Value) and "timestamp" in kind.dtype]:
+        raise ValueError(
+            f"{', '.join(dates)} of the data is read as dates, which as text would be others than those written: give "
+            "the rows as CSV, or make texts of them."
+        )
     text = ("string", "large_string", "null")
     return _as_text(
         dataset, [name for name, kind in kinds.items() if isinstance(kind, Value) and kind.dtype not in text]
@@ -131,9 +140,17 @@ def unconverted(dataset: Dataset) -> Dataset:
 
 
 # Ending of a file's name -> (builder of `datasets`, its options).
-_BUILDERS = {
-    ".json": ("json", {}), ".jsonl": ("json", {}), ".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}),
-    ".parquet": ("parquet", {}), ".txt": ("text", {}),
+def _text(cell: str) -> str | None:
+    """A cell of a CSV file as it is written; None where it is empty."""
+    return cell or None
+
+
+# So that True, 007 and NA stay what they are where they are texts.
+_TEXTS = {name for columns in _FORMATS for name in columns} | {"input", "context", "sentence", "chosen", "rejected"}
+_AS_WRITTEN = {"keep_default_na": False, "na_values": [""], "converters": dict.fromkeys(sorted(_TEXTS), _text)}
+_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".json": ("json", {}), ".jsonl": ("json", {}), ".csv": ("csv", _AS_WRITTEN),
+    ".tsv": ("csv", {"sep": "\t", **_AS_WRITTEN}), ".parquet": ("parquet", {}), ".txt": ("text", {}),
 }  # fmt: skip
 
 
@@ -345,7 +362,14 @@ def without_end(texts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> l
 def _encode_chat(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     encoded: Encoded = {"input_ids": [], "labels": []}
     for messages in rows["messages"]:
-        tokens, labels = _chat_tokens(messages, tokenizer)
+        try:
+            tokens, labels = _chat_tokens(messages, tokenizer)
+        except (KeyError, TypeError, TemplateError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise RowError(
+                f"the tokenizer's chat template does not take a chat ({why}): give each turn `role` and `content`, in "
+                f"the order that the model knows. The chat: {str(messages)[:200]}"
+            ) from error
         end = 1 + max((place for place, label in enumerate(labels) if label != IGNORED), default=-1)
         if end == 0:
             roles = ", ".join(str(message["role"]) for message in messages) or "none"

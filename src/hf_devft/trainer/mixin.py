@@ -168,7 +168,11 @@ class DevFTMixin(Base):
         self._checkpoint = self.run.load(folder) if folder else None
         is_new = self._session is None and not goes_on_in(self.args.output_dir, folder)
         with claim(self.args, is_new), leaving_bars(self):
-            return super().train(resume_from_checkpoint=folder, **kwargs)
+            try:
+                return super().train(resume_from_checkpoint=folder, **kwargs)
+            except BaseException:
+                self._finish_current_push()  # what was written before is on its way
+                raise
 
     def _inner_training_loop(
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
