@@ -39,10 +39,11 @@ from transformers import (
 )  # fmt: skip
 
 from hf_devft import DevFTConfig, DevFTTrainer
+from hf_devft.federation.sampling import sample_clients
 from hf_devft.trainer.preparation import cpu, emulates_bfloat16
 
 
-ROWS, STEPS, BATCH = 100, 4, 4
+ROWS, STEPS, BATCH, SEED = 100, 4, 4, 42
 
 
 class AllLogits(DevFTTrainer):
@@ -63,14 +64,14 @@ def new_trainer(base: str, data: str, clients: int) -> list[float]:
     start = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
     rows, seconds = client_rows(base, data, clients), []
     with tempfile.TemporaryDirectory() as folder:
-        for own in rows:
+        for (client,) in (sample_clients(range(clients), 1, SEED, index) for index in range(clients)):  # as ours has
             started = time.perf_counter()
             set_peft_model_state_dict(model, start)
             args = TrainingArguments(
                 output_dir=folder, max_steps=STEPS, per_device_train_batch_size=BATCH, report_to="none",
                 save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
             )  # fmt: skip
-            Trainer(model, args, train_dataset=own, data_collator=collator).train()
+            Trainer(model, args, train_dataset=rows[client], data_collator=collator).train()
             seconds.append(time.perf_counter() - started)
     return seconds
 
@@ -104,7 +105,7 @@ def ours(
     with tempfile.TemporaryDirectory() as folder:
         args = DevFTConfig(
             output_dir=folder, stage_rounds=[clients], max_steps=clients, clients_per_round=1, local_steps=STEPS,
-            per_device_train_batch_size=BATCH, save_strategy="no", disable_tqdm=True, **stages, **options,
+            per_device_train_batch_size=BATCH, seed=SEED, save_strategy="no", disable_tqdm=True, **stages, **options,
         )  # fmt: skip
         trainer = cls(
             model,

@@ -10,7 +10,8 @@ AUC is to know nothing.
 Tokens: the attacker is the server, and sees what one client of a round sends. Its gradient of the first layer's B lies
 in the span of A·x over the inputs x of that layer, which are known for each token of the vocabulary: those nearest to
 the span are said to be the client's (Petrov et al. 2024, arXiv 2405.15586, §4, for LoRA: ours). The attacker names as
-many as the client's row has; how many of them are right? Writes `results/leakage.md`.
+many as the client's row has of its own (tokens of all rows, such as the question mark's, do not count); how many
+of them are right? Writes `results/leakage.md`.
 """
 
 import tempfile
@@ -138,7 +139,8 @@ def recovered(trainer: DevFTMixin, gradient: torch.Tensor, client: int) -> tuple
     a = layer.self_attn.q_proj.lora_A["default"].weight
     inputs = layer.input_layernorm(base.get_input_embeddings().weight) @ a.T  # vocabulary x rank
     row = list(trainer.clients.rows.values())[client]
-    own = set(trainer.train_dataset[int(row[0])]["input_ids"])
+    everyone = [set(ids) for ids in trainer.train_dataset["input_ids"]]
+    own = everyone[int(row[0])] - set.intersection(*everyone)  # what every row has tells nothing
     _, values, span = torch.linalg.svd(gradient.double())
     span = span[: len(values)][values > 1e-5 * values[0]][: len(own)]  # below are what int8 and noise have added
     inputs = inputs.double()

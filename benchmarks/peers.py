@@ -46,9 +46,10 @@ from transformers import (
 )  # fmt: skip
 
 from hf_devft import DevFTConfig, DevFTTrainer
+from hf_devft.federation.sampling import sample_clients
 
 
-CLIENTS, SAMPLED, RATE = 20, 2, 2e-3
+CLIENTS, SAMPLED, RATE, SEED = 20, 2, 2e-3, 42
 ROWS = 100 * CLIENTS
 State = dict[str, torch.Tensor]
 
@@ -77,12 +78,18 @@ class Work(NamedTuple):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.base)
 
+    def collator(self) -> DataCollatorForSeq2Seq:
+        return DataCollatorForSeq2Seq(self.tokenizer())
+
 
 def sampled(round_index: int) -> list[int]:
-    return np.random.default_rng([0, round_index]).choice(CLIENTS, SAMPLED, replace=False).tolist()
+    """The clients that ours has in the round."""
+    return sample_clients(range(CLIENTS), SAMPLED, SEED, round_index)
 
 
-def train_with_a_trainer(work: Work, model: PeftModel, data: Dataset, start: State, folder: str) -> State:
+def train_with_a_trainer(
+    work: Work, model: PeftModel, collator: DataCollatorForSeq2Seq, data: Dataset, start: State, folder: str
+) -> State:
     """A client's local training by a `Trainer` of its own."""
     set_peft_model_state_dict(model, start)
     args = TrainingArguments(
@@ -90,7 +97,7 @@ def train_with_a_trainer(work: Work, model: PeftModel, data: Dataset, start: Sta
         report_to="none", lr_scheduler_type="constant", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         dataloader_pin_memory=False,
     )  # fmt: skip
-    Trainer(model, args, train_dataset=data, data_collator=DataCollatorForSeq2Seq(work.tokenizer())).train()
+    Trainer(model, args, train_dataset=data, data_collator=collator).train()
     return {key: tensor.detach().clone() for key, tensor in get_peft_model_state_dict(model).items()}
 
 
@@ -98,14 +105,14 @@ def mean(states: list[State]) -> State:
     return {key: torch.stack([state[key] for state in states]).mean(0) for key in states[0]}
 
 
-def rounds_of(work: Work, model_of: Callable[[], PeftModel]) -> dict:
-    """Rounds, one client after another, each on `model_of()`."""
+def rounds_of(work: Work, setup: Callable[[], tuple[PeftModel, DataCollatorForSeq2Seq]]) -> dict:
+    """Rounds, one client after another, each with what `setup()` gives it."""
     data, seconds = work.client_rows(), []
     state = get_peft_model_state_dict(work.with_adapter())
     with tempfile.TemporaryDirectory() as folder:
         for index in range(work.rounds):
             started = time.perf_counter()
-            state = mean([train_with_a_trainer(work, model_of(), data[c], state, folder) for c in sampled(index)])
+            state = mean([train_with_a_trainer(work, *setup(), data[c], state, folder) for c in sampled(index)])
             seconds.append(time.perf_counter() - started)
     return {"seconds": seconds, "bytes": bytes_sent(work, state)}
 
@@ -115,12 +122,12 @@ def bytes_sent(work: Work, state: State) -> int:
 
 
 def new_trainer(work: Work) -> dict:
-    model = work.with_adapter()
-    return rounds_of(work, lambda: model)
+    once = work.with_adapter(), work.collator()
+    return rounds_of(work, lambda: once)
 
 
 def new_model(work: Work) -> dict:
-    return rounds_of(work, work.with_adapter)
+    return rounds_of(work, lambda: (work.with_adapter(), work.collator()))
 
 
 def flower(work: Work) -> dict:
@@ -139,7 +146,7 @@ def flower(work: Work) -> dict:
         data = work.client_rows()[context.node_config["partition-id"]]
         state = message.content["arrays"].to_torch_state_dict()
         with tempfile.TemporaryDirectory() as folder:
-            state = train_with_a_trainer(work, work.with_adapter(), data, state, folder)
+            state = train_with_a_trainer(work, work.with_adapter(), work.collator(), data, state, folder)
         metrics = MetricRecord({"num-examples": len(data)})
         return Message(RecordDict({"arrays": ArrayRecord(state), "metrics": metrics}), reply_to=message)
 
@@ -168,12 +175,16 @@ def ours(work: Work, stages: list[int]) -> dict:
     """A stage's first round also counts what it took to set the stage up."""
     with tempfile.TemporaryDirectory() as folder:
         args = DevFTConfig(
-            output_dir=folder, stage_layers=stages, stage_rounds=[work.rounds // len(stages)], num_clients=CLIENTS,
+            output_dir=folder, stage_layers=stages, stage_rounds=[work.rounds // len(stages)], seed=SEED,
             clients_per_round=SAMPLED, local_steps=work.steps, per_device_train_batch_size=work.batch,
             learning_rate=RATE, save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         trainer = DevFTTrainer(
-            work.model(), args, peft_config=lora(), train_dataset=work.rows(), processing_class=work.tokenizer()
+            work.model(),
+            args,
+            peft_config=lora(),
+            train_dataset={f"client-{index}": rows for index, rows in enumerate(work.client_rows())},
+            processing_class=work.tokenizer(),
         )
         trainer.train()
     seconds = [record.seconds for record in trainer.ledger.rounds]

@@ -71,5 +71,10 @@ def test_stages_end_near_where_they_end_on_a_cpu(make_trainer, tmp_path, device,
     here = make_trainer(output_dir=tmp_path / "here", **common)
     here.train()
     assert there.args.device.type == device
-    for key, value in here.run.adapter.state.items():
-        torch.testing.assert_close(there.run.adapter.state[key].cpu(), value, rtol=0.1, atol=2e-3, msg=key)
+    start = make_trainer(output_dir=tmp_path / "start", **common).run.adapter.state
+    ends = [
+        torch.cat([(trainer.run.adapter.state[key].cpu() - value).flatten() for key, value in start.items()])
+        for trainer in (here, there)
+    ]
+    apart = (ends[1] - ends[0]).norm() / ends[0].norm()
+    assert apart < (0.5 if options.get("bf16") else 0.1), "of what was learned"

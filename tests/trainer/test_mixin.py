@@ -215,6 +215,10 @@ def test_options_of_the_trainer_work(make_trainer, eval_tasks, options):
     result = trainer.train()
     assert result.global_step == 4
     assert math.isfinite(result.training_loss)
+    if "label_smoothing_factor" in options:
+        plain = make_trainer(output_dir=f"{trainer.args.output_dir}-plain")
+        plain.train()
+        assert trainer.ledger.rounds[0].loss != pytest.approx(plain.ledger.rounds[0].loss, rel=1e-6)
     if options.get("predict_with_generate"):
         assert 0 <= trainer.stages[-1].metrics["eval_full_exact_match"] <= 1
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import lora, write_secret
 
+from hf_devft import DevFTTrainer
 from hf_devft.federation.client_side import Exchange
 from hf_devft.federation.encoding import Encoded
 from hf_devft.federation.privacy import ClientAccountant, RecordAccountant
@@ -170,16 +171,28 @@ def test_one_row_more_changes_a_clients_step_by_no_more_than_the_norm(make_train
     assert fewer.norm().item() <= 8 * 0.01 / 9 * 1.001
 
 
-@pytest.mark.parametrize("options", [
+HOWEVER = [
     {"temporary_head": True},
     {"activation_checkpointing": True},
     {"peft_config": lora(use_dora=True)},
     {"peft_config": lora(lora_dropout=0.2)},
     {"federated_method": "droppeft"},
-], ids=lambda options: next(iter(options)))  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("options", HOWEVER, ids=lambda options: next(iter(options)))
 def test_whatever_the_model_does_rows_are_told_apart(make_trainer, options):
-    trainer = make_trainer(**RECORDS | options)
+    """Each goes through the model by itself, so that its gradient can be clipped."""
+    seen = []
+
+    class Watched(DevFTTrainer):
+        def training_step(self, model, inputs, *rest, **kwargs):
+            seen.append(len(inputs["input_ids"]))
+            return super().training_step(model, inputs, *rest, **kwargs)
+
+    trainer = make_trainer(cls=Watched, **RECORDS | options)
     trainer.train()
+    assert set(seen) == {1}
     assert all(tensor.isfinite().all() for tensor in trainer.run.adapter.state.values())
 
 

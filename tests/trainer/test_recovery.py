@@ -1,7 +1,6 @@
 """`kill -9` at random moments: the run that is gone on with ends as the one that was left alone, bit for bit."""
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from transformers import TrainerCallback
 
 from hf_devft.embedded import task_dataset
 from hf_devft.tasks.data import IGNORED, tokenize
+from hf_devft.trainer.stage_runner import StageRunner
 
 
 def contents(output: Path) -> dict:
@@ -86,21 +86,33 @@ def test_a_deletion_that_a_kill_cut_short_deletes_nothing_else(make_trainer, mon
     assert sorted(path.name for path in output.glob("*checkpoint-*")) == [f"checkpoint-{last}"]
 
 
-def test_a_client_without_labels_is_left_out_of_the_loss_and_learns_nothing(make_trainer, tokenizer):
+def test_a_client_without_labels_is_left_out_of_the_loss_and_learns_nothing(make_trainer, tokenizer, monkeypatch):
     def rows(seed: int, silent: bool):
         encoded = tokenize(task_dataset(8, seed=seed), tokenizer, 64).select_columns(["input_ids", "labels"])
         return encoded.map(lambda row: {"labels": [IGNORED] * len(row["labels"])}) if silent else encoded
 
     def train(silent: bool, **options):
         clients = {"a": rows(3, silent), "b": rows(4, silent=False)}
-        trainer = make_trainer(train_dataset=clients, num_clients=None, clients_per_round=2, **options)
+        one_round = {"stage_layers": [4], "stage_rounds": [1], "clients_per_round": 2, "overwrite_output_dir": True}
+        trainer = make_trainer(train_dataset=clients, num_clients=None, **one_round, **options)
         trainer.train()
         return trainer
 
+    changes, train_client = {}, StageRunner.train_client
+
+    def watched(self, learning_rate, turn):
+        result, adapter = train_client(self, learning_rate, turn)
+        changes[turn.client] = (adapter - turn.start).abs().max().item()
+        return result, adapter
+
+    monkeypatch.setattr(StageRunner, "train_client", watched)
     for options in ({}, {"clients_per_batch": 2}):
-        trainer = train(silent=True, **options)
-        assert all(math.isfinite(record.loss) and not record.dropped for record in trainer.ledger.rounds)
-        assert trainer.ledger.rounds[0].loss != train(silent=False, **options).ledger.rounds[0].loss
+        both, trainer = train(silent=False, **options), train(silent=True, **options)
+        (record,) = trainer.ledger.rounds
+        assert not record.dropped
+        assert record.loss == pytest.approx(both.run.client_losses["b"], rel=1e-5), "that of the other alone"
+        assert changes[0] == 0
+        assert changes[1] > 0
 
 
 class ClockAhead(TrainerCallback):
