@@ -68,6 +68,7 @@ def test_flops_count_every_matrix_once():
     model = get_peft_model(base, lora())
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert flops_per_token(model) == (4 * (matrices + head) + 6 * adapter,)
+    assert flops_per_token(model, is_reference=True) == (6 * (matrices + head) + 6 * adapter,)
 
 
 def test_of_a_mixture_the_experts_count_that_a_position_goes_through():

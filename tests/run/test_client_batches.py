@@ -22,5 +22,5 @@ def test_rows_of_like_length_need_less_padding(tasks, tokenizer, tmp_path):
     padded = {}
     for strategy in ("random", "group_by_length"):
         args = config(tmp_path, train_sampling_strategy=strategy, local_steps=4, per_device_train_batch_size=4)
-        padded[strategy] = sum(np.prod(batch) for batch in planned_batches(args, clients, range(6)))
+        padded[strategy] = sum(np.prod(batch) for batch in planned_batches(args, clients, False, range(6)))
     assert padded["group_by_length"] < 0.9 * padded["random"]

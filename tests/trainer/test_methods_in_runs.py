@@ -334,9 +334,8 @@ def test_clients_that_cannot_hold_a_stage_keep_the_last_submodel(make_trainer, m
     (first, second), groups = trainer.ledger.rounds, trainer.stages[0].groups
     per_layer = first.bytes_up // 4 // 2
     assert second.bytes_up == second.bytes_down == per_layer * (2 + 4 + 2 + 4), "each as deep as its client can hold"
-    costs = [
-        {per_token[index, client] for client in held} for index, held in ((0, range(4)), (1, (0, 2)), (1, (1, 3)))
-    ]
+    turns = [(0, range(4)), (1, (0, 2)), (1, (1, 3))]
+    costs = [{per_token[index, client] for client in clients} for index, clients in turns]
     assert costs[0] == costs[1], "those who keep the two layers compute two"
     assert min(costs[2]) > max(costs[1])
     keys = trainer.watched_layout.keys

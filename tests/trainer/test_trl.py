@@ -12,6 +12,7 @@ from transformers import set_seed
 import hf_devft
 from hf_devft.embedded import task_dataset
 from hf_devft.embedded.families import preference_pairs
+from hf_devft.run.plan import plan_run
 
 
 trl = pytest.importorskip("trl")
@@ -164,8 +165,13 @@ def test_dpo_weighs_pairs(tmp_path, tokenizer):
         tiny_llama(), DevFTDPOConfig(str(tmp_path), **args), peft_config=lora(),
         train_dataset=preference_pairs(task_dataset(40)), processing_class=tokenizer,
     )  # fmt: skip
+    plan = plan_run(trainer.args, tiny_llama(), lora(), trainer="dpo")
     trainer.train()
     assert not any(record.dropped for record in trainer.ledger.rounds)
+    for stage, planned in zip(trainer.stages, plan.stages, strict=True):
+        assert planned.tokens == planned.rounds * 2 * 2 * (2 * 4) * 64, "two clients, two steps, four pairs"
+        cost = stage.totals["flops"] / stage.totals["tokens"]
+        assert cost == pytest.approx(planned.flops / planned.tokens, rel=0.01), "with the reference's pass"
 
 
 def test_what_a_method_freezes_stays_frozen_beside_a_reference(tmp_path, tokenizer):

@@ -456,12 +456,16 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
             adapter_fusion=self.fuses_adapters_by,
             **{name: getattr(self, name) for name in rules},
         )
-        if self.max_steps > (rounds := sum(stage.rounds for stage in stages)):
-            raise ValueError(
-                f"max_steps={self.max_steps}, but stages have {rounds} rounds in all: raise stage_rounds, or leave "
-                "max_steps out."
-            )
+        _check_max_steps(self.max_steps, stages)
         return stages
+
+
+def _check_max_steps(max_steps: int, stages: list[StageConfig]) -> None:
+    """Refuse to promise more rounds than stages have."""
+    if max_steps > (rounds := sum(stage.rounds for stage in stages)):
+        raise ValueError(
+            f"max_steps={max_steps}, but stages have {rounds} rounds in all: raise stage_rounds, or leave it out."
+        )
 
 
 def _rename_options(args: DevFTConfig) -> None:

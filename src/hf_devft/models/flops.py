@@ -11,10 +11,13 @@ from hf_devft.models.layer_stack import find_layer_stack
 
 
 def flops_per_token(
-    model: torch.nn.Module, skipped: Iterable[torch.nn.Module] = (), encoders: Sequence[torch.nn.Module] = ()
+    model: torch.nn.Module,
+    skipped: Iterable[torch.nn.Module] = (),
+    encoders: Sequence[torch.nn.Module] = (),
+    is_reference: bool = False,
 ) -> tuple[float, ...]:
     """Count the FLOPs of training on one position of each stack of layers: 4 per frozen and 6 per trainable matrix
-    weight, 2 in layers below all that is trained.
+    weight, 2 in layers below all that is trained; where the model is its own reference, 2 more per frozen one.
 
     Two for the forward pass and two for the gradient of the input; two more for a weight's own gradient (Kaplan
     et al. 2020, arXiv 2001.08361, §2.1, without the weight gradients that LoRA does not take). Attention scores,
@@ -24,6 +27,7 @@ def flops_per_token(
     Args:
         skipped: modules that the token does not go through.
         encoders: modules with positions of their own.
+        is_reference: whether each position goes through the model without its adapter, too, as DPO's do.
 
     Returns:
         Those of each of `encoders`, then those of all other weights.
@@ -44,6 +48,8 @@ def flops_per_token(
         out |= set(map(id, weights))
         matrices = [(weight, shape) for weight in weights if len(shape := _shape(weight)) > 1]
         per_weight = [2 if id(weight) in below else 6 if weight.requires_grad else 4 for weight, _ in matrices]
+        if is_reference:
+            per_weight = [each if each == 6 else each + 2 for each in per_weight]
         used = (shape.numel() * (chosen.get(shape[0], 1.0) if len(shape) > 2 else 1.0) for _, shape in matrices)
         flops.append(float(sum(map(operator.mul, per_weight, used))))
     return tuple(flops)

@@ -135,18 +135,19 @@ def plan_run(
     begun = _begun(stages, rounds)
     ends = np.cumsum([0, *(stage.rounds for stage in begun)]).tolist()
     turns = functools.partial(_turns, args, everyone)
-    batches = functools.partial(planned_batches, args, clients)
+    batches = functools.partial(planned_batches, args, clients, trainer == "dpo")
     all_logits = trainer != "devft" or args.torch_compile or args.label_smoothing_factor > 0  # TRL has its own losses
     submodels = PlannedSubmodels(args, base, peft_config, all_logits)
+    plan_stage = functools.partial(_plan_stage, args, submodels, trainer == "dpo")
     layout = AdapterLayout.of(submodels.model(stages[-1])[0])
     setup = Setup(args, trainer, adapter=peft_config, layout=layout, base=base, num_stages=len(stages))
     check_compatibility(setup)
     plans = [
-        _plan_stage(args, submodels, stage, turns(range(*span)), batches(range(*span)), smaller)
+        plan_stage(stage, turns(range(*span)), batches(range(*span)), smaller)
         for stage, span, smaller in zip(begun, itertools.pairwise(ends), [None, *begun[:-1]], strict=True)
     ]
     whole = replace(stages[-1], rounds=rounds)
-    full_depth_plan = _plan_stage(args, submodels, whole, turns(range(rounds)), batches(range(rounds)))
+    full_depth_plan = plan_stage(whole, turns(range(rounds)), batches(range(rounds)))
     without = replace(full_depth_plan, stage="none")
     return RunPlan(
         plans,
@@ -189,12 +190,19 @@ def _privacy(
     return rounds, {"noise_multiplier": accountant.noise_multiplier, "protects": args.dp_level} | spent
 
 
-def planned_batches(args: DevFTConfig, clients: ClientData | None, rounds: range) -> list[tuple[int, int]]:
+def planned_batches(
+    args: DevFTConfig, clients: ClientData | None, of_pairs: bool, rounds: range
+) -> list[tuple[int, int]]:
     """(rows, length) of every micro-batch of these rounds, with `client_selection="uniform"` and a collator that pads
-    to a multiple of 8; of the longest ones possible where the clients are not known."""
+    to a multiple of 8; of the longest ones possible where the clients are not known.
+
+    Args:
+        of_pairs: whether each row is two, as DPO's are.
+    """
     steps = args.local_steps * args.gradient_accumulation_steps
     if clients is None:
-        return [(args.train_batch_size, args.max_length)] * (len(rounds) * args.clients_per_round * steps)
+        rows = args.train_batch_size * (1 + of_pairs)
+        return [(rows, args.max_length)] * (len(rounds) * args.clients_per_round * steps)
     lengths = lengths_of(clients.dataset)
     # One process, which has all of the work.
     order = _turns(args, range(len(clients.rows)), rounds)
@@ -214,6 +222,7 @@ def _turns(args: DevFTConfig, everyone: range, rounds: range) -> list[tuple[int,
 def _plan_stage(
     args: DevFTConfig,
     submodels: PlannedSubmodels,
+    is_reference: bool,
     stage: StageConfig,
     turns: list[tuple[int, int]],
     batches: list[tuple[int, int]],
@@ -245,7 +254,7 @@ def _plan_stage(
         bytes_up=messages.up / len(turns),
         bytes=messages.down + returning * messages.up,
         tokens=sum(positions),
-        flops=sum(map(operator.mul, positions, _flops_per_token(args, model, messages.skips))),
+        flops=sum(map(operator.mul, positions, _flops_per_token(args, model, messages.skips, is_reference))),
         setup_flops=_teaching_flops(args, submodels, stage, smaller, row),
         client_memory=client_memory,
         client_memory_checkpointed=client_memory - kept + found.checkpointed,
@@ -309,12 +318,16 @@ def _teaching_flops(
     return total
 
 
-def _flops_per_token(args: DevFTConfig, model: PeftModel, skips: list[tuple[int, ...]]) -> np.ndarray:
+def _flops_per_token(
+    args: DevFTConfig, model: PeftModel, skips: list[tuple[int, ...]], is_reference: bool
+) -> np.ndarray:
     """Of each of the model's stacks, the mean over clients that leave out these layers."""
     base = model.get_base_model()
     layers, encoders = find_layer_stack(base, args.stack).layers, encoders_of(base)
     counts = Counter(skips)
-    found = [flops_per_token(model, [layers[index] for index in skipped], encoders) for skipped in counts]
+    found = [
+        flops_per_token(model, [layers[index] for index in skipped], encoders, is_reference) for skipped in counts
+    ]
     return np.average(found, axis=0, weights=list(counts.values()))
 
 

@@ -96,8 +96,6 @@ class DevFTTrainer(DevFTMixin, Trainer):
             model = base
         model = _with_adapter(model, given)
         _settle_padding(processing_class, base.config)
-        if base.config.is_encoder_decoder and data_collator is None:
-            _check_loss_has_labels(args, kwargs)
         encoding = Encoding(processing_class, base.config, args.max_length, args.dataset_num_proc)
         self._encode = functools.partial(_encoded, task=task, encoding=encoding)
         if type(self).compute_loss is DevFTTrainer.compute_loss:
@@ -114,11 +112,11 @@ class DevFTTrainer(DevFTMixin, Trainer):
         super().__init__(
             model,
             args,
+            data_collator=data_collator or _collator(task, processing_class, base.config, args, kwargs),
             train_dataset=replace(clients, dataset=prepare(clients.dataset)),
             eval_dataset=eval_dataset,
             calibration_dataset=prepare(add_placeholder_answers(task, calibration_dataset, args)),
             processing_class=processing_class,
-            data_collator=data_collator or task.collator(processing_class, base.config),
             initialisation=given.initialisation,
             **kwargs,
         )
@@ -134,16 +132,23 @@ class DevFTTrainer(DevFTMixin, Trainer):
         return super().get_test_dataloader(self._encode(test_dataset))
 
 
-def _check_loss_has_labels(args: DevFTConfig, given: dict[str, Any]) -> None:
-    """Refuse losses for which `Trainer` takes the labels out of a batch, of which an encoder-decoder makes what its
-    decoder reads."""
+def _collator(
+    task: Task, processor: Any, config: PretrainedConfig, args: DevFTConfig, given: dict[str, Any]
+) -> Callable | None:
+    """A task's own collator.
+
+    Raises:
+        ValueError: a loss for which `Trainer` takes the labels out of a batch, of which an encoder-decoder makes what
+            its decoder reads.
+    """
     takes = [name for name in ("compute_loss_func",) if given.get(name) is not None]
     takes += ["label_smoothing_factor"] if args.label_smoothing_factor else []
-    if takes:
+    if takes and config.is_encoder_decoder:
         raise ValueError(
             f"{takes[0]} takes the labels out of a batch, and the decoder reads them: leave it out, or pass a "
             "`data_collator` that makes `decoder_input_ids`, such as `DataCollatorForSeq2Seq(tokenizer, model=model)`."
         )
+    return task.collator(processor, config)
 
 
 @dataclass(frozen=True)

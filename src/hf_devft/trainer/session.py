@@ -197,7 +197,8 @@ class TrainingSession:
         if self.federation.selection.resources is None:
             return []
         args = self.trainer.args
-        per_token = flops_per_token(active.model, encoders=encoders_of(active.model.get_base_model()))
+        encoders = encoders_of(active.model.get_base_model())
+        per_token = flops_per_token(active.model, encoders=encoders, is_reference=self.trainer.kind == "dpo")
         rows = args.local_steps * args.gradient_accumulation_steps * args.train_batch_size
         clients = self.run.clients
         return expected_flops(self.trainer.train_dataset, list(clients.rows.values()), rows, per_token)
@@ -253,6 +254,7 @@ class TrainingSession:
             using=self.models.using,
             seed=trainer.args.seed,
             pad_token=getattr(trainer.model.config, "pad_token_id", None) or 0 if pad is None else pad,
+            is_reference=trainer.kind == "dpo",
         )
 
     def batches_of(self, rounds: Iterable[int], attempt: int) -> ClientBatches:

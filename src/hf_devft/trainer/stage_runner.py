@@ -42,6 +42,7 @@ class StageRunner:
         using: (engine) -> a context in which its model is the trainer's.
         seed: of the run.
         pad_token: what inputs of several clients are made longer with.
+        is_reference: whether the model without its adapter is what the loss compares with.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class StageRunner:
         using: Callable[[Engine], AbstractContextManager],
         seed: int,
         pad_token: int,
+        is_reference: bool,
     ):
         self.stage, self.hooks, self.local_training, self.batching = stage, hooks, local_training, batching
         self.placement, self.trains, self.add_up, self.using = placement, trains, add_up, using
-        self.privacy, self.seed, self.pad_token = privacy, seed, pad_token
+        self.privacy, self.seed, self.pad_token, self.is_reference = privacy, seed, pad_token, is_reference
         self._layers_return_tuples: bool | None = None
 
     def train(self, learning_rate: float, turns: Iterator[ClientTurn]) -> Iterator[tuple[ClientTurn, Trained]]:
@@ -103,7 +105,7 @@ class StageRunner:
         private = self.privacy and self.privacy.steps(engine.parameters, *whose)
         with skipping, _tap(engine, turn) as tap:
             result = self.local_training(engine, iter(turn.batches), tap, private)
-        per_token = _flops_per_token(engine, turn, layers)
+        per_token = self._flops_per_token(engine, turn, layers)
         result.flops = sum(count * flops for count, flops in zip(result.positions, per_token, strict=True))
         if tap is not None and (gradient := tap.mean_gradient()) is not None:
             if self.placement.shares_batches:  # each has seen the gradient of its share
@@ -152,7 +154,7 @@ class StageRunner:
     ) -> list[Trained] | Exception:
         """Train clients in one batch; the error of one or of all together, where there is one."""
         layout = self.stage.engine.layout
-        (per_token,) = _flops_per_token(self.stage.engine, turns[0], self.stage.layers)
+        (per_token,) = self._flops_per_token(self.stage.engine, turns[0], self.stage.layers)
         try:
             start = stack_flat(layout, [turn.start for turn in turns], batched.count)
             with self.using(batched.engine):
@@ -187,15 +189,14 @@ class StageRunner:
             self._layers_return_tuples = returns_tuple(engine.model, layers)
         return without_layers(layers, skipped, self._layers_return_tuples)
 
-
-def _flops_per_token(engine: Engine, turn: ClientTurn, layers: list[nn.Module]) -> tuple[float, ...]:
-    """FLOPs of training on a position of each stack of layers, as the turn has it."""
-    known, kind = engine.flops_per_token, (turn.trains, turn.skips)
-    if kind not in known:
-        engine.choose(turn.trains)
-        skipped, base = [layers[index] for index in turn.skips], engine.peft_model.get_base_model()
-        known[kind] = flops_per_token(engine.peft_model, skipped, encoders_of(base))
-    return known[kind]
+    def _flops_per_token(self, engine: Engine, turn: ClientTurn, layers: list[nn.Module]) -> tuple[float, ...]:
+        """FLOPs of training on a position of each stack of layers, as the turn has it."""
+        known, kind = engine.flops_per_token, (turn.trains, turn.skips)
+        if kind not in known:
+            engine.choose(turn.trains)
+            skipped, base = [layers[index] for index in turn.skips], engine.peft_model.get_base_model()
+            known[kind] = flops_per_token(engine.peft_model, skipped, encoders_of(base), self.is_reference)
+        return known[kind]
 
 
 def _tap(engine: Engine, turn: ClientTurn) -> AbstractContextManager[GradientTap | None]:
