@@ -57,6 +57,7 @@ _UNSUPPORTED_OPTIMIZERS = ("schedule_free", "lomo", "adalomo", "layerwise")
 RENAMED = {"wire_top_k": "upload_fraction"}
 # Where the layers of `adapter_layers` are.
 ENDS = ("first", "last")
+_RULES = ("grouping", "fusion", "fusion_beta", "transfer", "stack", "federated_method")  # the same in all stages
 _OPEN = ("task", "stack", "adapter_fusion")  # None is a choice, too
 # Option -> what it may name. The registries are the only lists: a rule that is registered there is a choice here.
 CHOICES: dict[str, Collection[str]] = {
@@ -433,7 +434,6 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
             ValueError: numbers of layers that do not increase from at least 1 to exactly `num_layers`, a list of
                 rounds or learning rates that is neither one value nor one per stage, or fewer rounds than `max_steps`.
         """
-        rules = ("grouping", "fusion", "fusion_beta", "transfer", "stack", "federated_method")
         derived = derive_layers(num_layers, self.initial_layers, self.growth_factor)
         option = "adapter_layers" if self.adapter_layers else "stage_layers"
         given = getattr(self, option)
@@ -454,7 +454,7 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
             adapted,
             task=self.task or "text-generation",
             adapter_fusion=self.fuses_adapters_by,
-            **{name: getattr(self, name) for name in rules},
+            **{name: getattr(self, name) for name in _RULES},
         )
         _check_max_steps(self.max_steps, stages)
         return stages
