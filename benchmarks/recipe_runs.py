@@ -48,27 +48,33 @@ def run_recipe(
 ) -> dict:
     """One run of the recipe: the full-depth metrics of its last stage, the ledger's totals over all stages, the
     process's wall time, with start-up, grouping, calibration and all evaluations (None where a run was stopped and
-    went on); with `curve`, what every evaluation at full depth found, and with `measure`, what that finds in the run's
-    folder. The folder is of these arguments and gone when all is found: the same call goes on with a run that was
-    stopped."""
+    went on), and the commit that it was begun at; with `curve`, what every evaluation at full depth found, and with
+    `measure`, what that finds in the run's folder. The folder is of these arguments and gone when all is found: the
+    same call goes on with a run that was stopped."""
     command = [*script, "--config", str(RECIPES / "configs" / config), *overrides]
     named = json.dumps([os.path.relpath(script[0], HERE), *script[1:], config, *overrides])
     folder = UNFINISHED / hashlib.sha256(named.encode()).hexdigest()[:16]
-    goes_on = folder.exists()
+    goes_on, begun = folder.exists(), folder.with_suffix(".commit")
+    if not goes_on:
+        UNFINISHED.mkdir(parents=True, exist_ok=True)
+        begun.write_text(revision())
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *command, "--output_dir", str(folder), "--resume_from_checkpoint", "last", *QUIET],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{config} {' '.join(overrides)}:\n{done.stderr}")
+    if not _is_over(folder):
+        done = subprocess.run(
+            [sys.executable, *command, "--output_dir", str(folder), "--resume_from_checkpoint", "last", *QUIET],
+            capture_output=True,
+            text=True,
+            env=os.environ | environment,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{config} {' '.join(overrides)}:\n{done.stderr}")
     stages = [json.loads(path.read_text()) for path in sorted(folder.glob("stage-*/stage_config.json"))]
     more = {"curve": [_until(point) for point in read_curve(folder) if point.rounds]} if curve else {}
     wall = None if goes_on else time.perf_counter() - started
     more |= {"measured": measure(folder)} if measure else {}
+    commit = begun.read_text()
     shutil.rmtree(folder)
+    begun.unlink()
     names = ("bytes", "flops", "seconds")
     totals = {name: sum(stage["totals"][name] for stage in stages) for name in names}
     totals["client_flops"] = totals["flops"]
@@ -76,7 +82,17 @@ def run_recipe(
     by_stage = [
         {"layers": s["num_layers"], "metrics": s["metrics"], "peak_memory": s["totals"]["peak_memory"]} for s in stages
     ]
-    return {"metrics": stages[-1]["metrics"], "totals": totals, "wall_seconds": wall, "stages": by_stage} | more
+    found = {"metrics": stages[-1]["metrics"], "totals": totals, "wall_seconds": wall, "stages": by_stage}
+    return found | {"revision": commit} | more
+
+
+def _is_over(folder: Path) -> bool:
+    """Whether a run has finished its last stage."""
+    newest = folder / "stage_config.json"
+    if not newest.exists():
+        return False
+    record = json.loads(newest.read_text())
+    return record["stage"] == record["num_stages"]
 
 
 def _until(point: Point) -> dict:
@@ -110,13 +126,13 @@ def run_all(
     known = read_runs(path)
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
     base = ["--model_name_or_path", options.base] if options.base else []
-    lock, commit = Lock(), revision()
+    lock = Lock()
 
     def run(task: tuple[int, str]) -> None:
         seed, name = task
         config, overrides = variants[name]
         flags = [*overrides, *base, "--seed", str(seed)]
-        about = {"revision": commit, "machine": machine()}
+        about = {"machine": machine()}
         result = run_recipe(script(name), config, flags, threads, curve, measure) | about
         with lock, path.open("a") as file:
             known.setdefault(name, {})[str(seed)] = result

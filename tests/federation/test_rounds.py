@@ -41,7 +41,7 @@ def federation(
         gather=lambda item: [item],
         device=torch.device("cpu"),
     )
-    run.begin_stage(LAYOUT, torch.zeros(2), range(10), 0, dict.fromkeys(range(clients), 1.0), [1.0] * clients)
+    run.begin_stage(LAYOUT, torch.zeros(2), range(10), 0, 0.0, dict.fromkeys(range(clients), 1.0), [1.0] * clients)
     return run
 
 
@@ -161,6 +161,15 @@ def test_a_round_below_its_quorum_is_tried_with_others():
     assert (outcome.attempts, outcome.bytes_down, outcome.bytes_up, outcome.tokens) == (2, 48, 32, 40)
 
 
+def test_who_counts_in_a_later_attempt_was_not_left_out():
+    run = federation(quorum=3, retries=1, clients=4, per_round=3)
+    first, second = (set(run.selection.sampled(0, attempt)) for attempt in (0, 1))
+    outcome = run_round(run, 0, torch.zeros(2), training(failing=first - second))
+    assert first & second
+    assert set(outcome.left_out) == first - second
+    assert outcome.losses.keys() == second
+
+
 def test_the_clock_runs_in_every_attempt():
     resources = make_resources(6, seed=1)
     run = federation(quorum=2, retries=1, resources=resources)
@@ -169,6 +178,9 @@ def test_the_clock_runs_in_every_attempt():
     needed = [max(map(run.selection.seconds_of, sampled)) for sampled in attempts]
     assert outcome.seconds == run.clock.time == pytest.approx(sum(needed))
     assert min(needed) > 0
+    resumed = federation(quorum=2, retries=1, resources=resources)
+    resumed.begin_stage(LAYOUT, torch.zeros(2), range(10), 1, outcome.seconds, dict.fromkeys(range(6), 1.0), [1.0] * 6)
+    assert resumed.clock.time == run.clock.time
 
 
 def test_a_rule_of_too_few_updates_leaves_the_adapter():
@@ -273,11 +285,11 @@ def test_a_stage_goes_on_at_the_same_time():
     adapter = torch.zeros(2)
     for index in range(10):
         if index == 4:
-            saved, half = whole.state_dict(), adapter
+            saved, half, elapsed = whole.state_dict(), adapter, whole.clock.time
         adapter = run_round(whole, index, adapter, training()).adapter
     resumed = federation(selection=ResourceAware(), resources=resources)
     resumed.memory.load_state_dict(saved)
-    resumed.begin_stage(LAYOUT, half, range(10), 4, dict.fromkeys(range(6), 1.0), [1.0] * 6)
+    resumed.begin_stage(LAYOUT, half, range(10), 4, elapsed, dict.fromkeys(range(6), 1.0), [1.0] * 6)
     for index in range(4, 10):
         half = run_round(resumed, index, half, training()).adapter
     assert torch.equal(half, adapter)

@@ -74,7 +74,7 @@ def test_large_values_do_not_wrap():
     total = sum((to_fixed(np.array([7.999, -7.999]), weight) for weight in (0.25, 0.75)), np.zeros(2, np.uint32))
     np.testing.assert_allclose(from_fixed(total), [7.999, -7.999], atol=1e-5)
     for value in (8.0, -12.0, float("nan")):
-        with pytest.raises(SecureSumError, match="fixed-point numbers hold less than 8: lower learning_rate"):
+        with pytest.raises(SecureSumError, match="changed by 8 or more, which fixed-point numbers do not hold: lower"):
             to_fixed(np.array([0.0, value]), 0.5)
     for weight in (0.0, -1.0, 1.5):
         with pytest.raises(SecureSumError, match="must be above 0, up to 1"):

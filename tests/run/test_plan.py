@@ -164,6 +164,13 @@ def test_a_plan_does_not_guess_how_many_owners_rows_have(tmp_path, capsys):
     assert plan_run(config(tmp_path, **private, num_clients=20), tiny_llama(), lora()).epsilon > 0
 
 
+def test_a_plan_has_as_many_clients_as_a_round_asks(tmp_path):
+    natural = {"partition": "natural", "partition_column": "user", "num_clients": None}
+    assert plan_run(config(tmp_path, clients_per_round=30, **natural), tiny_llama(), lora()).clients_per_round == 30
+    few = {"num_clients": 8, "federated_method": "dofit", "federated_method_kwargs": {"domains": 5}}
+    plan_run(config(tmp_path, clients_per_round=1, stage_rounds=[1], **few), tiny_llama(), lora())
+
+
 def test_a_plan_refuses_what_a_private_run_would(tmp_path):
     args = config(tmp_path, dp_target_epsilon=8.0, dp_delta=1e-3, num_clients=20)
     with pytest.raises(ValueError, match="needs more clients a round than 10 times the noise multiplier"):

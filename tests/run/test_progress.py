@@ -5,7 +5,7 @@ import re
 import pytest
 from transformers import PrinterCallback, ProgressCallback
 
-from hf_devft.run.progress import RoundProgressCallback
+from hf_devft.run.progress import RoundProgressCallback, show_rounds
 
 
 def test_the_bar_shows_the_newest_numbers_of_the_stage_it_is_in(make_trainer, eval_tasks, capsys):
@@ -33,3 +33,5 @@ def test_only_the_default_bar_is_replaced(make_trainer, off):
     assert kinds.count(OwnBar) == 1
     assert kinds.count(PrinterCallback) == 1, "the user's"
     assert kinds.count(RoundProgressCallback) == (not off)
+    trainer.remove_callback(RoundProgressCallback)
+    show_rounds(trainer, [], dict)  # where there is none any more

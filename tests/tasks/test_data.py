@@ -61,6 +61,8 @@ def test_chats_have_one_form(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert to_known_columns(Dataset.from_list([{"conversations": turns}]))[0]["messages"] == turns
+    empty = [{"from": "system", "value": ""}, {"from": "gpt", "value": "b"}]
+    assert to_known_columns(Dataset.from_list([{"conversations": empty}]))[0]["messages"][0]["content"] == ""
     for chat in ([{"from": "human", "value": "a"}], [turns[0], {"role": "assistant", "content": None}]):
         with pytest.raises(ValueError, match=r"chat template does not take a chat .*: give each turn `role` and"):
             tokenize(Dataset.from_list([{"messages": chat}]), tokenizer, 8)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import lora, write_secret
+from transformers import TrainerCallback
 
 from hf_devft import DevFTTrainer
 from hf_devft.federation.client_side import Exchange
@@ -82,7 +83,28 @@ def test_rounds_stay_accounted_for_by_the_noise_and_the_clients_they_had(make_tr
     run = trainer.run
     run.capacities.lower(1, 2, 4)
     assert run.capacities.taking_part(2).keys() == {3, 5, 7, 9, 11}
-    assert planned_draws(run.args, run.stages, run.capacities, run.ledger) == [12, 12, 6]
+    assert planned_draws(run.args, run.stages, run.capacities, run.ledger.rounds) == [12, 12, 6]
+
+
+def test_rounds_are_accounted_for_by_their_own_stage(make_trainer):
+    """Though one before has ended early."""
+
+    class Impatient(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step == 1
+
+    trainer = make_trainer(**PRIVATE, client_max_layers=[2, 4], stage_rounds=[3, 2], callbacks=[Impatient()])
+    trainer.train()
+    assert [(record.stage, record.drawn_from) for record in trainer.ledger.rounds] == [(1, 12), (2, 6), (2, 6)]
+    assert trainer.ledger.rounds[-1].epsilon == ClientAccountant(0.5, 4).epsilon([12, 6, 6])
+
+
+def test_a_private_run_that_goes_on_with_fewer_rounds_trains_no_more(make_trainer):
+    options = {**PRIVATE, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(max_steps=3, **options).train()
+    resumed = make_trainer(max_steps=2, **options)
+    resumed.train(resume_from_checkpoint="last")
+    assert len(resumed.ledger.rounds) == 3
 
 
 def test_a_run_ends_before_its_budget_does(make_trainer, caplog):

@@ -113,7 +113,10 @@ def _split(rows: Dataset, count: int, args: DevFTConfig) -> tuple[Dataset, Datas
     owners, left = drawn[column][:], set(train[column][:])
     back = [index for index, owner in enumerate(owners) if owner not in left]
     if len(back) == len(drawn):
-        raise ValueError(f"every row of {count} to hold out is all that its owner has: give an `eval_file`.")
+        raise ValueError(
+            f"the {count} rows to hold out are all that their owners (column {column!r}) have: give an `eval_file` or "
+            "a `calibration_file`, whichever they are for."
+        )
     if not back:
         return train, drawn
     taken = [index for index, owner in enumerate(owners) if owner in left]

@@ -82,10 +82,10 @@ _BROUGHT = {
 
 def _megabytes(trainer: DevFTMixin) -> float:
     """Of all adapters that the run's rounds will send."""
-    start, total = 0, 0.0
+    start, total, clients = 0, 0.0, len(trainer.run.clients.rows)
     for stage in trainer.run.stages:
         rounds = range(start, min(trainer.run.num_rounds, start := start + stage.rounds))
-        total += planned_traffic(trainer.args, _layout(trainer, stage), rounds) if rounds else 0.0
+        total += planned_traffic(trainer.args, _layout(trainer, stage), clients, rounds) if rounds else 0.0
     return total / 1e6
 
 

@@ -231,7 +231,8 @@ def _adapts_another_stack(setup: Setup) -> bool:
     if setup.base is None or setup.layout is None:
         return False
     names = find_layer_stack(setup.base, setup.args.stack).names
-    return any(re.search(r"\.\d+\.", key) and names.split(key) is None for key in setup.layout.keys)
+    elsewhere = [key for key in setup.layout.keys if ".lora_" in key and names.split(key) is None]
+    return any(re.search(r"\.\d+\.", key) for key in elsewhere)
 
 
 def _lacks_labels(setup: Setup) -> bool:
@@ -737,7 +738,6 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("orthogonal start", "own ranks", "a part of its ranks is not orthogonal, but noise: use another method"),
     ("orthogonal start", "lossy wire", "rounded factors are not orthogonal: use another initialisation"),
     ("split", "no LoRA factors", 'there is no B to divide: set transfer="broadcast" or "anchor"'),
-    ("split", "DoRA", 'its norms cannot be divided: set transfer="broadcast" or "anchor"'),
     ("IA3", "quantised base", "PEFT cannot take it off again: use a `LoraConfig`"),
     ("moved weights", "rules that are not anchors", f"an adapter holds a part of its own layer's weights: {_ANCHORS}"),
     ("moved weights", "calibrated", "every module needs its adapter: group by another rule"),
@@ -752,7 +752,8 @@ CONFLICTS: list[tuple[str, str, str]] = [
     (
         "chosen layers",
         "adapted layers elsewhere",
-        'they are numbered otherwise in a submodel: set layers_pattern="decoder.layers", or as the stack is called',
+        "they are numbered otherwise in a submodel: set the LoraConfig's layers_pattern to what the stack's are "
+        'called, such as "decoder.layers"',
     ),
     ("chosen layers", "adapted experts", "PEFT chooses layers only of modules: leave one out"),
     ("factors", "no LoRA factors", "use a `LoraConfig`, or another method"),

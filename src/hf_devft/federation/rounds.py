@@ -79,6 +79,7 @@ class RoundOutcome:
         if (used := counted | late).any():
             self.loss = reports[used, LOSS].nanmean().item()  # of those that know theirs
             taken = [client for client, is_used in zip(sampled, used.tolist(), strict=True) if is_used]
+            self.left_out = [client for client in self.left_out if client not in taken]  # of an earlier attempt
             self.losses |= dict(zip(taken, reports[used, LOSS].tolist(), strict=True))
             self.grad_norm = reports[used, GRAD_NORM][-1].item()
         return int(counted.sum())
@@ -181,6 +182,7 @@ class Federation:
         adapter: torch.Tensor,
         rounds: range,
         done: int,
+        elapsed: float,
         shares: dict[int, float],
         flops: list[float],
     ) -> None:
@@ -188,7 +190,7 @@ class Federation:
 
         Args:
             layout, adapter: its adapters' layout and the global one.
-            rounds: all of its rounds; done: how many of them are over.
+            rounds: all of its rounds; done: how many of them are over; elapsed: what these took by the clock.
             shares: the clients that can take part, and the part of the adapter's values that travels to and from each:
                 1, or less where it trains an earlier, smaller submodel.
             flops: what a round asks of each client; empty without a clock.
@@ -207,7 +209,7 @@ class Federation:
             self.clock.remember()
         begun = self.clock.remembered()
         self.selection.begin_stage(list(shares), rounds, self._expected_work(flops), begun)
-        self.clock.time = begun + sum(self.selection.seconds(index) for index in rounds[:done])
+        self.clock.time = begun + elapsed
 
     def end_stage(self, expand: Callable[[State, bool], State]) -> None:
         """End a stage: take what is remembered to full depth. What begins the next one takes it from there.

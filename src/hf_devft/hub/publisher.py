@@ -72,10 +72,13 @@ class RunPublisher:
         self.pusher.submit(Push(f"Round {round_number}, checkpoint", {name: Path(copy.name)}, keep=copy))
 
     def finish(self) -> None:
-        """Wait for what is under way, with all stages where they are pushed at the end; a warning says what could not
-        be pushed, and how to."""
+        """As `wait`, with all stages where they are pushed at the end."""
         if not self.pushes_each_stage:
             submit_all(self.pusher, self.output_dir, "Adapter")
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for what is under way; a warning says what could not be pushed, and how to."""
         if self.pusher.finish():
             logger.warning(left_over(self.pusher, self.output_dir))
 

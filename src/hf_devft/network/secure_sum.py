@@ -40,10 +40,10 @@ def to_fixed(values: np.ndarray, weight: float) -> np.ndarray:
     if not 0 < weight <= 1:
         raise SecureSumError(f"a weight of {weight} would show one update, or none: it must be above 0, up to 1")
     scaled = values.astype(np.float64) * weight * FRACTION
-    if not (size := np.abs(values).max(initial=0.0)) <= LARGEST * (1 - 2**-24):
+    if not np.abs(values).max(initial=0.0) <= LARGEST * (1 - 2**-24):  # by how much is nobody's matter
         raise SecureSumError(
-            f"a value of the adapter has changed by {size:.3g}, and fixed-point numbers hold less than {LARGEST:g}: "
-            "lower learning_rate or local_steps, or leave secure_aggregation out"
+            f"a value of the adapter has changed by {LARGEST:g} or more, which fixed-point numbers do not hold: lower "
+            "learning_rate or local_steps, or leave secure_aggregation out"
         )
     return np.rint(scaled).astype(np.int64).astype(np.uint32)
 

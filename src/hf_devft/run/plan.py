@@ -127,7 +127,7 @@ def plan_run(
     check_compatibility(Setup(args, trainer=trainer, adapter=peft_config, base=base))
     stages = args.resolve_stages(len(find_layer_stack(base, args.stack)))
     examples = clients.examples if clients else []
-    everyone = range(len(examples) or args.num_clients or DEFAULT_NUM_CLIENTS)
+    everyone = range(len(examples) or args.num_clients or max(DEFAULT_NUM_CLIENTS, args.clients_per_round))
     are_known = bool(examples) or args.num_clients is not None or args.partition != "natural"
     planned = sum(stage.rounds for stage in stages)
     planned = planned if args.max_steps < 0 else min(planned, args.max_steps)
@@ -138,7 +138,7 @@ def plan_run(
     batches = functools.partial(planned_batches, args, clients, trainer == "dpo")
     all_logits = trainer != "devft" or args.torch_compile or args.label_smoothing_factor > 0  # TRL has its own losses
     submodels = PlannedSubmodels(args, base, peft_config, all_logits)
-    plan_stage = functools.partial(_plan_stage, args, submodels, trainer == "dpo")
+    plan_stage = functools.partial(_plan_stage, args, submodels, trainer == "dpo", len(everyone))
     layout = AdapterLayout.of(submodels.model(stages[-1])[0])
     setup = Setup(args, trainer, adapter=peft_config, layout=layout, base=base, num_stages=len(stages))
     check_compatibility(setup)
@@ -223,6 +223,7 @@ def _plan_stage(
     args: DevFTConfig,
     submodels: PlannedSubmodels,
     is_reference: bool,
+    num_clients: int,
     stage: StageConfig,
     turns: list[tuple[int, int]],
     batches: list[tuple[int, int]],
@@ -231,7 +232,7 @@ def _plan_stage(
     """Plan a stage that comes after `smaller`."""
     model, base_bytes = submodels.model(stage)
     layout = AdapterLayout.of(model)
-    messages = _messages(args, layout, turns)
+    messages = _messages(args, layout, num_clients, turns)
     trained = messages.trained
     found = submodels.activations(stage, *max(batches, key=math.prod))
     kept = found.checkpointed if args.activation_checkpointing else found.everything
@@ -331,9 +332,9 @@ def _flops_per_token(
     return np.average(found, axis=0, weights=list(counts.values()))
 
 
-def planned_traffic(args: DevFTConfig, layout: AdapterLayout, rounds: range) -> float:
+def planned_traffic(args: DevFTConfig, layout: AdapterLayout, num_clients: int, rounds: range) -> float:
     """Bytes that rounds with an adapter of this layout will send, both ways, of all clients; see `plan_run`."""
-    messages = _messages(args, layout, _turns(args, range(args.num_clients or DEFAULT_NUM_CLIENTS), rounds))
+    messages = _messages(args, layout, num_clients, _turns(args, range(num_clients), rounds))
     return messages.down + (1 - args.client_dropout_rate) * messages.up
 
 
@@ -348,12 +349,13 @@ class _Messages:
     skips: list[tuple[int, ...]]
 
 
-def _messages(args: DevFTConfig, layout: AdapterLayout, turns: Sequence[tuple[int, int]]) -> _Messages:
+def _messages(
+    args: DevFTConfig, layout: AdapterLayout, num_clients: int, turns: Sequence[tuple[int, int]]
+) -> _Messages:
     memory = Memory()
     method, correction, *_ = make_methods(args.federated_method, args.federated_method_kwargs)
-    count = max(client for _, client in turns) + 1
-    labels = np.ones((count, 2))  # of which the messages' sizes do not depend
-    method.begin_run(Clients(examples=[1] * count, seed=args.seed, memory=memory, label_counts=lambda: labels))
+    labels = np.ones((num_clients, 2))  # of which the messages' sizes do not depend
+    method.begin_run(Clients(examples=[1] * num_clients, seed=args.seed, memory=memory, label_counts=lambda: labels))
     method.begin_stage(layout, torch.zeros(sum(layout.sizes)))
     wire = Wire(args.wire_dtype, args.upload_fraction, memory)
     both = 2 if correction is not None and correction.records else 1

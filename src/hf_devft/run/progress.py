@@ -100,7 +100,8 @@ def show_rounds(trainer: Trainer, stages: list[StageConfig], client_losses: Call
     # Before those that read the logs.
     trainer.callback_handler.callbacks.insert(0, SeriesCallback(client_losses))
     default = PrinterCallback if trainer.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK
-    # Those before it are the user's.
-    trainer.remove_callback([each for each in trainer.callback_handler.callbacks if type(each) is default][-1])
+    # Those before it are the user's; one may have taken it away.
+    for callback in [each for each in trainer.callback_handler.callbacks if type(each) is default][-1:]:
+        trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(RoundProgressCallback(stages))

@@ -63,7 +63,8 @@ def run_setting(
             args.dp_clipping_norm,
             args.dp_sampling,
             *([args.dp_level, args.train_batch_size] if args.protects_records else []),
-            None if noise_multiplier is None else float(f"{noise_multiplier:.6g}"),
+            # Found for the budget, by the rounds, `max_steps` and what clients can hold.
+            *([] if noise_multiplier in (None, args.dp_noise_multiplier) else [f"noise {noise_multiplier:.6g}"]),
         ]
         if args.is_private
         else None,

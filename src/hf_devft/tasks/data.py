@@ -44,7 +44,10 @@ def _from_question(row: dict, answer: str) -> dict[str, str]:
 def _from_conversations(row: dict, answer: str) -> dict[str, list]:
     """ShareGPT's names for what chat templates call role and content, which it may have, too."""
     roles = {"human": "user", "gpt": "assistant"}
-    turns = [(turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content")) for turn in row[answer]]
+    turns = [
+        (turn["from"], turn["value"]) if turn.get("from") is not None else (turn.get("role"), turn.get("content"))
+        for turn in row[answer]
+    ]
     return {"messages": [{"role": roles.get(role, role), "content": content} for role, content in turns]}
 
 
@@ -139,15 +142,18 @@ def unconverted(dataset: Dataset) -> Dataset:
     return dataset
 
 
-# Ending of a file's name -> (builder of `datasets`, its options).
 def _text(cell: str) -> str | None:
     """A cell of a CSV file as it is written; None where it is empty."""
     return cell or None
 
 
 # So that True, 007 and NA stay what they are where they are texts.
-_TEXTS = {name for columns in _FORMATS for name in columns} | {"input", "context", "sentence", "chosen", "rejected"}
+_TEXTS = {name for columns in _FORMATS for name in columns} | {
+    "input", "context", "chosen", "rejected", "sentence", "sentence1", "sentence2", "premise", "hypothesis",
+    "question1", "question2", "content", "transcription",
+}  # fmt: skip
 _AS_WRITTEN = {"keep_default_na": False, "na_values": [""], "converters": dict.fromkeys(sorted(_TEXTS), _text)}
+# Ending of a file's name -> (builder of `datasets`, its options).
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}), ".jsonl": ("json", {}), ".csv": ("csv", _AS_WRITTEN),
     ".tsv": ("csv", {"sep": "\t", **_AS_WRITTEN}), ".parquet": ("parquet", {}), ".txt": ("text", {}),

@@ -141,11 +141,11 @@ def _collator(
         ValueError: a loss for which `Trainer` takes the labels out of a batch, of which an encoder-decoder makes what
             its decoder reads.
     """
-    takes = [name for name in ("compute_loss_func",) if given.get(name) is not None]
-    takes += ["label_smoothing_factor"] if args.label_smoothing_factor else []
-    if takes and config.is_encoder_decoder:
+    takes = "label_smoothing_factor" if args.label_smoothing_factor else None
+    takes = takes if given.get("compute_loss_func") is None else "compute_loss_func"
+    if takes is not None and config.is_encoder_decoder:
         raise ValueError(
-            f"{takes[0]} takes the labels out of a batch, and the decoder reads them: leave it out, or pass a "
+            f"{takes} takes the labels out of a batch, and the decoder reads them: leave it out, or pass a "
             "`data_collator` that makes `decoder_input_ids`, such as `DataCollatorForSeq2Seq(tokenizer, model=model)`."
         )
     return task.collator(processor, config)

@@ -1,7 +1,9 @@
 """A run between two rounds: its stages, its adapters, its ledger; what is written of it, and read again."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.configuration.stage_folder import SUBMODEL
 from hf_devft.embedded import portable_name
 from hf_devft.federation.heterogeneity.capacity import Capacities
-from hf_devft.federation.ledger import Ledger
+from hf_devft.federation.ledger import Ledger, RoundRecord
 from hf_devft.federation.partition import ClientData
 from hf_devft.federation.privacy import Accountant, affordable
 from hf_devft.federation.rounds import Federation, RoundOutcome
@@ -35,21 +37,26 @@ _WITHOUT_NOISE = ("loss", "grad_norm", "train_loss", "num_input_tokens_seen", "t
 
 
 def planned_draws(
-    args: DevFTConfig, stages: list[StageConfig], capacities: Capacities, ledger: Ledger | None = None
+    args: DevFTConfig, stages: list[StageConfig], capacities: Capacities, past: Sequence[RoundRecord] = ()
 ) -> list[Any]:
     """Say of each round that a run has, by its stages and `max_steps`, how its clients are drawn; see `draws_of`.
 
     Args:
-        ledger: of the rounds that are over: they were drawn as they were, whatever clients can hold today.
+        past: the rounds that are over.
     """
     numbers = [stage.stage for stage in stages for _ in range(stage.rounds)]
     numbers = numbers if args.max_steps < 0 else numbers[: args.max_steps]
-    able = {stage: list(capacities.taking_part(stage)) for stage in set(numbers)}
-    draws = draws_of(args, ((index, able[stage]) for index, stage in enumerate(numbers)))
-    for index, record in enumerate(ledger.rounds if ledger is not None else ()):
-        if record.drawn_from is not None:
-            draws[index] = record.drawn_from
-    return draws
+    return _draws(args, past, numbers[len(past) :], capacities)
+
+
+def _draws(args: DevFTConfig, past: Sequence[RoundRecord], coming: list[int], capacities: Capacities) -> list[Any]:
+    """`draws_of` rounds that are over, which were drawn as they were, whatever clients can hold today; and of coming
+    ones of these stages."""
+    numbers = [*(record.stage for record in past), *coming]
+    able = {number: list(capacities.taking_part(number)) for number in set(numbers)}
+    draws = draws_of(args, ((index, able[number]) for index, number in enumerate(numbers)))
+    known = [record.drawn_from for record in past]
+    return [draw if one is None else one for draw, one in zip_longest(draws, known)]
 
 
 def _named(base: str | None, revision: str | None) -> str:
@@ -101,10 +108,10 @@ class FederatedRun:
     @property
     def num_rounds(self) -> int:
         """Of all stages, or fewer where `max_steps` or the privacy budget says so."""
-        planned = planned_draws(self.args, self.stages, self.capacities, self.ledger)
         if self.accountant is not None and self.args.dp_target_epsilon is not None:
-            return affordable(self.accountant, planned, self.args.dp_target_epsilon)
-        return len(planned)
+            draws = planned_draws(self.args, self.stages, self.capacities, self.ledger.rounds)
+            return affordable(self.accountant, draws, self.args.dp_target_epsilon)
+        return len(planned_draws(self.args, self.stages, self.capacities))
 
     def annotated(self, logs: dict[str, float]) -> dict[str, float]:
         """Add to what is logged within a stage where the run stands; in a private run, take out what no noise
@@ -134,7 +141,7 @@ class FederatedRun:
                 {} if secret else {self.clients.names[client]: loss for client, loss in outcome.losses.items()}
             )
             return
-        draws = planned_draws(self.args, self.stages, self.capacities, self.ledger)[: index + 1]
+        draws = _draws(self.args, self.ledger.rounds, [self.active.record.stage], self.capacities)
         outcome.seen = 0
         if self.args.protects_clients and self.federation is not None:
             outcome.bytes_down, outcome.bytes_up = self.federation.expected_bytes(self.args.clients_per_round)

@@ -171,7 +171,8 @@ class DevFTMixin(Base):
             try:
                 return super().train(resume_from_checkpoint=folder, **kwargs)
             except BaseException:
-                self._finish_current_push()  # what was written before is on its way
+                if self.publisher is not None and self.args.push_to_hub:
+                    self.publisher.wait()  # for what was written before
                 raise
 
     def _inner_training_loop(

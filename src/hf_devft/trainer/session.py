@@ -20,7 +20,7 @@ from hf_devft.configuration import StageConfig
 from hf_devft.configuration.stage_folder import SUBMODEL
 from hf_devft.federation.batches import ClientBatches, client_loader
 from hf_devft.federation.client_side import ClientSide
-from hf_devft.federation.clients.local_training import LocalTraining
+from hf_devft.federation.clients.local_training import LocalTraining, next_step
 from hf_devft.federation.heterogeneity.resources import expected_flops
 from hf_devft.federation.privacy import RecordPrivacy, read_secret
 from hf_devft.federation.processes import add_up
@@ -42,7 +42,7 @@ from hf_devft.tasks.data import first_rows
 from hf_devft.trainer.active_stage import ActiveStage
 from hf_devft.trainer.calibration import CalibrationLoss
 from hf_devft.trainer.client_batching import ClientBatching
-from hf_devft.trainer.evaluation import evaluate_full_depth, named_sets, number_of_rows
+from hf_devft.trainer.evaluation import each_batch_alone, evaluate_full_depth, named_sets, number_of_rows
 from hf_devft.trainer.federated_run import FederatedRun
 from hf_devft.trainer.federation_builder import federation_of, gradient_obstacle
 from hf_devft.trainer.interface import ClientLink, FederatedTrainer
@@ -186,6 +186,7 @@ class TrainingSession:
             active.adapter,
             rounds=range(begin, min(begin + record.rounds, state.max_steps)),
             done=active.done,
+            elapsed=self.run.ledger.totals(record.stage)["simulated_seconds"] if active.done else 0.0,
             shares={client: active.share_of(stage) for client, stage in taking_part.items()},
             flops=self._expected_flops(active),
         )
@@ -409,8 +410,9 @@ def _loss_of(trainer: FederatedTrainer, model: PreTrainedModel, inputs: dict[str
     """Of a model on a batch; a `compute_loss_func` may divide by the number of labelled tokens."""
     if trainer.compute_loss_func is None:
         return trainer.compute_loss(model, inputs)
-    _, items = trainer.get_batch_samples(iter([inputs]), 1, trainer.args.device)
-    return trainer.compute_loss(model, inputs, num_items_in_batch=items)
+    with each_batch_alone(trainer.args):
+        _, items, _ = next_step(trainer, iter([inputs]), 1)
+        return trainer.compute_loss(model, inputs, num_items_in_batch=items)
 
 
 def server_rows(trainer: FederatedTrainer) -> Dataset | None:

@@ -111,6 +111,8 @@ class TRLMixin(DevFTMixin):
         """As TRL's, whose own metrics are among the output's, so that stages record them."""
         self._metrics["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.is_private:
+            self._metrics["eval"].pop("num_tokens", None)  # of the rows that were trained on
         for name, values in self._metrics["eval"].items():
             output.metrics[f"{metric_key_prefix}_{name}"] = float(np.mean(values))
         self._metrics["eval"].clear()
