@@ -155,4 +155,5 @@ _TRAINER_ARGUMENTS = {
     "optimizers",
     "model_init",
     "compute_loss_func",
+    "compute_metrics",
 }

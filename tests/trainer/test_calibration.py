@@ -12,6 +12,7 @@ from hf_devft.models.counted_logits import count_logits
 from hf_devft.models.layer_stack import with_layers
 from hf_devft.stages.builder import SubmodelBuilder
 from hf_devft.trainer.calibration import CalibrationLoss
+from hf_devft.trainer.session import server_rows
 
 
 def tiny_t5():
@@ -63,6 +64,14 @@ def test_a_loss_of_ones_own_is_told_how_many_labels_there_are(make_trainer, eval
 
     make_trainer(grouping="calibrated", eval_dataset=eval_tasks, compute_loss_func=loss, stage_rounds=[1]).train()
     assert all(counts)
+
+
+def test_all_evaluation_sets_are_asked(make_trainer, eval_tasks):
+    sets = {"a": eval_tasks.select(range(6)), "b": eval_tasks.select(range(6, 8))}
+    trainer = make_trainer(grouping="calibrated", eval_dataset=sets, calibration_samples=6)
+    rows, own = server_rows(trainer), trainer.eval_dataset
+    assert rows["input_ids"][:] == [*own["a"]["input_ids"][:3], *own["b"]["input_ids"][:]]
+    assert len(server_rows(make_trainer(grouping="calibrated", eval_dataset=eval_tasks, calibration_samples=6))) == 6
 
 
 def test_layers_below_are_computed_once():

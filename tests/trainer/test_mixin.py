@@ -4,6 +4,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import CopyAtSaves, config, lora, resume_after_stages, tiny_llama
@@ -1090,3 +1091,60 @@ def test_a_run_that_goes_on_on_another_base_says_so(make_trainer, tmp_path, capl
     make_trainer(model=str(tmp_path / "one"), **options).train()
     make_trainer(model=str(tmp_path / "other"), **options).train(str(tmp_path / "run" / "stage-1"))
     assert f"was begun on {tmp_path}/one, and goes on on {tmp_path}/other" in caplog.text
+
+
+def test_the_newest_checkpoint_is_kept_beside_the_best(make_trainer, eval_tasks, tmp_path):
+    """To go on from within the stage, where transformers deletes it at the end."""
+    options = {
+        "eval_dataset": eval_tasks, "stage_rounds": [3], "load_best_model_at_end": True, "eval_strategy": "steps",
+        "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1,
+        "metric_for_best_model": "runtime", "greater_is_better": True, "callbacks": [FirstIsBest()],
+    }  # fmt: skip
+    make_trainer(max_steps=2, **options).train()
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    again = make_trainer(max_steps=6, **options)
+    again.train(resume_from_checkpoint="last")
+    assert [(record.round, record.stage) for record in again.ledger.rounds] == [(n, 1 + (n > 3)) for n in range(1, 7)]
+
+
+class FirstIsBest(TrainerCallback):
+    """Whatever was measured."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if "eval_runtime" in metrics:
+            metrics["eval_runtime"] = 1.0 / (1 + state.global_step)
+
+
+def test_any_metric_of_several_sets_may_say_which_round_is_best(make_trainer):
+    options = {"client_eval_size": 0.2, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(
+        **options, save_strategy="steps", save_steps=1, metric_for_best_model="norm", greater_is_better=True,
+        compute_metrics=lambda found: {"norm": float(np.abs(found.predictions).mean())},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_metric > 0
+    assert trainer.stages[-1].metrics["eval_full_norm"] > 0
+
+
+def test_prompts_of_rows_that_are_held_out_are_looked_for_at_once(make_trainer):
+    texts = Dataset.from_dict({"text": ["a b c d"] * 40})
+    with pytest.raises(ValueError, match="prompt"):
+        make_trainer(train_dataset=texts, client_eval_size=0.2, predict_with_generate=True)
+
+
+def test_training_anew_says_what_is_left_of_the_one_before(make_trainer, caplog):
+    trainer = make_trainer()
+    trainer.train()
+    assert "of the training before" not in caplog.text
+    trainer.train()
+    assert "has stage-1, stage-2 of the training before" in caplog.text
+
+
+def test_special_tokens_are_those_of_the_tokenizer_whatever_was_evaluated_before(make_trainer, eval_tasks, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    trainer = make_trainer(model=str(tmp_path / "base"), eval_dataset=eval_tasks, stage_rounds=[1])
+    wanted = trainer.processing_class.eos_token_id
+    trainer.evaluate()
+    trainer.models.base.generation_config.eos_token_id = wanted + 1
+    trainer.train()
+    assert trainer.model.generation_config.eos_token_id in (wanted, [wanted, wanted + 1])

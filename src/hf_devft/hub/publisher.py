@@ -4,6 +4,8 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
@@ -81,6 +83,17 @@ class RunPublisher:
         """Wait for what is under way; a warning says what could not be pushed, and how to."""
         if self.pusher.finish():
             logger.warning(left_over(self.pusher, self.output_dir))
+
+
+@contextmanager
+def waiting_for_pushes(publisher: RunPublisher | None) -> Iterator[None]:
+    """Where what is done within this context breaks off, what was on its way to the Hub is waited for."""
+    try:
+        yield
+    except BaseException:
+        if publisher is not None:
+            publisher.wait()
+        raise
 
 
 def submit_all(pusher: HubPusher, output_dir: Path, title: str) -> None:

@@ -63,7 +63,7 @@ class ClientBatching:
         """Return how many clients train `model` in one batch, at most; disables batching, where it is not possible."""
         args = self._trainer.args
         asked = args.clients_per_batch or (self._most if args.device.type != "cpu" else 1)
-        if not self.enabled or min(asked, self._most) == 1:
+        if not self.enabled or min(asked, self._most) <= 1:  # none, where a round has fewer clients than processes
             return 1
         reason = self._method_obstacle or obstacle_of_trainer(self._trainer) or obstacle_of_model(model)
         if reason is None:

@@ -106,8 +106,6 @@ class DevFTTrainer(DevFTMixin, Trainer):
                 return map_datasets(datasets, self._encode)
 
         eval_dataset = prepare(first_rows(eval_dataset, args.max_eval_samples))
-        if args.predict_with_generate:
-            map_datasets(eval_dataset, _check_prompts)
         calibration_dataset = first_rows(calibration_dataset, args.calibration_samples)
         super().__init__(
             model,
@@ -122,6 +120,8 @@ class DevFTTrainer(DevFTMixin, Trainer):
         )
         if not given.on_model:
             self.given_model = None  # the adapter is ours
+        if args.predict_with_generate:
+            map_datasets(self.eval_dataset, _check_prompts)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """As `Trainer`'s; encodes rows as the constructor does."""

@@ -1,6 +1,6 @@
 """The full model's evaluation at a stage's end, and metrics over several evaluation sets, such as the clients'."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,18 +14,28 @@ from hf_devft.tasks.generation import exact_match
 from hf_devft.trainer.interface import FederatedTrainer
 
 
+_WORST: dict[str, Callable] = {"loss": max, "exact_match": min, "accuracy": min}
+_TIMES = ("runtime", "_per_second", "_time")
+
+
 def over_the_sets(metrics: Mapping[str, float], prefix: str, names: Collection[str]) -> dict[str, float]:
-    """Compute the mean and the worst of what was measured on several evaluation sets.
+    """Compute the mean of what was measured on several evaluation sets, but of times, and of losses, matches and
+    accuracies the worst.
 
     Args:
         metrics: {"{prefix}_{name of a set}_{metric}": value}.
         names: of the sets.
     """
     found: dict[str, float] = {}
-    for name, worst in (("loss", max), ("exact_match", min), ("accuracy", min)):
-        keys = [f"{prefix}_{of}_{name}" for of in names]
-        if values := [metrics[key] for key in keys if key in metrics]:
-            found |= {f"{prefix}_{name}": float(np.mean(values)), f"{prefix}_worst_{name}": worst(values)}
+    starts = [f"{prefix}_{of}_" for of in names]
+    measured = {key.removeprefix(start) for start in starts for key in metrics if key.startswith(start)}
+    for name in sorted(name for name in measured if not name.endswith(_TIMES)):
+        values = [metrics[start + name] for start in starts if start + name in metrics]
+        if len(values) < len(starts) and name not in _WORST:  # a set's name may begin another's
+            continue
+        found[f"{prefix}_{name}"] = float(np.mean(values))
+        if name in _WORST:
+            found[f"{prefix}_worst_{name}"] = _WORST[name](values)
     return found
 
 

@@ -15,12 +15,13 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollator
+from transformers.trainer_utils import align_special_tokens
 
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.federation.ledger import Ledger
 from hf_devft.federation.partition import ClientData
 from hf_devft.federation.sampling import Placement
-from hf_devft.hub.publisher import RunPublisher, push_all, submit_all
+from hf_devft.hub.publisher import RunPublisher, push_all, submit_all, waiting_for_pushes
 from hf_devft.hub.push import finished_stages
 from hf_devft.models.adapter import adapter_state
 from hf_devft.models.weights import is_stored
@@ -44,7 +45,14 @@ from hf_devft.trainer.preparation import (
     prepare_run,
     settle_arguments,
 )
-from hf_devft.trainer.resuming import make_pusher, repository, rotate, starting_point
+from hf_devft.trainer.resuming import (
+    keeping_the_newest,
+    make_pusher,
+    repository,
+    rotate,
+    starting_point,
+    warn_of_the_training_before,
+)
 from hf_devft.trainer.session import TrainingSession
 
 
@@ -166,14 +174,11 @@ class DevFTMixin(Base):
         """
         folder = starting_point(self.args, resume_from_checkpoint)
         self._checkpoint = self.run.load(folder) if folder else None
+        if folder is None and self._session is not None:
+            warn_of_the_training_before(self.args)
         is_new = self._session is None and not goes_on_in(self.args.output_dir, folder)
-        with claim(self.args, is_new), leaving_bars(self):
-            try:
-                return super().train(resume_from_checkpoint=folder, **kwargs)
-            except BaseException:
-                if self.publisher is not None and self.args.push_to_hub:
-                    self.publisher.wait()  # for what was written before
-                raise
+        with claim(self.args, is_new), leaving_bars(self), waiting_for_pushes(self.publisher):
+            return super().train(resume_from_checkpoint=folder, **kwargs)
 
     def _inner_training_loop(
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
@@ -224,7 +229,8 @@ class DevFTMixin(Base):
             # A run that was killed between its last save and the rotation has left one more than it keeps.
             rotate(Path(self._get_output_dir(trial=trial)), args, self.state)
         num_samples = self.run.num_rounds * args.clients_per_round * args.local_steps * args.train_batch_size
-        return self._finalize_training(trial, num_samples * args.gradient_accumulation_steps, start_time)
+        with keeping_the_newest(args):
+            return self._finalize_training(trial, num_samples * args.gradient_accumulation_steps, start_time)
 
     def _begin_training(self, batch_size: int, resume_from_checkpoint: str | None, trial: Any) -> Checkpoint | None:
         """Make the run's state that of its start, or of the checkpoint that it goes on from."""
@@ -234,6 +240,8 @@ class DevFTMixin(Base):
         run.check_start(checkpoint)
         run.healed.delete()
         if self.models.base is not None:
+            if self.processing_class is not None:  # `Trainer` has done so for a copy that `evaluate` has made
+                align_special_tokens(self.models.base, self.processing_class)
             run.federation = run.active = None
             self.models.use_whole(run)  # where a run was interrupted
         run.begin(adapter_state(self.model), resume_from_checkpoint, checkpoint)

@@ -1,6 +1,8 @@
 """Where a run goes on from, and where it pushes to."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -58,6 +60,27 @@ def _later(args: DevFTConfig, chosen: Path) -> list[str]:
         return [Path(path).name for path, rounds in _rounds_by_folder(folder).items() if rounds > begun]
     except (OSError, ValueError):  # a broken stage that is not asked for
         return []
+
+
+@contextmanager
+def keeping_the_newest(args: DevFTConfig) -> Iterator[None]:
+    """Within this context transformers deletes no checkpoint: where one is to be kept, it would keep the best alone,
+    and a run could not go on from the newest."""
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        yield
+    finally:
+        args.save_total_limit = limit
+
+
+def warn_of_the_training_before(args: DevFTConfig) -> None:
+    """Say what another training that begins anew in the same folder leaves there."""
+    if args.process_index == 0 and (left := list(_rounds_by_folder(Path(args.output_dir)))):
+        names = ", ".join(Path(each).name for each in left)
+        logger.warning(
+            f"{args.output_dir} has {names} of the training before, which `last` may go on from: delete them, or give "
+            "a new trainer another `output_dir`."
+        )
 
 
 def _newest(folder: Path) -> str | None:

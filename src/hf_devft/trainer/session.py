@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -416,7 +416,13 @@ def _loss_of(trainer: FederatedTrainer, model: PreTrainedModel, inputs: dict[str
 
 
 def server_rows(trainer: FederatedTrainer) -> Dataset | None:
-    """Return the server's own rows, that grouping and teaching may ask."""
-    given, evaluation = trainer.calibration_dataset, trainer.eval_dataset
-    rows = given if given is not None else next(iter(named_sets(evaluation).values()))
-    return first_rows(rows, trainer.args.calibration_samples)
+    """Return the server's own rows, that grouping and teaching may ask; else as many of each evaluation set."""
+    count, given = trainer.args.calibration_samples, trainer.calibration_dataset
+    if given is not None:
+        return first_rows(given, count)
+    sets = list(named_sets(trainer.eval_dataset).values())
+    if len(sets) == 1:
+        return first_rows(sets[0], count)
+    alike = [name for name, kind in sets[0].features.items() if all(each.features.get(name) == kind for each in sets)]
+    parts = [first_rows(each.select_columns(alike), -(-count // len(sets))) for each in sets]
+    return first_rows(concatenate_datasets(parts), count)
