@@ -7,7 +7,7 @@ from hf_devft.configuration import StageConfig
 from hf_devft.embedded import portable_name
 from hf_devft.federation.partition import ClientData
 from hf_devft.models.layout import AdapterLayout
-from hf_devft.run.plan import planned_traffic
+from hf_devft.run.planned_messages import planned_traffic
 from hf_devft.trainer.mixin import DevFTMixin
 
 

@@ -10,23 +10,21 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compatibility
-from hf_devft.federation.memory import Memory
-from hf_devft.federation.methods import C2A, Clients, HeterogeneousRanks, Residual, make_methods
+from hf_devft.federation.methods import C2A, HeterogeneousRanks, Residual
 from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
 from hf_devft.federation.privacy import ADAPTIVE, affordable, split_noise
-from hf_devft.federation.sampling import Placement, sample_clients
-from hf_devft.federation.wire import Wire
+from hf_devft.federation.sampling import Placement
 from hf_devft.models.flops import flops_per_token, forward_flops
 from hf_devft.models.layer_stack import encoders_of, find_layer_stack
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.models.supported import check_adapter
 from hf_devft.run.accounts import draws_of, make_accountant
 from hf_devft.run.client_batches import lengths_of, make_sampler
+from hf_devft.run.planned_messages import planned_messages, planned_turns
 from hf_devft.run.planned_submodels import TRAINED_BYTES, PlannedSubmodels, training_memory, whole_stage
 from hf_devft.stages.teaching.bridging import bridge_errors_flops, fit_flops
 from hf_devft.tasks import answers_prompts
@@ -134,7 +132,7 @@ def plan_run(
     rounds, privacy = _privacy(args, planned, everyone if are_known else None, examples)
     begun = _begun(stages, rounds)
     ends = np.cumsum([0, *(stage.rounds for stage in begun)]).tolist()
-    turns = functools.partial(_turns, args, everyone)
+    turns = functools.partial(planned_turns, args, everyone)
     batches = functools.partial(planned_batches, args, clients, trainer == "dpo")
     all_logits = trainer != "devft" or args.torch_compile or args.label_smoothing_factor > 0  # TRL has its own losses
     submodels = PlannedSubmodels(args, base, peft_config, all_logits)
@@ -205,18 +203,9 @@ def planned_batches(
         return [(rows, args.max_length)] * (len(rounds) * args.clients_per_round * steps)
     lengths = lengths_of(clients.dataset)
     # One process, which has all of the work.
-    order = _turns(args, range(len(clients.rows)), rounds)
+    order = planned_turns(args, range(len(clients.rows)), rounds)
     sampler = make_sampler(args, clients.dataset, list(clients.rows.values()), order, Placement())
     return [(len(batch), 8 * -(-int(lengths[batch].max()) // 8)) for batch in sampler]
-
-
-def _turns(args: DevFTConfig, everyone: range, rounds: range) -> list[tuple[int, int]]:
-    """(round, client) of the clients that these rounds sample."""
-    return [
-        (index, client)
-        for index in rounds
-        for client in sample_clients(everyone, args.clients_per_round, args.seed, index)
-    ]
 
 
 def _plan_stage(
@@ -232,7 +221,7 @@ def _plan_stage(
     """Plan a stage that comes after `smaller`."""
     model, base_bytes = submodels.model(stage)
     layout = AdapterLayout.of(model)
-    messages = _messages(args, layout, num_clients, turns)
+    messages = planned_messages(args, layout, num_clients, turns)
     trained = messages.trained
     found = submodels.activations(stage, *max(batches, key=math.prod))
     kept = found.checkpointed if args.activation_checkpointing else found.everything
@@ -330,42 +319,6 @@ def _flops_per_token(
         flops_per_token(model, [layers[index] for index in skipped], encoders, is_reference) for skipped in counts
     ]
     return np.average(found, axis=0, weights=list(counts.values()))
-
-
-def planned_traffic(args: DevFTConfig, layout: AdapterLayout, num_clients: int, rounds: range) -> float:
-    """Bytes that rounds with an adapter of this layout will send, both ways, of all clients; see `plan_run`."""
-    messages = _messages(args, layout, num_clients, _turns(args, range(num_clients), rounds))
-    return messages.down + (1 - args.client_dropout_rate) * messages.up
-
-
-@dataclass(frozen=True)
-class _Messages:
-    """Of some clients' turns: bytes to them, and from them where all answer, the values that one of them trains at
-    most, and the layers that each leaves out."""
-
-    down: float
-    up: float
-    trained: int
-    skips: list[tuple[int, ...]]
-
-
-def _messages(
-    args: DevFTConfig, layout: AdapterLayout, num_clients: int, turns: Sequence[tuple[int, int]]
-) -> _Messages:
-    memory = Memory()
-    method, correction, *_ = make_methods(args.federated_method, args.federated_method_kwargs)
-    labels = np.ones((num_clients, 2))  # of which the messages' sizes do not depend
-    method.begin_run(Clients(examples=[1] * num_clients, seed=args.seed, memory=memory, label_counts=lambda: labels))
-    method.begin_stage(layout, torch.zeros(sum(layout.sizes)))
-    wire = Wire(args.wire_dtype, args.upload_fraction, memory)
-    both = 2 if correction is not None and correction.records else 1
-    down, up, trained, skips = 0, 0, 0, []
-    for method.round_index, client in turns:
-        down += both * wire.bytes_down(layout.count(method.receives(client)))
-        up += both * wire.bytes_up(layout.count(method.sends(client)))
-        trained = max(trained, layout.count(method.trains(client)))
-        skips.append(method.skips(client))
-    return _Messages(down, up, trained, skips)
 
 
 def _total(plans: Sequence[StagePlan]) -> StagePlan:
