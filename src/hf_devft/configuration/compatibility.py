@@ -219,20 +219,16 @@ def _has_several_kinds_of_layers(setup: Setup) -> bool:
     return setup.base is not None and len(set(find_layer_stack(setup.base, setup.args.stack).kinds)) > 1
 
 
-def _adapts_outside_of_layers(setup: Setup) -> bool:
-    """Whether something that PEFT chooses by layers is in none; what is trained whole is not chosen so."""
+def _adapted_outside_of_layers(setup: Setup) -> list[str]:
+    """The tensors of what PEFT chooses by layers and is in none; what is trained whole is not chosen so."""
     if setup.base is None or setup.layout is None:
-        return False
+        return []
     names = find_layer_stack(setup.base, setup.args.stack).names
-    return any(".lora_" in key and names.split(key) is None for key in setup.layout.keys)
+    return [key for key in setup.layout.keys if ".lora_" in key and names.split(key) is None]
 
 
 def _adapts_another_stack(setup: Setup) -> bool:
-    if setup.base is None or setup.layout is None:
-        return False
-    names = find_layer_stack(setup.base, setup.args.stack).names
-    elsewhere = [key for key in setup.layout.keys if ".lora_" in key and names.split(key) is None]
-    return any(re.search(r"\.\d+\.", key) for key in elsewhere)
+    return any(re.search(r"\.\d+\.", key) for key in _adapted_outside_of_layers(setup))
 
 
 def _lacks_labels(setup: Setup) -> bool:
@@ -317,7 +313,7 @@ FACTS: dict[str, Fact] = {
         ),
         lambda s: f"target_modules={s.adapter.target_modules!r}",
     ),
-    "modules outside of layers": Fact("an adapter on modules outside of the layers", _adapts_outside_of_layers),
+    "modules outside of layers": Fact("an adapter on modules outside of the layers", _adapted_outside_of_layers),
     "anchors that come and go": Fact(
         '`transfer="anchor"` in three stages or more, but of `grouping="prefix"`',
         lambda s: s.args.transfer == "anchor" and s.args.grouping != "prefix" and (s.num_stages or 0) > 2,

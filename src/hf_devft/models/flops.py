@@ -47,9 +47,10 @@ def flops_per_token(
             weights = [weight for weight in weights if weight is not embeddings]
         out |= set(map(id, weights))
         matrices = [(weight, shape) for weight in weights if len(shape := _shape(weight)) > 1]
-        per_weight = [2 if id(weight) in below else 6 if weight.requires_grad else 4 for weight, _ in matrices]
-        if is_reference:
-            per_weight = [each if each == 6 else each + 2 for each in per_weight]
+        frozen = 2 * is_reference
+        per_weight = [
+            2 + frozen if id(weight) in below else 6 if weight.requires_grad else 4 + frozen for weight, _ in matrices
+        ]
         used = (shape.numel() * (chosen.get(shape[0], 1.0) if len(shape) > 2 else 1.0) for _, shape in matrices)
         flops.append(float(sum(map(operator.mul, per_weight, used))))
     return tuple(flops)

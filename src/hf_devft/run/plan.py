@@ -132,11 +132,12 @@ def plan_run(
     rounds, privacy = _privacy(args, planned, everyone if are_known else None, examples)
     begun = _begun(stages, rounds)
     ends = np.cumsum([0, *(stage.rounds for stage in begun)]).tolist()
+    of_pairs = trainer == "dpo"  # and each stage is its own reference
     turns = functools.partial(planned_turns, args, everyone)
-    batches = functools.partial(planned_batches, args, clients, trainer == "dpo")
+    batches = functools.partial(planned_batches, args, clients, of_pairs)
     all_logits = trainer != "devft" or args.torch_compile or args.label_smoothing_factor > 0  # TRL has its own losses
     submodels = PlannedSubmodels(args, base, peft_config, all_logits)
-    plan_stage = functools.partial(_plan_stage, args, submodels, trainer == "dpo", len(everyone))
+    plan_stage = functools.partial(_plan_stage, args, submodels, of_pairs, len(everyone))
     layout = AdapterLayout.of(submodels.model(stages[-1])[0])
     setup = Setup(args, trainer, adapter=peft_config, layout=layout, base=base, num_stages=len(stages))
     check_compatibility(setup)

@@ -16,6 +16,7 @@ from hf_devft.models.initialisation import without_weight_based_init
 from hf_devft.models.layer_stack import find_layer_stack, with_layers
 from hf_devft.stages.bridges import add_bridges
 from hf_devft.stages.grouping import GroupingTask, group_layers
+from hf_devft.stages.transfer import kinds_by_adapter
 
 
 # Of a client's trained values in float32: themselves, their gradient, AdamW's two moments.
@@ -60,7 +61,7 @@ class PlannedSubmodels:
     def _model(self, layers: int, adapted: tuple[int, ...]) -> tuple[PeftModel, int]:
         args, stack, config = self._args, self._stack, self._peft_config
         chosen = chosen_layers(config)  # those share no group with the others
-        kinds = stack.kinds if chosen is None else tuple((kind, i in chosen) for i, kind in enumerate(stack.kinds))
+        kinds = stack.kinds if chosen is None else kinds_by_adapter(stack.kinds, chosen)
         groups = group_layers(GroupingTask(kinds, layers), "even")  # of any grouping's sizes
         submodel = with_layers(self._base, stack, [group[0] for group in groups])
         own = stack.names.keeping([group[0] for group in groups]).layers(submodel)

@@ -12,7 +12,7 @@ from hf_devft.models.layer_stack import LayerStack, find_layer_stack
 from hf_devft.models.layout import State
 from hf_devft.stages.grouping import GroupingTask, Groups, adapter_gram, group_layers, similarity_of, weight_gram
 from hf_devft.stages.submodel import build_submodel, build_whole, layers_of
-from hf_devft.stages.transfer import kinds_by_adapter
+from hf_devft.stages.transfer import kinds_by_adapter, layers_with_adapter
 
 
 class SubmodelBuilder:
@@ -73,4 +73,4 @@ def layer_stack(base: PreTrainedModel, which: str | None, adapter: State | None)
     stack = find_layer_stack(base, which)
     if adapter is None:
         return stack
-    return replace(stack, kinds=kinds_by_adapter(adapter, stack.names, stack.kinds))
+    return replace(stack, kinds=kinds_by_adapter(stack.kinds, layers_with_adapter(adapter, stack.names)))

@@ -44,9 +44,13 @@ def check_alike(state: State, names: LayerNames, kinds: Sequence[Hashable]) -> N
         raise ValueError("the adapter is on none of the layers that stages group: choose other `target_modules`.")
 
 
-def kinds_by_adapter(state: State, names: LayerNames, kinds: Sequence[Hashable]) -> tuple[Hashable, ...]:
+def layers_with_adapter(state: State, names: LayerNames) -> set[int]:
+    """The layers that an adapter has tensors of."""
+    return {parts[0] for key in state if (parts := names.split(key)) is not None}
+
+
+def kinds_by_adapter(kinds: Sequence[Hashable], adapted: Collection[int]) -> tuple[Hashable, ...]:
     """The layers' kinds, where those with an adapter are of another kind than those without."""
-    adapted = {parts[0] for key in state if (parts := names.split(key)) is not None}
     return tuple((kind, layer in adapted) for layer, kind in enumerate(kinds))
 
 

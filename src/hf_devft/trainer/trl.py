@@ -98,8 +98,7 @@ class TRLMixin(DevFTMixin):
         # TRL has patched the base's `forward`; a submodel's copy of that would run the base.
         base = model.get_base_model()
         vars(base).pop("forward", None)
-        weighting = ("log_sum_sq_probs",) if getattr(self, "use_weighting", False) else ()  # of DPO's pairs
-        add_fused_lm_head(base, outputs=(*self.fused_outputs, *weighting))
+        add_fused_lm_head(base, outputs=self.fused_outputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL's, which adds its metrics of the clients' rows, but not in a private run: no noise covers them."""
@@ -148,7 +147,11 @@ class DevFTDPOTrainer(TRLMixin, DPOTrainer):
     """
 
     kind = "dpo"
-    fused_outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
+
+    @property
+    def fused_outputs(self) -> tuple[str, ...]:
+        weighting = ("log_sum_sq_probs",) if self.args.use_weighting else ()
+        return ("log_probs", "entropy", "mean_logits", "is_top1", *weighting)
 
     def __init__(self, model: Any, args: DevFTDPOConfig, **kwargs):
         if kwargs.get("ref_model") is not None or args.precompute_ref_log_probs or isinstance(model, PeftModel):
