@@ -1,6 +1,7 @@
 """Runs whose clients are participants of their own, against simulations of the same clients."""
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -374,6 +375,17 @@ def test_a_participant_with_another_base_is_left_out(remote_run, participants, t
     trainer.train()
     assert all(record.dropped == ["org-b"] for record in trainer.ledger.rounds)
     assert "the submodel of stage 1 has other weights here" in caplog.text
+
+
+def test_a_participant_with_another_tokenizer_is_left_out(remote_run, participants, base, tmp_path, caplog):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    participants[12].model = str(other)
+    trainer = remote_run(Loopback(participants), clients_per_round=3, stage_rounds=[1])
+    trainer.train()
+    assert all(record.dropped == ["org-b"] for record in trainer.ledger.rounds)
+    assert "the tokenizer, or its chat template, is another here" in caplog.text
 
 
 def test_clients_come_late_and_go(make_trainer, participants, base, caplog):

@@ -64,6 +64,7 @@ class StageMessage:
             see `FederatedMethod.untransmitted`.
         taught: the file of the submodel's healed layers or bridges; empty without.
         base_hash: of the submodel's base weights; see `hash_of_weights`.
+        tokenizer_hash: of the server's tokenizer, see `hash_of_tokenizer`; empty where it has none.
     """
 
     key: str
@@ -75,6 +76,7 @@ class StageMessage:
     untransmitted: bytes
     taught: bytes
     base_hash: str
+    tokenizer_hash: str
 
     def to_record(self) -> ConfigRecord:
         """Return it as it travels."""
@@ -100,7 +102,7 @@ class StageMessage:
 
 _STAGE_TYPES = {
     "key": str, "run": str, "settings": str, "records": str, "num_clients": int, "places": list,
-    "untransmitted": bytes, "taught": bytes, "base_hash": str,
+    "untransmitted": bytes, "taught": bytes, "base_hash": str, "tokenizer_hash": str,
 }  # fmt: skip
 
 

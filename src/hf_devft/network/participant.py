@@ -21,9 +21,9 @@ from hf_devft.federation.wire import Wire
 from hf_devft.files import atomic_file
 from hf_devft.models.adapter_files import save_adapter
 from hf_devft.models.layout import AdapterLayout
-from hf_devft.network.base_hash import hash_of_weights
 from hf_devft.network.client_state import ClientState, carry
 from hf_devft.network.dry_steps import measure_layers
+from hf_devft.network.fingerprints import hash_of_tokenizer, hash_of_weights
 from hf_devft.network.messages import Joining, StageMessage, Turn, answer_to_record
 from hf_devft.network.names import sign_name
 from hf_devft.network.secure_sum import SecureSumError, SummingClient, to_fixed
@@ -148,6 +148,7 @@ class Participant:
         if self.max_layers and record.num_layers > self.max_layers:
             raise ValueError(f"the stage has {record.num_layers} layers, this participant can hold {self.max_layers}")
         session = self._session_with(message.settings)
+        self._check_tokenizer(message)
         self._stage = None
         healed = session.run.healed
         if message.taught:
@@ -168,6 +169,15 @@ class Participant:
         session.models.use(active.engine)
         known = _known(active.engine.layout, message.places, message.untransmitted)
         self._stage = RunningStage(message, active, session.runner(active), known)
+
+    def _check_tokenizer(self, message: StageMessage) -> None:
+        """Refuse to train on other tokens, or in another chat template, than the server means."""
+        found = hash_of_tokenizer(self._trainer.processing_class)
+        if message.tokenizer_hash and found != message.tokenizer_hash:
+            raise ValueError(
+                f"the tokenizer, or its chat template, is another here ({found[:12]}) than at the server "
+                f"({message.tokenizer_hash[:12]}): {self.model} is another base or revision than the server's."
+            )
 
     def take_turn(self, turn: Turn, told: dict[int, bytes] | None = None) -> ConfigRecord:
         """Train as a turn asks, and remember what stays here; returns what is sent back.

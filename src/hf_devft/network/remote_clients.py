@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -21,7 +22,7 @@ from hf_devft.federation.partition import ClientData, clients_elsewhere
 from hf_devft.federation.rounds import Federation
 from hf_devft.models.layout import State
 from hf_devft.network.attendance import Attendance, some_of
-from hf_devft.network.base_hash import hash_of_weights
+from hf_devft.network.fingerprints import hash_of_tokenizer, hash_of_weights
 from hf_devft.network.messages import (
     NO_STAGE,
     STAGE,
@@ -151,9 +152,9 @@ class RemoteClients:
 
     # --- a run, its stages ----------------------------------------------------------------------------------
 
-    def begin_run(self, run: FederatedRun, federation: Federation) -> None:
+    def begin_run(self, run: FederatedRun, federation: Federation, processor: Any) -> None:
         """Begin a run, or go on with one."""
-        self._run, self._federation = run, federation
+        self._run, self._federation, self._processor = run, federation, processor
         if federation.memory.get(SERVER, _RUN) is None:
             number = int.from_bytes(os.urandom(7), "big")
             federation.memory.put(SERVER, _RUN, {"number": torch.tensor(number)})
@@ -180,6 +181,7 @@ class RemoteClients:
             untransmitted=torch.cat(parts).numpy().tobytes() if parts else b"",
             taught=path.read_bytes() if active.record.is_taught else b"",
             base_hash=hash_of_weights(active),
+            tokenizer_hash=hash_of_tokenizer(self._processor),
         )
         self._stage_key = message.to_record().object_id
         self._stage = replace(message, key=self._stage_key).to_record()

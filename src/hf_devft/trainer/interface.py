@@ -24,8 +24,8 @@ from hf_devft.hub.publisher import RunPublisher
 class ClientLink(Protocol):
     """Carries messages between a run and its clients, wherever they are."""
 
-    def begin_run(self, run: Any, federation: Federation) -> None:
-        """Begin a run, or go on with one (a `FederatedRun`)."""
+    def begin_run(self, run: Any, federation: Federation, processor: Any) -> None:
+        """Begin a run, or go on with one (a `FederatedRun`); `processor` reads the server's rows."""
         ...
 
     def begin_stage(self, active: Any, rounds: range) -> None:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from hf_devft.federation.batches import ClientBatches
 from hf_devft.federation.client_side import Answer, ClientSide, Exchange, ToClient, exchange_here
@@ -30,7 +31,7 @@ class LocalClients:
     ):
         self._side, self._make_runner, self._batches_of = side, make_runner, batches_of
 
-    def begin_run(self, run: FederatedRun, federation: Federation) -> None:
+    def begin_run(self, run: FederatedRun, federation: Federation, processor: Any) -> None:
         """Begin a run; nothing is to be done."""
 
     def begin_stage(self, active: ActiveStage, rounds: range) -> None:

@@ -100,7 +100,7 @@ class TrainingSession:
         self.clients: ClientLink = LocalClients(ClientSide(method, correction, wire), self.runner, self.batches_of)
         if trainer.remote_clients is not None:
             self.clients = trainer.remote_clients
-            self.clients.begin_run(run, self.federation)
+            self.clients.begin_run(run, self.federation, trainer.processing_class)
             if checkpoint is not None:
                 self._keep_states(checkpoint.folder)
 
