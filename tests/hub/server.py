@@ -16,6 +16,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from huggingface_hub.utils.sha import git_hash
 
 
 USER, TOKEN = "me", "hf_secret"
@@ -159,8 +160,9 @@ def make_app(hub: HubServer) -> FastAPI:
     def entries(repo: Repo, oid: str) -> dict[str, dict]:
         found = {}
         for path, blob in repo.commits[oid].items():
-            size = (hub.blobs / blob).stat().st_size
-            found[path] = {"type": "file", "path": path, "size": size, "oid": blob[:40]}
+            content = (hub.blobs / blob).read_bytes()
+            size = len(content)
+            found[path] = {"type": "file", "path": path, "size": size, "oid": git_hash(content)}
             if path.endswith(".safetensors"):
                 found[path]["lfs"] = {"oid": blob, "size": size, "pointerSize": 130}
             for parent in list(Path(path).parents)[:-1]:

@@ -150,6 +150,30 @@ def test_a_branch_that_is_not_there_does_not_hold_what_another_has(hub, output, 
     assert {"main", "v2"} <= hub.repos["me/run"].branches.keys()
 
 
+def test_a_card_that_has_changed_since_is_pushed_again(hub, output, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    push_run(str(output), "me/run", None, None)
+    card = output / "stage-2" / "README.md"
+    card.write_text("scores")
+    push_run(str(output), "me/run", None, None)
+    assert "already" not in capsys.readouterr().out
+    repo = hub.repos["me/run"]
+    for name in ("README.md", "stage-2/README.md"):
+        blob = repo.commits[repo.tags["stage-2"]][name]
+        assert (hub.blobs / blob).read_text() == "scores"
+    assert list(repo.messages.values()).count("Stage 1") == 1, "which has not changed"
+
+
+def test_a_card_that_was_edited_on_the_hub_stays(hub, output, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    push_run(str(output), "me/run", None, None)
+    HfApi(hub.url, TOKEN).upload_file(path_or_fileobj=b"mine", path_in_repo="README.md", repo_id="me/run")
+    push_run(str(output), "me/run", None, None)
+    assert capsys.readouterr().out.endswith("Everything is on the Hub already.\n")
+
+
 def test_by_hand(hub, make_trainer, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     trainer = make_trainer(hub_model_id="me/hand", hub_token=TOKEN)

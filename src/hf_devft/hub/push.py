@@ -17,6 +17,8 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 
 from hf_devft.configuration import STAGE_CONFIG_NAME, StageConfig
 from hf_devft.configuration.stage_folder import CLIENTS, FEDERATION, SECRET, SUBMODEL
@@ -157,18 +159,24 @@ class HubPusher:
         return self.repo_id
 
     def holds(self, push: Push) -> bool:
-        """Whether the tag of a stage's push is there, and the branch has it, with the same adapter."""
-        path = Path(push.folders[push.tag]) / ADAPTER_WEIGHTS
-        wanted = hashlib.sha256(path.read_bytes()).hexdigest()
-        for revision in (push.tag, self.revision):
-            try:
-                found = self.api.get_paths_info(self.repo_id, [f"{push.tag}/{ADAPTER_WEIGHTS}"], revision=revision)
-            except HfHubHTTPError:
-                return False
-            lfs = getattr(found[0], "lfs", None) if found else None
-            if lfs is None or lfs.sha256 != wanted:
-                return False
-        return True
+        """Whether the tag of a stage's push has all of it as it is now, and the branch the same adapter; other files
+        there, such as the card, may have been edited since."""
+        files = {
+            each.path_in_repo: Path(each.path_or_fileobj)
+            for each in push.operations()
+            if each.path_in_repo.startswith(f"{push.tag}/")
+        }
+        adapter = f"{push.tag}/{ADAPTER_WEIGHTS}"
+        return self._has(files, push.tag) and self._has({adapter: files[adapter]}, self.revision)
+
+    def _has(self, files: dict[str, Path], revision: str | None) -> bool:
+        """Whether a revision has these files, by their names there."""
+        try:
+            found = self.api.get_paths_info(self.repo_id, list(files), revision=revision)
+        except HfHubHTTPError:
+            return False
+        there = {each.path: each for each in found if isinstance(each, RepoFile)}
+        return all(name in there and _is_the_same(path, there[name]) for name, path in files.items())
 
     def push(self, push: Push) -> CommitInfo:
         """Push at once.
@@ -210,6 +218,13 @@ class HubPusher:
                 raise
             self.api.delete_tag(self.repo_id, tag=tag)  # of an earlier run, or of this one before it was resumed
             self.api.create_tag(self.repo_id, tag=tag, revision=oid)
+
+
+def _is_the_same(path: Path, there: RepoFile) -> bool:
+    content = path.read_bytes()
+    if there.lfs is not None:
+        return there.lfs.sha256 == hashlib.sha256(content).hexdigest()
+    return there.blob_id == git_hash(content)
 
 
 def _first_line(error: Exception) -> str:
