@@ -9,13 +9,12 @@ three seconds, and starts a process for each, which would load the base anew: fo
 
 import logging
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -197,7 +196,6 @@ class Connection:
 @contextmanager
 def connect(arguments: ConnectionArguments) -> Iterator[Connection]:
     """Connect to the SuperLink; ends the process where that does not know the node, or is not who it should be."""
-    arguments.check()
     certificates = arguments.root_certificates and Path(arguments.root_certificates).read_bytes()
     with http_request_response(arguments.superlink, arguments.insecure, certificates, arguments.keys) as functions:
         yield Connection(functions)
@@ -238,27 +236,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         data, connection = OneLineParser([DataArguments, ConnectionArguments]).parse_args_into_dataclasses(argv)
         participant = data.participant()
-    place = None
-    try:
         connection.check()
         participant.key = connection.keys and connection.keys[0]
-        ours.info(f"{data.name} asks {connection.superlink} to let it in")
-        with connect(connection) as place:
-            ours.info(f"{data.name}, {len(participant.rows)} rows, is connected to {connection.superlink}")
+        try:
+            run_node(connection, participant)
+        except KeyboardInterrupt:
+            ours.info(f"{data.name} ends")
+
+
+def run_node(arguments: ConnectionArguments, participant: Participant) -> NoReturn:
+    """Connect a participant to the SuperLink, and answer what comes.
+
+    Raises:
+        ConnectionError: the connection was lost.
+        SystemExit: Flower's, where the node is not admitted; the log says what may be wrong.
+    """
+    place = None
+    logger.info(f"{participant.name} asks {arguments.superlink} to let it in")
+    try:
+        with connect(arguments) as place:
+            logger.info(f"{participant.name}, {len(participant.rows)} rows, is connected to {arguments.superlink}")
             serve(place, participant)
-        sys.exit(f"error: the connection to {connection.superlink} was lost")  # which Flower has logged
     except SystemExit:
         if place is None:
-            ours.error(
-                f"{connection.superlink} does not admit this node. Is its key registered (`flwr supernode register`), "
+            logger.error(
+                f"{arguments.superlink} does not admit this node. Is its key registered (`flwr supernode register`), "
                 "and is it the SuperLink of --root_certificates? A node that was killed is admitted again when the "
                 "SuperLink has noticed, after a minute."
             )
         raise
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        ours.info(f"{data.name} ends")
+    raise ConnectionError(f"the connection to {arguments.superlink} was lost")  # which Flower has logged
 
 
 if __name__ == "__main__":
