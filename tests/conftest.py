@@ -82,6 +82,14 @@ def tiny_llama(layers: int = 4, seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+class FirstIsBest(TrainerCallback):
+    """Whatever was measured."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if "eval_runtime" in metrics:
+            metrics["eval_runtime"] = 1.0 / (1 + state.global_step)
+
+
 class CopyAtSaves(TrainerCallback):
     """Copies the output folder at each checkpoint, to `{output_dir}-at-{step}`: what a stop just then leaves."""
 

@@ -8,6 +8,7 @@ from hf_devft.federation.heterogeneity.staleness import late_weights
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import AGGREGATION_RULES, METHODS, SERVER_OPTIMIZERS, Clients
 from hf_devft.federation.methods.fedit import FedIT
+from hf_devft.federation.privacy import ClientPrivacy
 from hf_devft.federation.rounds import Federation, QuorumError
 from hf_devft.federation.sampling import Placement
 from hf_devft.federation.selection import ClientSelection, ResourceAware
@@ -294,6 +295,31 @@ def test_a_stage_goes_on_at_the_same_time():
         half = run_round(resumed, index, half, training()).adapter
     assert torch.equal(half, adapter)
     assert resumed.clock.time == whole.clock.time
+
+
+def test_a_second_secure_sum_of_a_round_is_not_asked_for():
+    """The difference between the two would be single clients' updates."""
+    for sees_sums_only, attempts in ((True, 1), (False, 3)):
+        run, asked = federation(quorum=3, retries=2), []
+        run.sees_sums_only = sees_sums_only
+        with pytest.raises(QuorumError, match=f"in {attempts} attempts"):
+            run_round(run, 0, torch.zeros(2), training(failing=(0, 1, 2, 3), trained=asked))
+        assert len(asked) == 3 * attempts
+    run = federation(quorum=3, retries=2)
+    run.sees_sums_only = True
+    with pytest.raises(QuorumError, match="in 3 attempts"):  # of no client there was a sum
+        run_round(run, 0, torch.zeros(2), training(failing=range(6)))
+
+
+def test_a_private_round_in_which_nobody_answers_is_released():
+    """A run that ended would tell who was drawn."""
+    start = torch.zeros(2)
+    run = federation()
+    run.is_private, run.privacy = True, ClientPrivacy(1.0, 1.0, 3, 1, run.memory)
+    assert not torch.equal(run_round(run, 0, start, training(failing=range(6))).adapter, start), "the noise"
+    run.quorum = 2
+    with pytest.raises(QuorumError):
+        run_round(run, 1, start, training(failing=range(6)))
 
 
 def test_a_private_round_that_everyone_has_left_counts():

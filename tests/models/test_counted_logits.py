@@ -7,7 +7,20 @@ import torch
 from architectures import ARCHITECTURES, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GraniteConfig, GraniteForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    BartConfig,
+    BartForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_devft.models import counted_logits
 from hf_devft.models.counted_logits import count_logits
@@ -66,6 +79,36 @@ def test_loss_and_gradients_are_those_of_all_logits(model, items, trains_head):
     for hook in hooks:
         hook.remove()
     assert counted(**inputs).logits.shape == (4, 11, 64)
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def test_an_adapter_between_the_decoder_and_the_logits_learns():
+    base = RobertaForCausalLM(RobertaConfig(**SMALL, is_decoder=True)).eval()
+    every, counted = with_adapter(base), with_adapter(base)
+    assert count_logits(counted.get_base_model())
+    _, gradients = loss_and_gradients(every, **batch())
+    _, own = loss_and_gradients(counted, **batch())
+    assert any("lm_head.dense" in name for name in gradients)
+    assert own.keys() == gradients.keys()
+
+
+@pytest.mark.parametrize("other", ["Bart", "ModernBertDecoder", "Bamba"])
+def test_a_model_whose_loss_or_decoder_is_another_computes_all_logits(other):
+    """Bart's decoder does not shift labels; ModernBERT's calls its head so; Bamba can have another loss beside."""
+    if other == "Bart":
+        sizes = {"d_model": 16, "decoder_layers": 1, "decoder_ffn_dim": 24, "decoder_attention_heads": 2}
+        base = BartForCausalLM(BartConfig(vocab_size=64, max_position_embeddings=32, **sizes))
+    elif other == "ModernBertDecoder":
+        base = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**SMALL, pad_token_id=0))
+    else:
+        with torch.device("meta"):
+            base = BambaForCausalLM(BambaConfig(**SMALL, mamba_n_heads=2, mamba_d_head=16, z_loss_coefficient=0.1))
+    assert count_logits(base) == []
 
 
 def test_an_evaluation_has_what_the_metrics_read(model):

@@ -152,6 +152,16 @@ def test_stages_that_end_themselves(tmp_path):
     assert [stage.rounds_done < 4 for stage in trainer.stages] == [True, True]
 
 
+def test_patience_is_not_forgotten_where_a_run_goes_on(tmp_path):
+    flags = "--early_stopping_patience 2 --stage_rounds 5 --learning_rate 1e-12 --eval_on_start no".split()
+    flags += "--load_best_model_at_end true --save_strategy steps --save_steps 1 --predict_with_generate no".split()
+    flags += ["--stage_layers", "16"]
+    in_process(tmp_path, *flags, "--max_steps", "2").train()
+    again = in_process(tmp_path, *flags)
+    again.train("last")
+    assert again.stages[0].rounds_done == 3, "the best, and two more"
+
+
 def test_what_the_server_asks_is_held_out_of_training(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{n}:", "completion": f" {n}"}) + "\n" for n in range(40)))

@@ -14,11 +14,19 @@ from hf_devft.tasks.data import load_files, to_known_columns, tokenize
     ({"instruction": "a", "input": "c", "response": "b"},
      "### Instruction:\na\n\n### Input:\nc\n\n### Response:\n", "b"),
     ({"instruction": "a", "response": "b"}, "### Instruction:\na\n\n### Response:\n", "b"),
+    ({"instruction": "a", "context": "c", "response": "b"},
+     "### Instruction:\na\n\n### Input:\nc\n\n### Response:\n", "b"),
     ({"question": "a", "answer": "b"}, "Question: a\nAnswer:", " b"),
+    ({"question": "a", "context": "c", "answer": "b"}, "c\n\nQuestion: a\nAnswer:", " b"),
 ])  # fmt: skip
 def test_known_formats(row, prompt, completion):
     converted = to_known_columns(Dataset.from_list([row]))[0]
     assert (converted["prompt"], converted["completion"]) == (prompt, completion)
+
+
+def test_a_text_beside_a_prompt_without_an_answer_is_what_is_learned(tokenizer):
+    row = tokenize(Dataset.from_list([{"prompt": "Write.", "text": "red"}]), tokenizer, 64)[0]
+    assert tokenizer.decode(row["labels"]) == "red<|endoftext|>"
 
 
 def test_unknown_columns_name_the_known_ones():

@@ -94,6 +94,34 @@ def test_a_head_that_was_trained_keeps_its_labels(bert, tmp_path, tokenizer):
     assert trainer.train_dataset["labels"][:2] == [2, 1]
 
 
+def test_a_private_run_publishes_no_labels_that_rows_tell(bert, tmp_path):
+    rows = Dataset.from_dict({"text": SENTENCES, "label": ["no", "yes"] * 12})
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
+    private = {"dp_noise_multiplier": 1.0, "dp_clipping_norm": 1.0, "dp_delta": 1e-3}
+    with pytest.raises(ValueError, match=r"published without noise: name them, as by .*id2label.*ClassLabel"):
+        run(bert, tmp_path, rows, adapter, **private)
+    names = {"id2label": {"0": "maybe", "1": "no", "2": "yes"}}
+    trainer = run(bert, tmp_path, rows, adapter, **private, model_init_kwargs=names)
+    config = trainer.model.get_base_model().config
+    assert config.id2label == {0: "maybe", 1: "no", 2: "yes"}
+    assert config.label2id == {"maybe": 0, "no": 1, "yes": 2}
+    assert trainer.train_dataset["labels"][:2] == [1, 2]
+
+
+@pytest.mark.parametrize("order", [["bad", "good"], ["good", "bad"]])
+def test_a_columns_numbers_go_to_a_trained_head_by_their_names(bert, tmp_path, tokenizer, order):
+    names = {0: "bad", 1: "good"}
+    trained = hf.BertForSequenceClassification.from_pretrained(bert, id2label=names)
+    trained.save_pretrained(tmp_path / "trained")
+    tokenizer.save_pretrained(tmp_path / "trained")
+    rows = Dataset.from_dict({"text": SENTENCES, "label": ["bad", "good"] * 12})
+    rows = rows.cast_column("label", ClassLabel(names=order))
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
+    trainer = run(str(tmp_path / "trained"), tmp_path / "run", rows, adapter)
+    assert trainer.model.config.id2label == names
+    assert trainer.train_dataset["labels"][:2] == [0, 1]
+
+
 def test_a_loss_that_ignores_the_number_of_items_is_not_cut(bert, tmp_path):
     rows = Dataset.from_dict({"text": SENTENCES, "label": [0, 1] * 12})
     adapter = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
@@ -220,6 +248,29 @@ def test_speech_recognition(tmp_path, tokenizer):
     assert tokenizer.decode(trainer.train_dataset[0]["labels"]) == SENTENCES[0]
 
 
+def test_a_sound_that_is_longer_than_the_model_hears_is_refused(tokenizer):
+    """Its text would be learned from what is not heard."""
+    extractor = hf.WhisperFeatureExtractor(feature_size=4, chunk_length=1, n_fft=64, hop_length=1000)
+    encoding = Encoding(hf.WhisperProcessor(extractor, tokenizer), hf.WhisperConfig(**WHISPER), 16)
+    long = Dataset.from_dict({"audio": [{"array": np.zeros(32000), "sampling_rate": 16000}], "text": [SENTENCES[0]]})
+    with pytest.raises(ValueError, match="a sound of 2 seconds is longer than the 1 that the model hears"):
+        TASKS["automatic-speech-recognition"].encode(long, encoding)
+
+
+def test_a_head_of_another_size_is_trained_whole(tmp_path):
+    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
+    model = hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=5))
+    model.save_pretrained(tmp_path / "base")
+    hf.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "base")
+    images = [Image.fromarray(np.full((10, 10, 3), 9 * number, np.uint8)) for number in range(24)]
+    rows = Dataset.from_dict({"image": images, "label": ["a", "b", "c"] * 8}).cast_column("image", hf_image())
+    options = {"task": "image-classification", "model_init_kwargs": {"ignore_mismatched_sizes": True}}
+    trainer = run(
+        str(tmp_path / "base"), tmp_path / "run", rows, LoraConfig(r=2, target_modules="all-linear"), **options
+    )
+    assert trainer.peft_config.modules_to_save == ["classifier"]
+
+
 def test_a_start_that_the_model_adds_is_not_learned():
     extractor = hf.Wav2Vec2FeatureExtractor(sampling_rate=16000)
     collator = SoundCollator(extractor, start=3)
@@ -299,8 +350,27 @@ def test_only_the_assistants_turns_of_a_chat_are_learned(chatty, form):
     }[form]  # fmt: skip
     encoded = TASKS["text-generation"].encode(Dataset.from_list([row]), Encoding(chatty, None, 64))[0]
     learned = chatty.decode([label for label in encoded["labels"] if label != -100])
-    assert learned == " blue<|endoftext|> dog<|endoftext|>"
+    answers = {"prompt": " dog<|endoftext|>"}  # as TRL has it: of a prompt nothing is learned
+    assert learned == answers.get(form, " blue<|endoftext|> dog<|endoftext|>")
     assert chatty.decode(encoded["input_ids"]).startswith("[user]red?[assistant] blue")
+
+
+def test_a_chats_tools_are_shown_to_the_model(chatty):
+    chatty.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.name }}({{ tool | tojson }}){% endfor %}{{ mood }}" + TEMPLATE
+    )
+    tools = [{"name": "add", "numbers": 2}, {"name": "ask", "whom": "Ann"}]  # a table has all keys of both
+    rows = [
+        {"messages": CHAT, "tools": tools, "chat_template_kwargs": {"mood": "calm"}},
+        {"messages": CHAT, "tools": [], "chat_template_kwargs": None},
+    ]
+    encoded = TASKS["text-generation"].encode(Dataset.from_list(rows), Encoding(chatty, None, 256))
+    shown = 'add({"name": "add", "numbers": 2})ask({"name": "ask", "whom": "Ann"})calm[user]red?'
+    assert chatty.decode(encoded[0]["input_ids"]).startswith(shown)
+    assert chatty.decode(encoded[1]["input_ids"]).startswith("[user]red?")
+    as_text = Dataset.from_list([{"messages": CHAT, "tools": json.dumps(tools)}])
+    encoded = TASKS["text-generation"].encode(as_text, Encoding(chatty, None, 256))
+    assert chatty.decode(encoded[0]["input_ids"]).startswith(shown.replace("calm", ""))
 
 
 def test_a_template_that_changes_earlier_turns_is_refused(chatty):

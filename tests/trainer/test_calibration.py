@@ -33,7 +33,7 @@ def calibration(measured: list, prepare=count_logits) -> CalibrationLoss:
         measured.append(model)
         return model(**inputs).loss
 
-    return CalibrationLoss(batches, loss, prepare, contextlib.nullcontext, torch.device("cpu"), 0, 1)
+    return CalibrationLoss(batches, loss, prepare, contextlib.nullcontext, torch.device("cpu"), 0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,17 @@ def test_losses_are_those_of_the_models_without_a_layer(make, stack):
     before = len(measured)
     assert losses_without(layers, layers[1:]) == losses
     assert len(measured) == before, "each is measured once"
+
+
+def test_losses_do_not_depend_on_what_was_drawn_before():
+    """A collator may draw, and a run that goes on has drawn less."""
+    base, found = tiny_model("gemma2"), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        builder, losses = SubmodelBuilder(base, None, None), calibration([])
+        losses._batches = lambda: [{"input_ids": (ids := torch.randint(5, 60, (2, 7))), "labels": ids}]
+        found.append(losses.of(builder)([0, 1, 2], [1, 2]))
+    assert found[0] == found[1]
 
 
 def test_a_loss_of_ones_own_is_told_how_many_labels_there_are(make_trainer, eval_tasks):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CopyAtSaves, config, lora, resume_after_stages, tiny_llama
+from conftest import CopyAtSaves, FirstIsBest, config, lora, resume_after_stages, tiny_llama
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -1105,14 +1105,6 @@ def test_the_newest_checkpoint_is_kept_beside_the_best(make_trainer, eval_tasks,
     again = make_trainer(max_steps=6, **options)
     again.train(resume_from_checkpoint="last")
     assert [(record.round, record.stage) for record in again.ledger.rounds] == [(n, 1 + (n > 3)) for n in range(1, 7)]
-
-
-class FirstIsBest(TrainerCallback):
-    """Whatever was measured."""
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if "eval_runtime" in metrics:
-            metrics["eval_runtime"] = 1.0 / (1 + state.global_step)
 
 
 def test_any_metric_of_several_sets_may_say_which_round_is_best(make_trainer):

@@ -13,6 +13,7 @@ from hf_devft import DevFTTrainer
 from hf_devft.federation.client_side import Exchange
 from hf_devft.federation.encoding import Encoded
 from hf_devft.federation.privacy import ClientAccountant, RecordAccountant
+from hf_devft.hub.push import stage_push
 from hf_devft.models.adapter_files import load_adapter
 from hf_devft.trainer.federated_run import planned_draws
 from hf_devft.trainer.local_clients import LocalClients
@@ -150,6 +151,29 @@ def test_a_resumed_run_needs_its_secret(make_trainer, tmp_path):
     elsewhere.train(resume_from_checkpoint=str(tmp_path / "run" / "stage-1"))
 
 
+def test_a_second_training_of_a_private_run_is_refused(make_trainer):
+    """It would go on from an adapter whose cost nobody counts."""
+    trainer = make_trainer(**PRIVATE, save_strategy="steps", save_steps=1)
+    trainer.train()
+    with pytest.raises(ValueError, match="another `train` would go on from an adapter whose private rounds"):
+        trainer.train()
+    assert len(trainer.ledger.rounds) == 4
+
+
+def test_nothing_that_is_pushed_tells_of_what_clients_keep(make_trainer, tmp_path):
+    """A lossy wire leaves values out, which each client that has taken part remembers."""
+    trainer = make_trainer(output_dir=tmp_path / "run", **PRIVATE, wire_dtype="int8", save_strategy="steps")
+    trainer.train()
+    pushed = [each for stage in (1, 2) for each in stage_push(tmp_path / "run", stage).operations()]
+    assert (tmp_path / "run" / "stage-1" / "federation.safetensors").exists()
+    texts = [Path(each.path_or_fileobj).read_text(errors="replace") for each in pushed]
+    assert not any("federation.safetensors" in text for text in texts)
+    assert all(stage.totals["setup_peak_memory"] == 0 for stage in trainer.stages)
+    resumed = make_trainer(output_dir=tmp_path / "run", **PRIVATE, wire_dtype="int8", save_strategy="steps")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "stage-1"))
+    assert len(resumed.ledger.rounds) == 4
+
+
 RECORDS = {
     "dp_level": "record", "dp_noise_multiplier": 0.8, "dp_delta": 1e-3, "num_clients": 4, "clients_per_round": 2,
     "local_steps": 3, "per_device_train_batch_size": 5,
@@ -170,6 +194,20 @@ def test_records_are_private_within_each_client(make_trainer, tmp_path):
     assert all((record.loss, record.tokens, record.flops) == (None, 0, 0) for record in trainer.ledger.rounds)
     assert trainer.state.num_input_tokens_seen == 0
     assert "for each row of a client: ε" in card
+
+
+def test_private_rounds_cost_what_they_cost_whatever_rows_there_are_now(make_trainer, tasks, tmp_path):
+    """More rows would make each round look cheaper than it was."""
+
+    def trainer(rows: int, name: str):
+        data = {f"client-{k}": tasks.select(range(rows * k, rows * (k + 1))) for k in range(4)}
+        return make_trainer(train_dataset=data, output_dir=tmp_path / name, **RECORDS | {"num_clients": None})
+
+    trainer(10, "run").train()
+    stage = str(tmp_path / "run" / "stage-1")
+    with pytest.raises(ValueError, match=r"are recorded to have cost ε = .* by the rows and clients that are given"):
+        trainer(20, "other").train(resume_from_checkpoint=stage)
+    trainer(10, "same").train(resume_from_checkpoint=stage)
 
 
 def test_one_row_more_changes_a_clients_step_by_no_more_than_the_norm(make_trainer, tasks, monkeypatch):

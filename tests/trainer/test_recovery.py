@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import FirstIsBest
 from launching import environment
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from hf_devft import DevFTTrainer
 from hf_devft.embedded import task_dataset
 from hf_devft.tasks.data import IGNORED, tokenize
 from hf_devft.trainer.stage_runner import StageRunner
@@ -141,3 +144,67 @@ def test_a_disk_that_is_full_is_named_and_leaves_nothing_half_written(make_train
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".run.lock"]
     trainer = make_trainer(overwrite_output_dir=False)
     trainer.train(resume_from_checkpoint="last")
+
+
+class StopsAfter(TrainerCallback):
+    """Tells the run to stop after its second round."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == 2
+
+
+def test_a_run_that_a_callback_stops_within_a_stage_goes_on_there(make_trainer):
+    """Though no checkpoint of that round was asked for."""
+    whole = make_trainer(stage_rounds=[4])
+    whole.train()
+    options = {"stage_rounds": [4], "save_strategy": "steps", "save_steps": 10, "overwrite_output_dir": True}
+    make_trainer(**options, callbacks=[StopsAfter()]).train()
+    again = make_trainer(**options)
+    again.train(resume_from_checkpoint="last")
+    assert [stage.rounds_done for stage in again.stages] == [4, 4]
+    for key, tensor in whole.run.adapter.state.items():
+        assert torch.equal(tensor, again.run.adapter.state[key]), key
+
+
+@pytest.mark.parametrize("change", ["order", "rows"])
+def test_clients_that_are_others_by_their_number_are_refused(make_trainer, tasks, change):
+    """What one keeps would become another's."""
+    clients = {name: tasks.select(range(10 * k, 10 * k + 10)) for k, name in enumerate("abc")}
+    options = {"federated_method": "fedsa_lora", "num_clients": None, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(train_dataset=clients, max_steps=2, **options).train()
+    others = dict(reversed(clients.items()))
+    if change == "rows":
+        others = {
+            name: tasks.select(range(*span)) for name, span in zip("abc", ((0, 15), (15, 20), (20, 30)), strict=True)
+        }
+    with pytest.raises(ValueError, match=r"is of a run with clients and their rows \(checksum\)"):
+        make_trainer(train_dataset=others, **options).train(resume_from_checkpoint="last")
+    again = make_trainer(train_dataset=clients, **options)
+    again.train(resume_from_checkpoint="last")
+    assert len(again.ledger.rounds) == 4
+
+
+def test_what_was_saved_as_models_only_is_nothing_to_go_on_from(make_trainer):
+    options = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True, "overwrite_output_dir": False}
+    make_trainer(**options, max_steps=1).train(resume_from_checkpoint="last")
+    shutil.rmtree(Path(make_trainer(**options).args.output_dir) / "stage-1")  # as if killed within the stage
+    with pytest.raises(ValueError, match="checkpoint-1, but nothing that a run can go on from, as with `save_only_mo"):
+        make_trainer(**options).train(resume_from_checkpoint="last")
+
+
+def test_the_best_round_is_found_again_however_often_a_run_goes_on_elsewhere(make_trainer, eval_tasks, tmp_path):
+    options = {
+        "eval_dataset": eval_tasks, "stage_layers": [4], "stage_rounds": [5], "load_best_model_at_end": True,
+        "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+        "metric_for_best_model": "runtime", "greater_is_better": True,
+    }  # fmt: skip
+
+    def stopped_after(rounds: int, folder: str, checkpoint: str) -> DevFTTrainer:
+        trainer = make_trainer(output_dir=tmp_path / folder, callbacks=[FirstIsBest()], max_steps=rounds, **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    stopped_after(2, "old", "last")
+    stopped_after(3, "new", str(tmp_path / "old" / "checkpoint-2"))
+    ended = stopped_after(5, "new", "last")
+    assert ended.state.best_model_checkpoint == str(tmp_path / "old" / "checkpoint-1")

@@ -214,6 +214,7 @@ def test_an_adapter_on_weights_that_peft_has_changed_is_refused(tmp_path, tokeni
     ({"auto_find_batch_size": True}, "a batch of pairs cannot be cut"),
     ({"grouping": "calibrated"}, "another rule"),
     ({"init_lora_weights": "olora"}, "no reference"),
+    ({"federated_method": "flora"}, "the base is its reference, and must stay"),
 ])  # fmt: skip
 def test_what_dpo_cannot_do_is_said_first(tmp_path, tokenizer, change, message):
     adapter = lora(init_lora_weights=change.get("init_lora_weights", True))

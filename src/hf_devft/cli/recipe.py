@@ -19,7 +19,7 @@ from hf_devft.models.streaming import empty_base, where_from
 from hf_devft.run.plan import RunPlan, plan_run
 from hf_devft.tasks import TASKS
 from hf_devft.tasks.data import load_datasets, load_files, tokenize, unconverted
-from hf_devft.trainer.devft_trainer import DevFTTrainer, add_placeholder_answers, labels_of
+from hf_devft.trainer.devft_trainer import DevFTTrainer, add_placeholder_answers, with_labels
 from hf_devft.trainer.interface import ClientLink
 from hf_devft.trainer.mixin import DevFTMixin
 from hf_devft.trainer.preparation import check_enough, clients_of
@@ -182,7 +182,7 @@ def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
         config.inference_mode = False
     clients = None
     if task.classes and recipe.train_file:
-        options = labels_of(task, load_data(recipe, args)[0], path, options) | options
+        options = with_labels(task, load_data(recipe, args)[0], path, options, args.is_private)
     if not recipe.dataset_name and task is TASKS["text-generation"] and recipe.trainer == "devft":
         tokenizer = AutoTokenizer.from_pretrained(path, **where_from(options))
         clients = clients_of(args, load_data(recipe, args)[0])
@@ -232,6 +232,7 @@ def make_trainer(
     given = {"train_dataset": train, "eval_dataset": evaluation, "calibration_dataset": calibration}
     if patience is not None:
         given["callbacks"] = [EarlyStoppingCallback(patience)]
+        args.restore_callback_states_from_checkpoint = True  # what is left of its patience
     if recipe.trainer != "devft":
         if recipe.adapter_name_or_path:
             raise ValueError(

@@ -674,6 +674,7 @@ CONFLICTS: list[tuple[str, str, str]] = [
     ("automatic checkpointing", "DPO", "what pairs take is not planned: set activation_checkpointing"),
     ("automatic checkpointing", "no tokens", "what its inputs take is not planned: set activation_checkpointing"),
     ("automatic checkpointing", "ZeRO-3", "what a process holds is not planned: set activation_checkpointing"),
+    ("DPO", "changed base", "the base is its reference, and must stay: use another method"),
     ("DPO", "moved weights", "no reference is left where the adapter is taken off: use another initialisation"),
     ("DPO", "generated answers", "it compares with one answer, and pairs have two: turn it off"),
     ("TRL", "temporary head", "its losses read the weights of the head, not its adapter: leave it out"),

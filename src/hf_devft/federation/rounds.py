@@ -149,6 +149,7 @@ class Federation:
         rule: takes the place of the mean, or None; see `make_methods`.
         privacy: what makes a round's mean differentially private, or None.
         is_private: whether rounds are accounted for, so that each is run once, whoever chance leaves in it.
+        sees_sums_only: whether updates come as secure sums, so that no second one is asked for of a round.
     """
 
     method: FederatedMethod
@@ -167,6 +168,7 @@ class Federation:
     rule: AggregationRule | None = None
     privacy: ClientPrivacy | None = None
     is_private: bool = False
+    sees_sums_only: bool = False
 
     def __post_init__(self):
         self._first_error: Exception | None = None
@@ -276,7 +278,7 @@ class Federation:
             counted = outcome.add(sampled, self._of_all_processes(reports))
             outcome.seconds += self.selection.seconds(round_index, attempt)
             arrived = self.late.arrived(self.selection.arrivals(round_index), round_index)
-            if counted + len(arrived) >= min(self.quorum, self._most_answers(round_index, attempt)):
+            if counted + len(arrived) >= self._needed(round_index, attempt):
                 nobody = not counted and not arrived and self.privacy is None
                 outcome.adapter = start if nobody else self._combine(round_index, start, counted, arrived)
                 self.clock.time += outcome.seconds
@@ -286,22 +288,27 @@ class Federation:
                 f"round {round_index + 1}, attempt {attempt + 1}: {counted} of {len(sampled)} clients returned a "
                 f"finite adapter, {self.quorum} are needed."
             )
+            if counted and self.sees_sums_only:  # another sum, of other clients, would differ by single updates
+                break
         error = self._first_error
         failed = f" The first error: {type(error).__name__}: {error}" if error else ""
-        trained = self.selection.training(round_index, self.retries)
+        trained = self.selection.training(round_index, attempt)
         advice = "Lower `learning_rate` or `max_grad_norm`" if trained else "Raise `clients_per_round`"
         advice = "Mend what has failed" if error else advice
         raise QuorumError(
             f"round {round_index + 1}: fewer than round_quorum={self.quorum} clients returned a finite adapter in "
-            f"{self.retries + 1} attempts. {advice}, or lower `round_quorum`; then go on with "
+            f"{attempt + 1} attempts. {advice}, or lower `round_quorum`; then go on with "
             f"`resume_from_checkpoint`, from the last checkpoint or an earlier one.{failed}"
         ) from error
 
-    def _most_answers(self, round_index: int, attempt: int) -> int:
-        """How many clients can answer: those that chance has drawn; in a private run, where no round is tried again,
-        those of them that do not drop out."""
+    def _needed(self, round_index: int, attempt: int) -> int:
+        """How many clients must answer: the quorum, or all that chance has drawn; in a private run, where no round is
+        tried again, all of them that do not drop out. Where noise covers each client, nobody need answer unless a
+        quorum asks for more than one: a round that chance draws nobody for is released, too."""
+        if self.privacy is not None and self.quorum == 1:
+            return 0
         drawn = self.selection.training if self.is_private else self.selection.sampled
-        return len(drawn(round_index, attempt))
+        return min(self.quorum, len(drawn(round_index, attempt)))
 
     def _ask_all(
         self, round_index: int, attempt: int, start: torch.Tensor, exchange: Exchange, outcome: RoundOutcome

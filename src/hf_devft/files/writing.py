@@ -82,8 +82,11 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
         temporary.write_text(json.dumps(content, indent=indent) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], listed: bool = True) -> None:
     """Write a safetensors file in one move, and note its checksum.
+
+    Args:
+        listed: whether it may be in the list of checksums, which can be pushed though the file stays.
 
     Raises:
         OSError: it cannot be written; names it.
@@ -92,7 +95,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     own = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    with _listed(path) as temporary:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _listed(path) if listed else atomic_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # as all files have it; safetensors lets none but the owner read
         save_file(own, temporary, metadata={"format": "pt"})

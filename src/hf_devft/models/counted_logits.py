@@ -27,6 +27,9 @@ from hf_devft.tasks.data import IGNORED
 # (our choice, by measurement).
 _PIECE = 2**26
 
+# Options of a model's config by which its loss has another part.
+_MORE_LOSSES = ("output_router_logits", "z_loss_coefficient")
+
 Tail = Callable[[torch.Tensor], torch.Tensor]  # hidden states, tokens x hidden size -> logits
 
 
@@ -108,8 +111,10 @@ def counts_logits(base: PreTrainedModel) -> bool:
         and {"logits_to_keep", "labels"} <= parameters.keys()
         and not base.config.is_encoder_decoder
         and base.config.get_text_config() is base.config  # no images between the tokens
-        and not getattr(base.config, "output_router_logits", False)  # whose loss has another part
+        and not any(getattr(base.config, name, 0) for name in _MORE_LOSSES)
+        and "self.loss_function(" in inspect.getsource(inspect.unwrap(type(base).forward))  # Bart's has one of its own
         and base.get_output_embeddings() is not None
+        and isinstance(base.get_decoder(), PreTrainedModel)  # some call their head so
         and base.get_decoder() is not base
     )
 
@@ -162,7 +167,13 @@ class _CountedLogits:
 
     @property
     def _trains_head(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.base.get_output_embeddings().parameters())
+        """Whether anything between the decoder and the logits is trained."""
+        inside = {id(parameter) for parameter in self.base.get_decoder().parameters()}
+        head = {id(parameter) for parameter in self.base.get_output_embeddings().parameters()}  # which may be tied
+        return any(
+            parameter.requires_grad and (id(parameter) in head or id(parameter) not in inside)
+            for parameter in self.base.parameters()
+        )
 
     def after_decoder(self, decoder: nn.Module, args: tuple, output: ModelOutput) -> None:
         """Keep the hidden states."""

@@ -73,7 +73,8 @@ def load_base(
 
 
 def _with_missing_modules(model: PreTrainedModel, info: dict[str, Any]) -> PreTrainedModel:
-    model.missing_modules = {key.rpartition(".")[0] for key in info["missing_keys"]}
+    others = (key for key, *_ in info["mismatched_keys"])  # `ignore_mismatched_sizes`
+    model.missing_modules = {key.rpartition(".")[0] for key in (*info["missing_keys"], *others)}
     return model
 
 

@@ -38,10 +38,14 @@ def read_stages(folder: Path) -> list[StageConfig]:
     return read_record(folder / RUN_STATE, _RunFile).stages
 
 
-def save_federation(folder: Path, state: State) -> None:
-    """Write what outlives a round, where there is anything."""
+def save_federation(folder: Path, state: State, is_private: bool) -> None:
+    """Write what outlives a round, where there is anything.
+
+    Args:
+        is_private: whether nothing that can be pushed may tell of it, its size and checksum neither.
+    """
     if state:
-        write_tensors(folder / FEDERATION, state)
+        write_tensors(folder / FEDERATION, state, listed=not is_private)
 
 
 def load_federation(folder: str | Path) -> State:
@@ -82,7 +86,11 @@ class RunState:
 
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint, or into a finished stage's folder."""
-        save_federation(folder, self.federation)
+        is_private = self.setting.get("differential privacy") is not None
+        save_federation(folder, self.federation, is_private)
+        remembers: bool | str = bool(self.federation)
+        if remembers and not is_private:
+            remembers = sha256(folder / FEDERATION)
         content = {
             "stages": [asdict(stage) for stage in self.stages],
             "stage": self.stage,
@@ -90,7 +98,7 @@ class RunState:
             "stage_over": self.stage_over,
             "within": self.within,
             "setting": self.setting,
-            "remembers": sha256(folder / FEDERATION) if self.federation else False,
+            "remembers": remembers,
             "start_metrics": self.start_metrics,
         }
         write_json(folder / RUN_STATE, content)

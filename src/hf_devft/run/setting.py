@@ -1,12 +1,10 @@
 """What a resumed run must have in common with the one that it continues."""
 
 import json
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from peft import PeftConfig
 
 from hf_devft.configuration import DevFTConfig, StageConfig
@@ -23,7 +21,8 @@ _FEDERATION = (
 )  # fmt: skip
 _ANSWERING = ("calibration_samples", "generation_max_new_tokens")
 _SCALES = ("use_rslora", "rank_pattern", "alpha_pattern")
-_NEW = ("lora_r", *_SCALES)  # which earlier checkpoints do not tell
+_WHO_HAS_WHAT = "clients and their rows (checksum)"
+_NEW = ("lora_r", *_SCALES, _WHO_HAS_WHAT)  # which earlier checkpoints do not tell
 
 
 def run_setting(
@@ -72,9 +71,9 @@ def run_setting(
     }
     if not args.is_private:  # in a private run it would tell who they are, and how many rows there are
         setting["clients elsewhere"] = clients.names if clients.elsewhere is not None else None
-        setting["rows of the clients (checksum)"] = zlib.crc32(np.concatenate([*clients.rows.values()]).tobytes())
-    if clients.elsewhere is not None:  # each client says for itself what it can hold, when it joins
-        setting["client_max_layers"] = None
+        setting[_WHO_HAS_WHAT] = clients.digest()[:16]
+    if clients.elsewhere is not None:  # each client says for itself what it has and can hold, when it joins
+        setting |= dict.fromkeys(("client_max_layers", _WHO_HAS_WHAT))
     return setting
 
 

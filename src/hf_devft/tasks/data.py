@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 # Label of a token (or row) that is not learned and does not count: PyTorch's `ignore_index`.
 IGNORED = -100
+# Column of how many turns of a chat are its prompt, of which none is learned.
+_PROMPT_TURNS = "prompt_turns"
+_OPTIONS = "chat_template_kwargs"  # as TRL has it
 # Columns that `Trainer` takes for encoded labels, whatever is in them.
 TAKEN_FOR_LABELS = ("label", "label_ids")
 
@@ -34,11 +37,13 @@ def instruction_prompt(instruction: str, context: str | None = None) -> str:
 
 
 def _from_instruction(row: dict, answer: str) -> dict[str, str]:
-    return {"prompt": instruction_prompt(row["instruction"], row.get("input")), "completion": row[answer]}
+    about = row.get("input") or row.get("context")
+    return {"prompt": instruction_prompt(row["instruction"], about), "completion": row[answer]}
 
 
 def _from_question(row: dict, answer: str) -> dict[str, str]:
-    return {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row[answer]}"}
+    about = f"{row['context']}\n\n" if row.get("context") else ""
+    return {"prompt": f"{about}Question: {row['question']}\nAnswer:", "completion": f" {row[answer]}"}
 
 
 def _from_conversations(row: dict, answer: str) -> dict[str, list]:
@@ -51,8 +56,8 @@ def _from_conversations(row: dict, answer: str) -> dict[str, list]:
     return {"messages": [{"role": roles.get(role, role), "content": content} for role, content in turns]}
 
 
-def _from_chat_prompt(row: dict, answer: str) -> dict[str, list]:
-    return {"messages": [*row["prompt"], *row[answer]]}
+def _from_chat_prompt(row: dict, answer: str) -> dict[str, Any]:
+    return {"messages": [*row["prompt"], *row[answer]], _PROMPT_TURNS: len(row["prompt"])}
 
 
 # (columns that must be there) -> how to make one of the first three formats of them; the last column is the answer.
@@ -70,8 +75,8 @@ _FORMATS = {
 def to_known_columns(dataset: Dataset) -> Dataset:
     """Convert rows to a column `messages` (chat), columns `prompt` and `completion`, or `text` (all of it is learned).
 
-    Made from these, or from ShareGPT's `conversations`, instruction/(input)/output, instruction/(input)/response and
-    question/answer; prompt and completion may be messages, too. Numbers become text. Other columns are kept.
+    Made from these, or from ShareGPT's `conversations`, instruction/(input or context)/output or response, and
+    (context)/question/answer; prompt and completion may be messages, too. Numbers become text. Other columns are kept.
 
     Raises:
         ValueError: none of these, or a row without its text.
@@ -304,7 +309,8 @@ def tokenize(
 ) -> Dataset:
     """Add `input_ids` and `labels`, which are -100 on what is not to be learned.
 
-    Learned are the completion with the end of sequence, the assistant's turns of a chat, or a whole text. Of rows of
+    Learned are the completion with the end of sequence, the assistant's turns of a chat (but for those of a prompt
+    that is messages), or a whole text. Columns `tools` and `chat_template_kwargs` go to a chat's template. Of rows of
     more than `max_length` tokens, a prompt loses its start first and then the completion its end, a text its end and a
     chat its start, so that every row keeps something to learn. Prompt and completion are tokenised apart, so that
     generation from the prompt sees the tokens of training. A dataset that has `input_ids` is returned as it is.
@@ -329,7 +335,8 @@ def tokenize(
             raise ValueError("the dataset holds `messages`, but the tokenizer has no `chat_template`: set one.")
         encode = _encode_chat
     else:
-        encode = _encode_pair if "prompt" in dataset.column_names else _encode_text
+        is_pair = {"prompt", "completion"} <= set(dataset.column_names)
+        encode = _encode_pair if is_pair else _encode_text
     taken = [name for name in TAKEN_FOR_LABELS if name in dataset.column_names]
     options = {"tokenizer": tokenizer, "max_length": max_length}
     return dataset.map(
@@ -367,9 +374,11 @@ def without_end(texts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> l
 
 def _encode_chat(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     encoded: Encoded = {"input_ids": [], "labels": []}
-    for messages in rows["messages"]:
+    for row, messages in enumerate(rows["messages"]):
+        options = _template_options({name: rows[name][row] for name in ("tools", _OPTIONS) if name in rows})
+        learned_from = rows[_PROMPT_TURNS][row] if _PROMPT_TURNS in rows else 0
         try:
-            tokens, labels = _chat_tokens(messages, tokenizer)
+            tokens, labels = _chat_tokens(messages, tokenizer, options, learned_from)
         except (KeyError, TypeError, TemplateError) as error:
             why = f"{type(error).__name__}: {error}"
             raise RowError(
@@ -389,22 +398,43 @@ def _encode_chat(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_
     return encoded
 
 
-def _chat_tokens(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _template_options(row: dict[str, Any]) -> dict[str, Any]:
+    """What a chat template is given beside a row's messages. Tables have a place for every key of any tool: those
+    that are empty are left out."""
+
+    def given(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: given(item) for key, item in value.items() if item is not None}
+        return list(map(given, value)) if isinstance(value, list) else value
+
+    tools = row.get("tools")
+    tools = given(json.loads(tools) if isinstance(tools, str) else tools)
+    return {**({"tools": tools} if tools else {}), **given(row.get(_OPTIONS) or {})}
+
+
+def _chat_tokens(
+    messages: list[dict], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], learned_from: int
+) -> tuple[list[int], list[int]]:
     """A chat by the tokenizer's template; labels are on the assistant's turns, with what ends them.
 
     A turn is what the template adds to the chat before it with its prompt to answer (templates need not mark it).
+
+    Args:
+        options: of the template. learned_from: the first turn that may be learned.
 
     Raises:
         ValueError: a template that changes earlier turns.
     """
 
     def template(count: int, prompt: bool) -> list[int]:
-        return tokenizer.apply_chat_template(messages[:count], add_generation_prompt=prompt, return_dict=False)
+        return tokenizer.apply_chat_template(
+            messages[:count], add_generation_prompt=prompt, return_dict=False, **options
+        )
 
     tokens = template(len(messages), prompt=False)
     labels = [IGNORED] * len(tokens)
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index < learned_from:
             continue
         before = template(index, prompt=True) if index else []
         after = template(index + 1, prompt=False)

@@ -15,11 +15,24 @@ from hf_devft.tasks.data import IGNORED
 def prompt_and_answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
     """The tokens of a row, without padding: the answer is what is labelled at the end (of a chat, the last turn), the
     prompt what stands before; there is none where the whole text is labelled."""
-    real = row.get("attention_mask") or [1] * len(row["input_ids"])
+    real = row.get("attention_mask", [1] * len(row["input_ids"]))
     tokens, labels = ([value for value, is_real in zip(row[column], real, strict=True) if is_real]
                       for column in ("input_ids", "labels"))  # fmt: skip
     end = len(labels) - labels[::-1].index(IGNORED) if IGNORED in labels else 0
     return tokens[:end], tokens[end:]
+
+
+def check_prompts(rows: Dataset) -> None:
+    """Refuse rows that nothing can be generated for, before a run that evaluates so.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    if any(IGNORED not in labels for labels in rows.with_format(None)["labels"]):
+        raise ValueError(
+            "predict_with_generate answers prompts, but some evaluation rows have none (a whole `text`, say): set it "
+            "to false."
+        )
 
 
 @torch.no_grad()
@@ -86,7 +99,7 @@ def generate_answers(
     Raises:
         ValueError: a row has no prompt.
     """
-    pairs = list(map(prompt_and_answer, dataset))
+    pairs = list(map(prompt_and_answer, dataset.with_format(None)))
     prompts = [prompt for prompt, _ in pairs]
     if not all(prompts):
         raise ValueError("some rows have no prompt that could be answered: all of their text is labelled.")

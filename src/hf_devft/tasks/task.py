@@ -3,8 +3,9 @@
 Tasks have the names of transformers' pipelines. A new one is one entry in `TASKS`.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from numbers import Integral
 from typing import Any
@@ -51,18 +52,23 @@ class Encoding:
         processor: tokenizer, image processor, feature extractor, or a processor of several.
         config: the model's.
         max_length: of a row, in tokens; num_proc: processes that share the work.
+        class_names: of the numbers in the rows' column of labels, where it says them and the model has all of them.
     """
 
     processor: Any
     config: PretrainedConfig
     max_length: int
     num_proc: int | None = None
+    class_names: tuple[str, ...] = ()
 
     def map(self, dataset: Dataset, encode: Callable, **options: Any) -> Dataset:
         """`encode(rows, encoding)` of all rows, cached. A raw `label` goes, which a `Trainer` would take for the
         encoded one."""
         options["remove_columns"] = [name for name in TAKEN_FOR_LABELS if name in dataset.column_names]
-        return dataset.map(encode, fn_kwargs={"encoding": self}, num_proc=self.num_proc, desc="Encoding", **options)
+        encoding = replace(self, class_names=_class_names(dataset, self.config))
+        return dataset.map(
+            encode, fn_kwargs={"encoding": encoding}, num_proc=self.num_proc, desc="Encoding", **options
+        )
 
 
 @dataclass(frozen=True)
@@ -182,11 +188,22 @@ def label_options(dataset: Dataset, column: str) -> dict[str, Any]:
     }
 
 
-def _class_finder(config: PretrainedConfig) -> Callable[[int | str], int]:
-    """A label's name or number -> the number of its class."""
+def _class_names(dataset: Dataset, config: PretrainedConfig) -> tuple[str, ...]:
+    """The names of the classes in a column of labels, which a trained head may number otherwise."""
+    kinds = [dataset.features[name] for name in ("label", "tags") if name in dataset.features]
+    kinds = [getattr(kind, "feature", kind) for kind in kinds]
+    names = next((tuple(kind.names) for kind in kinds if isinstance(kind, ClassLabel)), ())
+    return names if set(names) <= set(config.id2label.values()) else ()
+
+
+def _class_finder(encoding: Encoding) -> Callable[[int | str], int]:
+    """A label's name, or number in its column -> the number of its class."""
+    config, names = encoding.config, encoding.class_names
     numbers = {name: number for number, name in config.id2label.items()}
 
     def class_of(label: int | str) -> int:
+        if isinstance(label, Integral) and 0 <= label < len(names):
+            label = names[label]
         number = numbers.get(label) if isinstance(label, str) else label
         if not isinstance(number, Integral) or not (number == IGNORED or 0 <= number < config.num_labels):
             raise RowError(
@@ -201,7 +218,7 @@ def _class_finder(config: PretrainedConfig) -> Callable[[int | str], int]:
 def _encode_text_and_label(rows: dict[str, list], encoding: Encoding) -> dict[str, list]:
     texts = (rows["text"], rows["text_pair"]) if "text_pair" in rows else (rows["text"],)
     encoded = encoding.processor(*texts, truncation=True, max_length=encoding.max_length)
-    return {**encoded, "labels": list(map(_class_finder(encoding.config), rows["label"]))}
+    return {**encoded, "labels": list(map(_class_finder(encoding), rows["label"]))}
 
 
 def _encode_tags(rows: dict[str, list], encoding: Encoding) -> dict[str, list]:
@@ -209,7 +226,7 @@ def _encode_tags(rows: dict[str, list], encoding: Encoding) -> dict[str, list]:
     encoded = encoding.processor(
         rows["tokens"], is_split_into_words=True, truncation=True, max_length=encoding.max_length
     )
-    labels, class_of = [], _class_finder(encoding.config)
+    labels, class_of = [], _class_finder(encoding)
     for row, tags in enumerate(rows["tags"]):
         words = encoded.word_ids(row)
         first = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
@@ -228,7 +245,7 @@ def _encode_text_to_text(rows: dict[str, list], encoding: Encoding) -> dict[str,
 def _encode_image(rows: dict[str, list], encoding: Encoding) -> dict[str, list]:
     images = [image.convert("RGB") for image in rows["image"]]
     pixels = encoding.processor(images, return_tensors="np").pixel_values
-    return {"pixel_values": pixels, "labels": list(map(_class_finder(encoding.config), rows["label"]))}
+    return {"pixel_values": pixels, "labels": list(map(_class_finder(encoding), rows["label"]))}
 
 
 def _extractor(processor: Any) -> Any:
@@ -237,11 +254,17 @@ def _extractor(processor: Any) -> Any:
 
 def _encode_sound(row: dict[str, Any], encoding: Encoding) -> dict[str, Any]:
     sound, extractor = row["audio"], _extractor(encoding.processor)
+    most = getattr(extractor, "n_samples", math.inf)  # Whisper's 30 seconds, beyond which nothing is heard
+    if "text" in row and len(sound["array"]) > most:
+        raise RowError(
+            f"a sound of {len(sound['array']) / sound['sampling_rate']:.0f} seconds is longer than the "
+            f"{most / sound['sampling_rate']:.0f} that the model hears of it: leave it out, or cut it and its text."
+        )
     features = extractor(sound["array"], sampling_rate=sound["sampling_rate"], return_tensors="np")
     name = extractor.model_input_names[0]
     encoded = {name: features[name][0]}
     if "label" in row:
-        return encoded | {"labels": _class_finder(encoding.config)(row["label"])}
+        return encoded | {"labels": _class_finder(encoding)(row["label"])}
     text = encoding.processor.tokenizer(row["text"], truncation=True, max_length=encoding.max_length)
     return encoded | {"labels": text.input_ids}
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from hf_devft.models.layer_stack import LayerStack, with_layers
 from hf_devft.stages.builder import SubmodelBuilder
@@ -27,6 +27,7 @@ class CalibrationLoss:
         prepare: called with every model before it is measured.
         autocast: () -> the context of a forward pass.
         device, process_index, world_size: of this process.
+        seed: of what a collator draws.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class CalibrationLoss:
         device: torch.device,
         process_index: int,
         world_size: int,
+        seed: int,
     ):
         self._batches, self._loss, self._prepare, self._autocast = batches, loss, prepare, autocast
-        self._device, self._index, self._count = device, process_index, world_size
+        self._device, self._index, self._count, self._seed = device, process_index, world_size, seed
         self._known: dict[tuple[int, ...], float] = {}
 
     def of(self, builder: SubmodelBuilder) -> Callable[[Sequence[int], Sequence[int]], list[float]]:
@@ -61,6 +63,7 @@ class CalibrationLoss:
     def _measure(
         self, whole: PreTrainedModel, stack: LayerStack, kept: Sequence[int], candidates: Sequence[int]
     ) -> list[float]:
+        set_seed(self._seed)  # the same on every process, and in a run that goes on
         inputs = _LayerInputs(model := self._model(whole, stack, kept), stack, kept)
         # T5's first layer makes what all others need beside its output.
         goes_on = len(stack.names.lists) == 1 and not whole.config.is_encoder_decoder

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import (
@@ -31,6 +31,7 @@ from hf_devft.models.streaming import load_base, where_from
 from hf_devft.models.supported import check_adapter
 from hf_devft.tasks import TASKS, Encoding, Task, label_options, task_of
 from hf_devft.tasks.data import IGNORED, TAKEN_FOR_LABELS, first_rows, map_datasets
+from hf_devft.tasks.generation import check_prompts
 from hf_devft.trainer.mixin import DevFTMixin
 from hf_devft.trainer.preparation import clients_of, prepare_peft_config, settle_arguments
 
@@ -121,7 +122,7 @@ class DevFTTrainer(DevFTMixin, Trainer):
         if not given.on_model:
             self.given_model = None  # the adapter is ours
         if args.predict_with_generate:
-            map_datasets(self.eval_dataset, _check_prompts)
+            map_datasets(self.eval_dataset, check_prompts)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """As `Trainer`'s; encodes rows as the constructor does."""
@@ -223,7 +224,7 @@ def _load(
     """
     options = args.model_init_kwargs or {}
     if task.classes is not None:
-        options = labels_of(task, rows, name, options) | options
+        options = with_labels(task, rows, name, options, args.is_private)
     path, options = locate(resolve_model_name(name), options)
     # Both look at the weights of every layer.
     whole = getattr(adapter.config, "use_dora", False) or adapter.initialisation is not None
@@ -273,27 +274,36 @@ def _is_encoded(dataset: Dataset) -> bool:
     return not _INPUTS.isdisjoint(dataset.column_names)
 
 
-def labels_of(task: Task, dataset: Dataset, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Make the model's options for the labels of these rows; none where its checkpoint has been trained on them."""
+def with_labels(task: Task, dataset: Dataset, name: str, options: dict[str, Any], is_private: bool) -> dict[str, Any]:
+    """Add to a model's options the labels of these rows, unless they name labels, or the checkpoint has been trained
+    on those of the rows.
+
+    Args:
+        is_private: whether the rows may not tell which labels there are.
+
+    Raises:
+        ValueError: labels that are no classes; or that only the rows tell, in a private run.
+    """
+    if "id2label" in options:
+        names = {int(number): label for number, label in options["id2label"].items()}  # in JSON they are texts
+        numbers = {label: number for number, label in names.items()}
+        return {"num_labels": len(names), "label2id": numbers} | options | {"id2label": names}
     column = "labels" if _is_encoded(dataset) else task.classes
-    found = label_options(dataset if _is_encoded(dataset) else task.to_columns(dataset), column)
-    path, options = locate(resolve_model_name(name), options)
-    trained = AutoConfig.from_pretrained(path, **where_from(options))
+    dataset = dataset if _is_encoded(dataset) else task.to_columns(dataset)
+    found, feature = label_options(dataset, column), dataset.features[column]
+    path, where = locate(resolve_model_name(name), options)
+    trained = AutoConfig.from_pretrained(path, **where_from(where))
     names, known = set(found["label2id"]), set(trained.id2label.values())
     if (trained.architectures or [""])[0] in task.model_names.values() and (
         names <= known or (all(map(str.isdigit, names)) and len(names) <= len(known))
     ):
-        return {}
-    return found
-
-
-def _check_prompts(rows: Dataset) -> None:
-    """Refuse rows that nothing can be generated for."""
-    if any(IGNORED not in labels for labels in rows["labels"]):
+        return options
+    if is_private and not isinstance(getattr(feature, "feature", feature), ClassLabel):
         raise ValueError(
-            "predict_with_generate answers prompts, but some evaluation rows have none (a whole `text`, say): set it "
-            "to false."
+            "the labels were found in the clients' rows, and would be published without noise: name them, as by "
+            """`--model_init_kwargs '{"id2label": {"0": "no", "1": "yes"}}'`, or let the column's type (ClassLabel)."""
         )
+    return found | options
 
 
 def add_placeholder_answers(task: Task, rows: Any, args: DevFTConfig) -> Any:
@@ -305,7 +315,7 @@ def add_placeholder_answers(task: Task, rows: Any, args: DevFTConfig) -> Any:
     names, count = set(rows.column_names), len(rows)
     if task.classes == "label" and names.isdisjoint(("label", "labels")):
         return rows.add_column("label", [IGNORED] * count)
-    if task is TASKS["text-generation"] and "prompt" in names and "completion" not in names:
+    if task is TASKS["text-generation"] and "prompt" in names and names.isdisjoint(("completion", "text")):
         return rows.add_column("completion", [""] * count)
     return rows
 

@@ -1,6 +1,7 @@
 """A run between two rounds: its stages, its adapters, its ledger; what is written of it, and read again."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -235,6 +236,7 @@ class FederatedRun:
                 f"the run in {folder} was begun on {before}, and goes on on {now or 'the given model'}: what it has "
                 "learned is of use only where these are the same weights."
             )
+        self._check_account(checkpoint.run.ledger.rounds, folder)
         names = set(self.clients.names)
         if strangers := {each for row in checkpoint.run.ledger.rounds for each in row.clients} - names:
             raise ValueError(
@@ -256,12 +258,28 @@ class FederatedRun:
             )
         return checkpoint
 
+    def _check_account(self, rounds: Sequence[RoundRecord], folder: str) -> None:
+        """Refuse past rounds that cost another ε by today's rows than was recorded."""
+        if self.accountant is None or not rounds:
+            return
+        recorded, now = rounds[-1].epsilon, self.accountant.epsilon(_draws(self.args, rounds, [], self.capacities))
+        if recorded is None or not math.isclose(recorded, now, rel_tol=1e-3):
+            raise ValueError(
+                f"the rounds in {folder} are recorded to have cost ε = {recorded}, but {now:.4g} by the rows and "
+                "clients that are given now: resume with the same, or start anew."
+            )
+
     def check_start(self, checkpoint: Checkpoint | None) -> None:
-        """Refuse to begin anew on a base that the method has changed.
+        """Refuse to begin anew on a base that the method has changed, or on what private rounds have learned.
 
         Raises:
             ValueError: it has, and there is no checkpoint to go on from.
         """
+        if checkpoint is None and self.accountant is not None and self.ledger.rounds:
+            raise ValueError(
+                "another `train` would go on from an adapter whose private rounds it does not account for: resume "
+                "from a checkpoint, or start a new trainer."
+            )
         if checkpoint is None and self.residual:
             raise ValueError(
                 f"federated_method={self.args.federated_method!r} has changed the base beside the adapter, and "

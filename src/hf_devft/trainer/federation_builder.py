@@ -83,6 +83,7 @@ def build_federation(
         rule=rule,
         privacy=privacy,
         is_private=accountant is not None,
+        sees_sums_only=args.secure_aggregation,
     )
 
 

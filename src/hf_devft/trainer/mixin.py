@@ -51,6 +51,7 @@ from hf_devft.trainer.resuming import (
     repository,
     rotate,
     starting_point,
+    stops_unsaved,
     warn_of_the_training_before,
 )
 from hf_devft.trainer.session import TrainingSession
@@ -219,6 +220,7 @@ class DevFTMixin(Base):
                 self.control = self.callback_handler.on_step_end(args, self.state, self.control)
                 self._log_save_evaluate(outcome.grad_norm if args.max_grad_norm > 0 else None, learning_rate, *log_how)
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
+            self.control.should_save |= active.done < record.rounds and stops_unsaved(args, self.state, self.control)
             self._log_save_evaluate(None, session.schedule.rate(record.learning_rate), *log_how)
             session.clients.end_stage()
             session.finish(active, ignore_keys_for_eval)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
@@ -34,6 +34,8 @@ def starting_point(args: DevFTConfig, resume_from_checkpoint: str | bool | None)
         found = _newest(folder) if folder.is_dir() else None
         if found is None and resume_from_checkpoint is True:
             raise ValueError(f"there is no checkpoint in {args.output_dir}: start without `resume_from_checkpoint`.")
+        if found is None and not args.overwrite_output_dir:
+            _refuse_models_only(folder)
         resume_from_checkpoint = found
     if not resume_from_checkpoint:
         return download_last_stage(args) if args.resume_from_hub else None
@@ -50,6 +52,14 @@ def starting_point(args: DevFTConfig, resume_from_checkpoint: str | bool | None)
     return str(resume_from_checkpoint)
 
 
+def _refuse_models_only(folder: Path) -> None:
+    if left := [Path(each).name for each in sort_checkpoints(str(folder), use_mtime=False)]:
+        raise ValueError(
+            f"{folder} has {left[-1]}, but nothing that a run can go on from, as with `save_only_model`: choose "
+            "another `output_dir`, or start anew by `overwrite_output_dir`."
+        )
+
+
 def _later(args: DevFTConfig, chosen: Path) -> list[str]:
     """The checkpoints and finished stages of later rounds than a chosen one in `args.output_dir`."""
     folder = Path(args.output_dir)
@@ -60,6 +70,14 @@ def _later(args: DevFTConfig, chosen: Path) -> list[str]:
         return [Path(path).name for path, rounds in _rounds_by_folder(folder).items() if rounds > begun]
     except (OSError, ValueError):  # a broken stage that is not asked for
         return []
+
+
+def stops_unsaved(args: DevFTConfig, state: TrainerState, control: TrainerControl) -> bool:
+    """Whether a run was told to stop, not its stage alone, after a round that it could go on from, but for a
+    checkpoint."""
+    stops = control.should_training_stop and not control.should_epoch_stop
+    is_there = (Path(args.output_dir) / f"checkpoint-{state.global_step}").exists()
+    return stops and args.save_strategy != "no" and not is_there
 
 
 @contextmanager

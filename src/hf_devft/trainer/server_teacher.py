@@ -205,7 +205,7 @@ class ServerTeacher:
         args, rows = self.args, self.rows
         if not answers_prompts(args.task):
             return rows, 0.0
-        pairs = list(map(prompt_and_answer, rows))
+        pairs = list(map(prompt_and_answer, rows.with_format(None)))
         room = args.max_length - args.generation_max_new_tokens
         asked = {index: prompt[-room:] for index, (prompt, _) in enumerate(pairs) if prompt}
         with self.autocast():

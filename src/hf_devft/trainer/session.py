@@ -155,7 +155,9 @@ class TrainingSession:
         record.totals["setup_seconds"] = record.totals.get("setup_seconds", 0.0) + took  # in a run that goes on, too
         active.setup = {
             "setup_seconds": record.totals["setup_seconds"],
-            "setup_peak_memory": self.peak_memory.read(),
+            "setup_peak_memory": self.peak_memory.read()
+            if run.accountant is None
+            else 0,  # the process trains clients
             "setup_flops": record.totals.get("setup_flops", 0.0),
             "base_bytes": active.base_bytes,
         }
@@ -226,6 +228,7 @@ class TrainingSession:
                     args.device,
                     args.process_index,
                     args.world_size,
+                    args.seed,
                 ),
                 capacities=run.capacities,
                 batching=self._batching,
@@ -353,7 +356,11 @@ class TrainingSession:
         """Find again what a run that goes on had: its best round, and stages that were not pushed."""
         trainer, state = self.trainer, self.trainer.state
         is_best = checkpoint.run.within and state.best_global_step == state.global_step  # whatever its name is now
-        state.best_model_checkpoint = str(checkpoint.folder) if is_best else None
+        recorded = Path(state.best_model_checkpoint or "")
+        is_there = recorded.is_dir() and recorded.name == f"checkpoint-{state.best_global_step}"
+        state.best_model_checkpoint = str(recorded) if is_there else None
+        if is_best:
+            state.best_model_checkpoint = str(checkpoint.folder)
         self._find_best(checkpoint.folder.parent)
         is_lost = checkpoint.run.within and state.best_global_step and state.best_model_checkpoint is None
         if is_lost and trainer.args.load_best_model_at_end:
@@ -384,7 +391,7 @@ class TrainingSession:
         with atomic_folder(target) as folder:
             trainer.save_model(str(folder), _internal_call=True)
             if trainer.args.save_only_model:
-                save_federation(folder, self.federation.state_dict())
+                save_federation(folder, self.federation.state_dict(), self.run.accountant is not None)
                 return
             self._save_state(folder, active.record.stage, active.done, trainer.control.should_epoch_stop)
             if (schedule := self.schedule.state_dict()) is not None:

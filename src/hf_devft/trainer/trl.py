@@ -18,6 +18,8 @@ from peft import PeftModel
 from hf_devft.configuration import DevFTConfig, Setup, check_compatibility
 from hf_devft.embedded import resolve_model_name
 from hf_devft.federation.partition import ClientData
+from hf_devft.tasks.data import map_datasets
+from hf_devft.tasks.generation import check_prompts
 from hf_devft.trainer.mixin import DevFTMixin
 from hf_devft.trainer.preparation import check_config, prepare_peft_config
 
@@ -70,6 +72,8 @@ class TRLMixin(DevFTMixin):
                 f"TRL does not load {base}: pass the model, as `hf_devft.models.streaming.load_base` reads it."
             )
         super().__init__(base, args, initialisation=initialisation, **kwargs)
+        if args.predict_with_generate:
+            map_datasets(self.eval_dataset, check_prompts)
 
     def _prepare_dataset(self, dataset: Dataset, *rest: Any) -> Dataset:
         """As TRL's; remembers whose rows are what became of the training set. Packing never mixes clients."""
