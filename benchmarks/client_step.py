@@ -40,7 +40,7 @@ from transformers import (
 
 from hf_devft import DevFTConfig, DevFTTrainer
 from hf_devft.federation.sampling import sample_clients
-from hf_devft.trainer.preparation import cpu, emulates_bfloat16
+from hf_devft.trainer.precision import cpu, emulates
 
 
 ROWS, STEPS, BATCH, SEED = 100, 4, 4, 42
@@ -132,7 +132,7 @@ VARIANTS: dict[str, Callable[..., list[float]]] = {
 
 
 def measure(options: argparse.Namespace) -> list[str]:
-    names = [name for name in VARIANTS if name != "default, bfloat16" or not emulates_bfloat16(cpu())]
+    names = [name for name in VARIANTS if name != "default, bfloat16" or not emulates("bf16", cpu())]
     found: dict[str, list[tuple[dict, int]]] = {name: [] for name in names}
     given = ["--base", options.base, "--data", options.data, "--clients", str(options.clients)]
     for repeat in range(options.repeats):

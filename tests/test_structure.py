@@ -15,6 +15,11 @@ import hf_devft
 
 ROOT = Path(hf_devft.__file__).parent
 MODULES = sorted(path for path in ROOT.rglob("*.py"))
+OUTSIDE = [
+    path
+    for name in ("benchmarks", "examples", "recipes")
+    for path in sorted((Path(__file__).parents[1] / name).glob("*.py"))
+]
 # From the bottom to the top: a folder knows those before it. `stages` and `federation` do not know each other.
 FOLDERS = (
     "embedded", "files", "tasks", "models", "stages", "federation", "configuration", "hub", "run", "trainer", "cli",
@@ -79,6 +84,16 @@ def modules_imported(path: Path) -> set[str]:
             parents = [".".join(node.module.split(".")[:depth]) for depth in range(2, node.module.count(".") + 1)]
             found |= {name for name in (*names, *parents) if name in known}
     return {name for name in found if not f"{own}.".startswith(f"{name}.")}
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: path.stem)
+def test_what_is_imported_from_outside_of_the_package_is_there(path):
+    """Benchmarks are run seldom."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hf_devft":
+            module = import_module(node.module)
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert not missing, f"{node.module} has no {missing}"
 
 
 def test_no_module_imports_itself_by_way_of_others():

@@ -19,7 +19,7 @@ def default(tmp_path):
 
 def test_a_flag_wins_over_the_file(default):
     recipe, args = parse_arguments(["--lora_r", "16", "--stage_rounds", "3", "5"], default)
-    assert (recipe.lora_r, recipe.lora_config().r) == (16, 16)
+    assert (recipe.lora_r, recipe.lora_config(None).r) == (16, 16)
     assert args.stage_rounds == [3, 5]
     assert args.learning_rate == 1e-3
     assert args.model_init_kwargs == {"dtype": "float32"}
@@ -133,7 +133,7 @@ def test_values_mean_what_they_say(tmp_path):
     text = "output_dir: out\nstage_layers: 16\ntrain_file: a.jsonl\neval_strategy: no\nlora_target_modules: q_proj\n"
     recipe, args = parse_arguments([f"--config={write(tmp_path / 'c.yaml', text)}"], tmp_path / "unused.yaml")
     assert (recipe.train_file, args.stage_layers, args.eval_strategy) == (["a.jsonl"], [16], "no")
-    assert recipe.lora_config().target_modules == {"q_proj"}
+    assert recipe.lora_config(None).target_modules == {"q_proj"}
     text = "output_dir: out\nstage_layers: 4 16\nstage_learning_rates: [6e-3, 1e-2]\nclient_max_layers: [4, 16]\n"
     _, args = parse_arguments([], write(tmp_path / "d.yaml", text))
     assert (args.stage_layers, args.stage_learning_rates, args.client_max_layers) == ([4, 16], [6e-3, 1e-2], [4, 16])

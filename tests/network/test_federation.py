@@ -109,7 +109,7 @@ def test_a_run_ends_as_a_simulation_of_the_same_clients_does(whole, place, tasks
     flags = ["--config", f"{folder}/config.yaml", "--output_dir", f"{folder}/simulated", "--num_clients", "3"]
     recipe, args = parse_arguments(flags, Path())
     rows = {name: tasks.select(range(20 * n, 20 * n + 15 + n)) for n, name in enumerate(NAMES)}
-    trainer = DevFTTrainer(recipe.model_name_or_path, args, peft_config=recipe.lora_config(), train_dataset=rows)
+    trainer = DevFTTrainer(recipe.model_name_or_path, args, peft_config=recipe.lora_config(None), train_dataset=rows)
     trainer.train()
     for part in ("", "stage-1", "stage-1/submodel"):
         assert_same(adapter(whole / part), adapter(folder / "simulated" / part))

@@ -31,6 +31,8 @@ RUNS = {
     "rolora": {"federated_method": "rolora", "stage_rounds": [3, 2]},
     "droppeft": {"federated_method": "droppeft", "stage_rounds": [3], "client_dropout_rate": 0.0},
     "scaffold": {"federated_method": "scaffold"},
+    "flexlora": {"federated_method": "flexlora"},
+    "hlora": {"federated_method": "hlora", "wire_dtype": "int8"},
     "wire": {"wire_dtype": "int8", "upload_fraction": 0.1},
     "adapters": {"stage_layers": None, "adapter_layers": [1, 3, 4]},
     "bridged": {"grouping": "bridged", "fusion": "bridge", "transfer": "anchor", "calibration_samples": 8},
@@ -147,7 +149,7 @@ def test_the_recipe_plans_without_weights(tmp_path, tokenizer):
 
 
 def test_a_plan_says_where_messages_are_of_other_sizes(tmp_path, capsys):
-    for method, says in (("flora", True), ("c2a", True), ("flexlora", True), ("fedit", False)):
+    for method, says in (("flora", True), ("c2a", True), ("hetlora", True), ("flexlora", False), ("fedit", False)):
         print_plan(plan_run(config(tmp_path, federated_method=method), tiny_llama(), lora()), method)
         assert ("this method sends more or less" in capsys.readouterr().out) == says
 

@@ -88,16 +88,6 @@ def test_calibrated_drops_the_layers_that_matter_least():
     assert group_layers(task, "calibrated") == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_calibrated_without_texts_is_an_error():
-    with pytest.raises(ValueError, match="calibration_dataset"):
-        group_layers(GroupingTask([0] * 4, 2), "calibrated")
-
-
-def test_bridged_without_texts_is_an_error():
-    with pytest.raises(ValueError, match="calibration_dataset"):
-        group_layers(GroupingTask([0] * 4, 2), "bridged")
-
-
 @pytest.mark.parametrize("capacity", [0, 1, 7])
 def test_impossible_capacity(capacity):
     with pytest.raises(ValueError, match="choose a capacity from 2 to 6"):

@@ -31,7 +31,7 @@ def test_every_parameter_of_a_group_is_fused(fusion):
 def test_shared_parts_and_groups_of_one_cost_nothing():
     model = tiny_model("llama")
     stack = find_layer_stack(model)
-    submodel = build_submodel(model, stack, GROUPS)
+    submodel = build_submodel(model, stack, GROUPS, "differential")
     assert submodel.get_input_embeddings().weight is model.get_input_embeddings().weight
     single = submodel.model.layers[1]
     assert all(parameter is stack.layers[1].get_parameter(name) for name, parameter in single.named_parameters())
@@ -39,7 +39,7 @@ def test_shared_parts_and_groups_of_one_cost_nothing():
 
 def test_full_capacity_is_the_model_again_on_the_same_tensors():
     model = tiny_model("llama")
-    whole = build_submodel(model, find_layer_stack(model), [[index] for index in range(6)])
+    whole = build_submodel(model, find_layer_stack(model), [[index] for index in range(6)], "anchor")
     assert whole is not model, "what is done to it (adapters, hooks of an engine) leaves the model as it is"
     assert list(map(id, whole.parameters())) == list(map(id, model.parameters()))
 

@@ -73,7 +73,7 @@ def test_tensors_outside_the_stack_pass_through():
     full = expand_adapter(sub, adapter(4, seed=1), names(4), [[0, 1], [2, 3]])
     key = "base_model.model.lm_head.lora_A.weight"
     assert torch.equal(full[key], sub[key])
-    assert torch.equal(fuse_adapter(full, names(4), [[0, 1], [2, 3]])[key], sub[key])
+    assert torch.equal(fuse_adapter(full, names(4), [[0, 1], [2, 3]], "differential")[key], sub[key])
 
 
 def test_where_the_anchor_stays_the_others_need_no_adapter():

@@ -219,6 +219,18 @@ def test_images(tmp_path):
     assert trainer.ledger.rounds[0].tokens == 2 * 4 * 5, "4 patches and the class token, of 4 images of 2 clients"
 
 
+def test_lengths_that_rows_do_not_have_are_missed_before_the_run(tmp_path):
+    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
+    rows = Dataset.from_dict({"pixel_values": np.zeros((24, 3, 8, 8)).tolist(), "labels": [0, 1] * 12})
+    with pytest.raises(ValueError, match="needs a column 'length' or \"input_ids\""):
+        DevFTTrainer(
+            hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=8, patch_size=4)),
+            config(tmp_path, train_sampling_strategy="group_by_length", num_clients=2),
+            peft_config=LoraConfig(r=2, target_modules="all-linear", modules_to_save=["classifier"]),
+            train_dataset=rows,
+        )
+
+
 def hf_image():
     from datasets import Image as ImageFeature
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from hf_devft.trainer import preparation
-from hf_devft.trainer.preparation import emulates
+from hf_devft.trainer import precision
+from hf_devft.trainer.precision import emulates
 
 
 @pytest.mark.parametrize(("capabilities", "emulated"), [
@@ -20,7 +20,7 @@ def test_which_cpus_have_half_precision(capabilities, emulated):
 
 
 def test_half_precision_on_a_cpu_without_it_is_said_once(make_trainer, monkeypatch, caplog):
-    monkeypatch.setattr(preparation, "cpu", lambda: {"architecture": "x86_64"})
+    monkeypatch.setattr(precision, "cpu", lambda: {"architecture": "x86_64"})
     make_trainer()
     assert "bfloat16" not in caplog.text
     make_trainer(bf16=True, use_cpu=True)
@@ -32,7 +32,7 @@ def test_half_precision_on_a_cpu_without_it_is_said_once(make_trainer, monkeypat
     make_trainer(fp16=True, use_cpu=True)
     assert caplog.text.count("no instructions for float16, in which") == 1
     assert caplog.text.count("float32: set fp16 to false.") == 1
-    monkeypatch.setattr(preparation, "cpu", lambda: {"architecture": "x86_64", "avx512_bf16": True})
+    monkeypatch.setattr(precision, "cpu", lambda: {"architecture": "x86_64", "avx512_bf16": True})
     caplog.clear()
     make_trainer(bf16=True, use_cpu=True)
     assert not caplog.text

@@ -18,7 +18,7 @@ from hf_devft.cli.configs import packaged_config, take_config
 from hf_devft.cli.values import check_value
 from hf_devft.configuration import DevFTConfig
 from hf_devft.configuration.devft_config import RENAMED, UNSUPPORTED
-from hf_devft.tasks import TASKS
+from hf_devft.tasks import task_named
 from hf_devft.tasks.data import SOURCE
 
 
@@ -158,9 +158,9 @@ class RecipeArguments:
                 f"eval_fraction={self.eval_fraction}: give a part from 0, which holds nothing out, to below 1."
             )
 
-    def lora_config(self, task: str | None = None) -> LoraConfig:
+    def lora_config(self, task: str | None) -> LoraConfig:
         """The adapter's config, for a task of `DevFTConfig.task`."""
-        modules, own = self.lora_target_modules, TASKS[task or "text-generation"]
+        modules, own = self.lora_target_modules, task_named(task)
         one = modules[0] if len(modules) == 1 else ""
         head = self.lora_modules_to_save or own.head
         chooses = one == "all-linear" or re.search(r"[^\w.]", one)

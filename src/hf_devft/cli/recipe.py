@@ -17,7 +17,7 @@ from hf_devft.models.adapter_files import load_adapter
 from hf_devft.models.gguf import locate
 from hf_devft.models.streaming import empty_base, where_from
 from hf_devft.run.plan import RunPlan, plan_run
-from hf_devft.tasks import TASKS
+from hf_devft.tasks import DEFAULT_TASK, TASKS, task_named
 from hf_devft.tasks.data import load_datasets, load_files, tokenize, unconverted
 from hf_devft.trainer.devft_trainer import DevFTTrainer, add_placeholder_answers, with_labels
 from hf_devft.trainer.interface import ClientLink
@@ -35,7 +35,7 @@ def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Data
     Raises:
         ValueError: files that cannot be read, or that the run has no use for.
     """
-    task = TASKS[args.task or "text-generation"]
+    task = task_named(args.task)
     to_columns = task.to_columns if recipe.trainer == "devft" else unconverted
     asked, calibration = args.asks_server_texts, _calibration_rows(recipe, args)
     evaluation = load_files(recipe.eval_file, to_columns) if recipe.eval_file else None
@@ -137,7 +137,7 @@ def load_server_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Datase
         )
     evaluation, calibration = None, _calibration_rows(recipe, args)
     if recipe.eval_file:
-        evaluation = load_files(recipe.eval_file, TASKS[args.task or "text-generation"].to_columns)
+        evaluation = load_files(recipe.eval_file, task_named(args.task).to_columns)
     if recipe.model_name_or_path != "embedded":
         return evaluation, calibration
     if evaluation is None:
@@ -160,7 +160,7 @@ def _calibration_rows(recipe: RecipeArguments, args: DevFTConfig) -> Dataset | N
             'calibration_file is read for grouping="calibrated", fusion="bridge", healing_steps and '
             "distillation_steps of --trainer devft: set one of them, or leave it out."
         )
-    task = TASKS[args.task or "text-generation"]
+    task = task_named(args.task)
     return load_files(recipe.calibration_file, lambda rows: task.to_columns(add_placeholder_answers(task, rows, args)))
 
 
@@ -175,7 +175,7 @@ def _made_up_calibration(recipe: RecipeArguments, args: DevFTConfig) -> Dataset:
 def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
     """Plan what the run will cost; data on the Hub is not downloaded for it."""
     path, options = locate(resolve_model_name(recipe.model_name_or_path), args.model_init_kwargs or {})
-    task = TASKS[args.task or "text-generation"]
+    task = task_named(args.task)
     config = recipe.lora_config(args.task)
     if recipe.adapter_name_or_path:
         config = load_adapter(fetch_adapter(recipe.adapter_name_or_path, token=args.hub_token))[0]
@@ -183,7 +183,7 @@ def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
     clients = None
     if task.classes and recipe.train_file:
         options = with_labels(task, load_data(recipe, args)[0], path, options, args.is_private)
-    if not recipe.dataset_name and task is TASKS["text-generation"] and recipe.trainer == "devft":
+    if not recipe.dataset_name and task is TASKS[DEFAULT_TASK] and recipe.trainer == "devft":
         tokenizer = AutoTokenizer.from_pretrained(path, **where_from(options))
         clients = clients_of(args, load_data(recipe, args)[0])
         check_enough(args, len(clients.rows))
@@ -241,7 +241,7 @@ def make_trainer(
             )
         trainer = getattr(hf_devft, f"{TRAINERS[recipe.trainer]}Trainer")
         return trainer(recipe.model_name_or_path, args, peft_config=recipe.lora_config(args.task), **given)
-    task = TASKS[args.task or "text-generation"]
+    task = task_named(args.task)
     return DevFTTrainer(
         recipe.model_name_or_path,
         args,

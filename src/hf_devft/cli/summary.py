@@ -8,6 +8,7 @@ from hf_devft.embedded import portable_name
 from hf_devft.federation.partition import ClientData
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.run.planned_messages import planned_traffic
+from hf_devft.stages.transfer import keep_layers, layers_with_adapter
 from hf_devft.trainer.mixin import DevFTMixin
 
 
@@ -92,16 +93,14 @@ def _megabytes(trainer: DevFTMixin) -> float:
 def _layout(trainer: DevFTMixin, stage: StageConfig) -> AdapterLayout:
     """As large as a stage's adapter: as large a part of the layers that have one, as they are alike."""
     adapter = trainer.run.adapter
-    layer_of = {key: split[0] if (split := adapter.names.split(key)) else None for key in adapter.state}
-    adapted = sorted({layer for layer in layer_of.values() if layer is not None})
-    part = len(stage.adapted) if stage.adapted else stage.num_layers
-    kept = adapted[: max(1, round(len(adapted) * part / stage.full_layers))]
-    keys = [key for key, layer in layer_of.items() if layer is None or layer in kept]
-    return AdapterLayout(tuple(keys), tuple(adapter.state[key].shape for key in keys))
+    adapted = sorted(layers_with_adapter(adapter.state, adapter.names))
+    kept = adapted[: max(1, round(len(adapted) * stage.num_trained / stage.full_layers))]
+    state = keep_layers(adapter.state, adapter.names, kept)
+    return AdapterLayout(tuple(state), tuple(tensor.shape for tensor in state.values()))
 
 
 def _stages(stages: list[StageConfig]) -> str:
-    depths = " → ".join(str(len(stage.adapted) if stage.adapted else stage.num_layers) for stage in stages)
+    depths = " → ".join(str(stage.num_trained) for stage in stages)
     rounds = sorted({stage.rounds for stage in stages})
     each = _count(rounds[0], "round") + (" each" if len(stages) > 1 else "")
     return f"{depths} layers, {each if len(rounds) == 1 else ' + '.join(str(s.rounds) for s in stages) + ' rounds'}"

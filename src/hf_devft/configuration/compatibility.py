@@ -37,7 +37,8 @@ from hf_devft.federation.methods.hetlora import HetLoRA
 from hf_devft.federation.methods.lora import product_norm
 from hf_devft.federation.methods.robust import Median, TrimmedMean
 from hf_devft.federation.selection import SELECTIONS
-from hf_devft.models.adapter import chooses_layers
+from hf_devft.federation.wire import is_lossy
+from hf_devft.models.adapter import chooses_layers, head_name
 from hf_devft.models.initialisation import moves_weights
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.models.layout import AdapterLayout, State, uneven_options
@@ -185,7 +186,7 @@ def _what_remembers(setup: Setup) -> str:
 
 
 def _is_lossy(setup: Setup) -> bool:
-    return setup.args.wire_dtype != "fp32" or setup.args.upload_fraction < 1
+    return is_lossy(setup.args.wire_dtype, setup.args.upload_fraction)
 
 
 def _quantised_layers(setup: Setup) -> bool:
@@ -240,16 +241,8 @@ def _lacks_processor(setup: Setup) -> bool:
     return setup.has_processor is False and answers_prompts(setup.args.task)
 
 
-def _head_of(base: PreTrainedModel | None) -> str | None:
-    """The last part of the name of the output embeddings, where there are some."""
-    head = base.get_output_embeddings() if base is not None else None
-    if base is None or head is None:
-        return None
-    return next(name for name, module in base.named_modules() if module is head).rpartition(".")[2]
-
-
 def _adapts_head(setup: Setup) -> bool:
-    head = _head_of(setup.base)
+    head = None if setup.base is None else head_name(setup.base)
     return head is not None and setup.layout is not None and any(f".{head}." in key for key in setup.layout.keys)
 
 
@@ -505,7 +498,7 @@ FACTS: dict[str, Fact] = {
     "clients here": Fact("clients that are simulated", lambda s: s.network is False),
     "lossy wire": Fact(
         "a lossy wire",
-        lambda s: s.args.wire_dtype != "fp32" or s.args.upload_fraction < 1,
+        _is_lossy,
         _given("wire_dtype", "upload_fraction"),
     ),
     "FedSA-LoRA": Fact("`fedsa_lora`", lambda s: isinstance(s.methods.method, FedSALoRA), _METHOD),

@@ -227,9 +227,10 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
             Options of the selection, such as `{"wait_for": 0.8}`.
         client_resources (`str`, *optional*):
             Speeds, bandwidths and times of the clients, for a simulated clock in the ledger: a JSON file (see
-            `load_resources`), or `"simulated"` for made-up ones (the default of `"resource_aware"`).
+            docs/methods.md), or `"simulated"` for made-up ones (the default of `"resource_aware"`).
         client_max_layers (`list[int]`, *optional*):
-            Most layers that a client can train, for the clients in turns.
+            Most layers that each client can train; a shorter list is repeated: of `[16, 8]` clients 0, 2, 4, ... have
+            16, the others 8.
         beyond_capacity (`str`, *optional*, defaults to `"sit_out"`):
             What a client does in stages of more layers: `"sit_out"`, or `"keep_last"`, train the last stage's submodel
             that it can hold, from and for the running stage's adapter.
@@ -238,7 +239,8 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
         round_quorum (`int`, *optional*, defaults to `1`):
             How many clients of a round must return a finite adapter. The others are left out.
         round_retries (`int`, *optional*, defaults to `3`):
-            How often a round below its quorum is tried again, with other clients, before the run stops.
+            How often a round below its quorum is tried again, with other clients, before the run stops; never in a
+            private run, or once a secure sum was opened.
         client_placement (`str`, *optional*):
             How work is placed on processes: `"client_parallel"`, each process trains its share of the round's clients
             (the default), or `"data_parallel"`, all processes train each client together, each on its share of every
@@ -251,7 +253,7 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
             What the model is for, by the name of transformers' pipeline: `"text-generation"`,
             `"text2text-generation"`, `"text-classification"`, `"token-classification"`, `"image-classification"`,
             `"audio-classification"` or `"automatic-speech-recognition"`. By default what the adapter's `task_type` or
-            the model's class says.
+            the model's class says; for `devft train` text generation.
         dataset_num_proc (`int`, *optional*):
             Processes that encode the rows.
         model_init_kwargs (`dict` or `str`, *optional*):

@@ -20,7 +20,8 @@ class PrivacyOptions:
 
         dp_noise_multiplier (`float`, *optional*):
             Makes the adapters differentially private: updates, or the gradients of rows (see `dp_level`), are scaled
-            down to `dp_clipping_norm`, and their sum gets Gaussian noise of so many of these norms.
+            down to `dp_clipping_norm`, and their sum gets Gaussian noise, whose standard deviation is this many of
+            these norms.
         dp_level (`str`, *optional*, defaults to `"client"`):
             Whom that protects: each `"client"` with all its rows (DP-FedAvg: a round's updates are summed up and get
             noise at the server), or each `"record"` of a client (DP-SGD: each local step has noise, and

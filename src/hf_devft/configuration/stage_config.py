@@ -81,6 +81,17 @@ class StageConfig(PushToHubMixin):
         """Whether its submodel has weights that the server has made, and the base does not have."""
         return bool(self.healing_steps) or self.has_bridges
 
+    @property
+    def num_trained(self) -> int:
+        """How many layers have an adapter that is trained, where all layers of the submodel can have one."""
+        return self.num_layers if self.adapted is None else len(self.adapted)
+
+    @property
+    def adapter_rule(self) -> tuple[list[list[int]], str, float, list[int] | None]:
+        """How its adapter is made of the full-depth one; see `GlobalAdapter.fuse`."""
+        assert self.groups is not None
+        return self.groups, self.adapter_fusion, self.fusion_beta, self.adapted
+
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Write `stage_config.json` into a folder. What `push_to_hub` passes on for models is ignored."""
         write_json(Path(save_directory) / STAGE_CONFIG_NAME, asdict(self), indent=2)

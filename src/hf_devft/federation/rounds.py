@@ -234,11 +234,6 @@ class Federation:
             self.memory.commit()
         return self.memory.state_dict()
 
-    def residual(self) -> State:
-        """Return what the method adds to the base's weights beside the adapter, by module, at the depth of the
-        stage."""
-        return self.method.residual()
-
     def _expected_work(self, flops: list[float]) -> Work:
         """Estimate what the stage's rounds ask of each client by the clock, where its first messages stand for
         all (rounds may differ where methods draw or take turns)."""
@@ -249,8 +244,8 @@ class Federation:
         """Bytes of a client's first messages of a stage, to it and from it."""
         both = 2 if self.correction is not None and self.correction.records else 1
         share = self._shares.get(client, 0.0)
-        down, up = (both * round(share * values) for values in self.method.message_sizes(client))
-        return self.wire.bytes_down(down), self.wire.bytes_up(up)
+        down, up = (round(share * values) for values in self.method.message_sizes(client))
+        return both * self.wire.bytes_down(down), both * self.wire.bytes_up(up)
 
     def expected_bytes(self, clients: int) -> tuple[int, int]:
         """Count the bytes, to clients and from them, of a round of so many of the largest messages, however many take

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -38,14 +37,6 @@ def sample_clients(
         chosen = rng.choice(pool, size=count, replace=False, p=None if chances is None else chances / chances.sum())
         untried = np.setdiff1d(untried, chosen)
     return sorted(chosen.tolist())
-
-
-def sampled_by_chance(
-    clients: Sequence[int], chance: float, seed: int, round_index: int, attempt: int = 0
-) -> list[int]:
-    """Draw each of `clients` for a round by a throw of its own; returns those drawn, maybe none, ascending."""
-    throws = np.random.default_rng([seed, round_index, attempt]).random(len(clients))
-    return sorted(client for client, throw in zip(clients, throws, strict=True) if throw < chance)
 
 
 def client_seed(seed: int, round_index: int, client: int) -> int:
@@ -86,19 +77,12 @@ class Placement:
         return batch[self.index :: self.count] if self.shares_batches else batch
 
 
-class Plan(Protocol):
-    """Who trains in which round."""
-
-    def training(self, round_index: int, attempt: int = 0) -> list[int]:
-        """The clients that train in a round, ascending."""
-
-
 def local_trainings(
-    plan: Plan, placement: Placement, rounds: Iterable[int], attempt: int = 0
+    selection: "ClientSelection", placement: Placement, rounds: Iterable[int], attempt: int = 0
 ) -> Iterator[tuple[int, int]]:
     """Yield (round, client) of every local training that is this process's, in order."""
     for round_index in rounds:
-        for client in placement.clients(plan.training(round_index, attempt)):
+        for client in placement.clients(selection.training(round_index, attempt)):
             yield round_index, client
 
 

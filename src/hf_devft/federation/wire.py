@@ -13,6 +13,11 @@ from hf_devft.models.layout import AdapterLayout
 WIRE_DTYPES = tuple(BITS)
 
 
+def is_lossy(dtype: str, upload_fraction: float) -> bool:
+    """Whether messages say less than the values that they stand for."""
+    return dtype != "fp32" or upload_fraction < 1
+
+
 class Wire:
     """Encodes messages, and says how many bytes they take.
 
@@ -57,7 +62,7 @@ class Wire:
             name: which of a client's messages it is.
         """
         values = pick(vector)
-        if self.dtype == "fp32" and self.upload_fraction == 1:
+        if not is_lossy(self.dtype, self.upload_fraction):
             return Encoded(values, values.numel())
         change = values - pick(known)
         if not error_feedback:
@@ -96,7 +101,7 @@ class Wire:
         Raises:
             ValueError: it has another length, or says values that there are not.
         """
-        is_change = not (self.dtype == "fp32" and self.upload_fraction == 1)
+        is_change = is_lossy(self.dtype, self.upload_fraction)
         chosen = self._count(count) if self.upload_fraction < 1 else None
         return from_bytes(data, self.dtype, count, chosen, is_change)
 

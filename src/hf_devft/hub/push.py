@@ -162,7 +162,7 @@ class HubPusher:
         """Whether the tag of a stage's push has all of it as it is now, and the branch the same adapter; other files
         there, such as the card, may have been edited since."""
         files = {
-            each.path_in_repo: Path(each.path_or_fileobj)
+            each.path_in_repo: Path(str(each.path_or_fileobj))
             for each in push.operations()
             if each.path_in_repo.startswith(f"{push.tag}/")
         }

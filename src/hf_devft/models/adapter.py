@@ -96,16 +96,17 @@ def remap_layers_to_transform(
     return config
 
 
-def with_head(config: PeftConfig, base: PreTrainedModel) -> tuple[PeftConfig, str]:
-    """Copy the config of an adapter so that it is on the output embeddings, too; returns it, and their name.
+def head_name(base: PreTrainedModel) -> str | None:
+    """The last part of the name of a model's output embeddings, where it has some."""
+    if (head := base.get_output_embeddings()) is None:
+        return None
+    return next(name for name, module in base.named_modules() if module is head).rpartition(".")[2]
 
-    Raises:
-        ValueError: there are none.
-    """
-    head = base.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"temporary_head adapts output embeddings, which {type(base).__name__} does not have.")
-    name = next(name for name, module in base.named_modules() if module is head).rpartition(".")[2]
+
+def with_head(config: PeftConfig, base: PreTrainedModel) -> tuple[PeftConfig, str]:
+    """Copy the config of an adapter so that it is on the output embeddings, too; returns it, and their name."""
+    name = head_name(base)
+    assert name is not None
     config = copy.deepcopy(config)
     if config.target_modules == "all-linear":  # as PEFT has not taken it apart yet
         linear = (path for path, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D)))

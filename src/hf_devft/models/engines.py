@@ -245,12 +245,12 @@ def shard(accelerator: Accelerator, args: TrainingArguments, base: nn.Module) ->
 def make_engine(
     accelerator: Accelerator,
     model: PeftModel,
-    make_optimizer: Callable[[], torch.optim.Optimizer] | None = None,
-    learning_rate: float = 0.0,
-    skip_ddp: bool = True,
-    hooks: Iterable[RemovableHandle] = (),
+    make_optimizer: Callable[[], torch.optim.Optimizer] | None,
+    learning_rate: float,
+    skip_ddp: bool,
+    hooks: Iterable[RemovableHandle],
 ) -> Engine:
-    """Make the engine that the launch asks for; see `Engine`. By default, of a model that is only evaluated."""
+    """Make the engine that the launch asks for; see `Engine`."""
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     return (DeepSpeedEngine if deepspeed else Engine)(
         accelerator, model, make_optimizer, learning_rate, skip_ddp, hooks

@@ -1,19 +1,18 @@
 """FLOPs of a model by formula: what a position costs in training, and in a forward pass."""
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_devft.models.layer_stack import find_layer_stack
+from hf_devft.models.layer_stack import encoders_of, find_layer_stack
 
 
 def flops_per_token(
     model: torch.nn.Module,
     skipped: Iterable[torch.nn.Module] = (),
-    encoders: Sequence[torch.nn.Module] = (),
     is_reference: bool = False,
 ) -> tuple[float, ...]:
     """Count the FLOPs of training on one position of each stack of layers: 4 per frozen and 6 per trainable matrix
@@ -26,12 +25,13 @@ def flops_per_token(
 
     Args:
         skipped: modules that the token does not go through.
-        encoders: modules with positions of their own.
         is_reference: whether each position goes through the model without its adapter, too, as DPO's do.
 
     Returns:
-        Those of each of `encoders`, then those of all other weights.
+        Those of each encoder with positions of its own, see `encoders_of`, then those of all other weights.
     """
+    base = _base_of(model)
+    encoders = [] if base is None else encoders_of(base)
     out = {id(weight) for module in skipped for weight in module.parameters()}
     below = {id(weight) for layer in _layers_below(model) for weight in layer.parameters()}
     flops = []
@@ -63,8 +63,7 @@ def forward_flops(model: torch.nn.Module) -> float:
 
 def _layers_below(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The layers of a model's one stack that no gradient goes through, as all that is trained is above them."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(base, PreTrainedModel):
+    if (base := _base_of(model)) is None:
         return []
     stack = find_layer_stack(base)
     trained = [any(weight.requires_grad for weight in layer.parameters()) for layer in stack.layers]
@@ -72,6 +71,12 @@ def _layers_below(model: torch.nn.Module) -> list[torch.nn.Module]:
     if len(stack.names.lists) > 1 or True not in trained or (embeddings is not None and embeddings.requires_grad):
         return []
     return stack.layers[: trained.index(True)]
+
+
+def _base_of(model: torch.nn.Module) -> PreTrainedModel | None:
+    """The model without its adapter's wrapper, where it is one of transformers'."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base if isinstance(base, PreTrainedModel) else None
 
 
 def _embeddings(model: torch.nn.Module) -> torch.nn.Parameter | None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hf_devft.files import read_tensors, write_tensors
+from hf_devft.files import read_tensors
 from hf_devft.models.layout import State
 
 
@@ -11,13 +11,8 @@ def healed_path(folder: str | Path, stage: int | str) -> Path:
     return Path(folder, f"healed-{stage}.safetensors")
 
 
-def save_healed(path: Path, state: State) -> None:
-    """Write `taught_state` in one move."""
-    write_tensors(path, state)
-
-
 def read_healed(path: Path) -> State:
-    """Read what `save_healed` has written.
+    """Read `taught_state` again.
 
     Raises:
         ValueError: the file is missing or broken.

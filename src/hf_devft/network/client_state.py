@@ -79,6 +79,5 @@ def carry(memory: Memory, adapter: GlobalAdapter, records: Sequence[StageConfig]
                 state, record.groups or [], record.transfer, is_adapter=False
             )
         )
-        rule = (after.groups or [], after.adapter_fusion, after.fusion_beta, after.adapted)
-        memory.carry(lambda name, state, rule=rule: replace(adapter, state=state).fuse(*rule))
+        memory.carry(lambda name, state, rule=after.adapter_rule: replace(adapter, state=state).fuse(*rule))
     memory.forget(SERVER, "initial")

@@ -91,19 +91,14 @@ class StageMessage:
             ValueError: it is not one of ours.
         """
         try:
-            values = {name: typed(record, name, kind) for name, kind in _STAGE_TYPES.items()}
+            kinds = cls.__annotations__ | {"records": str, "places": list}  # as they travel
+            values = {name: typed(record, name, kind) for name, kind in kinds.items()}
             records = as_record(json.loads(values.pop("records")), list[StageConfig], "its records")
             for each in records:
                 each.check()
             return cls(records=records, **values)
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"the stage's message cannot be read: {error}") from error
-
-
-_STAGE_TYPES = {
-    "key": str, "run": str, "settings": str, "records": str, "num_clients": int, "places": list,
-    "untransmitted": bytes, "taught": bytes, "base_hash": str, "tokenizer_hash": str,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ class Participant:
                 temporary.write_bytes(message.taught)
         adapter = session.run.adapter
         factory = session.stage_factory(session.models.release())
-        sub = adapter.fuse(record.groups, record.adapter_fusion, record.fusion_beta, record.adapted)
+        sub = adapter.fuse(*record.adapter_rule)
         active = factory.enter(record, adapter, sub, distil=False, patched=False)
         if (found := hash_of_weights(active)) != message.base_hash:
             active.engine.close()
@@ -248,7 +248,7 @@ class Participant:
         method.begin_stage(layout, stage.known)
         method.begin_round(turn.round_index, stage.known, [turn.client])
         if correction is not None:
-            correction.begin_run(everyone, method)
+            correction.begin_run(everyone)
             correction.begin_stage(layout)
             correction.begin_round(stage.known)
         wire = Wire(args.wire_dtype, args.upload_fraction, memory)

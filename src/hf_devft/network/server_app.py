@@ -106,7 +106,7 @@ def main(grid: Grid, context: Context) -> None:
     keys = read_public_keys(Path(str(asked["keys"])), names) if asked["keys"] else None
     clients = RemoteClients(grid, timeout=float(asked["timeout"]) or None, keys=keys)
     data = load_server_data(recipe, args)
-    who = clients.wait_for(count, names, shared_settings(args, recipe.lora_config()))
+    who = clients.wait_for(count, names, shared_settings(args, recipe.lora_config(args.task)))
     args.num_clients = len(who.names)
     args.client_max_layers = args.client_max_layers or clients.max_layers
     train(recipe, args, clients, (who, *data))

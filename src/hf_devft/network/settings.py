@@ -18,7 +18,6 @@ SHARED_OPTIONS = (
     "dataloader_drop_last", "max_length", "learning_rate", "optim", "optim_args", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16",
     "activation_checkpointing", "activation_checkpointing_kwargs", "auto_activation_checkpointing",
-    "neftune_noise_alpha",
     "train_sampling_strategy", "length_column_name", "include_num_input_tokens_seen", "seed", "data_seed",
 )  # fmt: skip
 # Of `from_pretrained`, and their values: where the base comes from is the client's own matter, and other names of an

@@ -103,7 +103,7 @@ def main(grid: Grid, context: Context) -> None:
             f'`--federation-config "num-supernodes={len(names)}"`, or `num_clients`.'
         )
     clients = RemoteClients(grid)
-    who = clients.wait_for(len(names), names, shared_settings(args, recipe.lora_config()), timeout=None)
+    who = clients.wait_for(len(names), names, shared_settings(args, recipe.lora_config(args.task)), timeout=None)
     args.num_clients = len(names)
     train(recipe, args, clients, (who, *of_server))
 

@@ -14,12 +14,13 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from hf_devft.configuration import DevFTConfig, Setup, StageConfig, check_compatibility
-from hf_devft.federation.methods import C2A, HeterogeneousRanks, Residual
+from hf_devft.federation.methods import C2A, Residual
+from hf_devft.federation.methods.hetlora import HetLoRA
 from hf_devft.federation.partition import DEFAULT_NUM_CLIENTS, ClientData
 from hf_devft.federation.privacy import ADAPTIVE, affordable, split_noise
 from hf_devft.federation.sampling import Placement
 from hf_devft.models.flops import flops_per_token, forward_flops
-from hf_devft.models.layer_stack import encoders_of, find_layer_stack
+from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.models.supported import check_adapter
 from hf_devft.run.accounts import draws_of, make_accountant
@@ -28,6 +29,7 @@ from hf_devft.run.planned_messages import planned_messages, planned_turns
 from hf_devft.run.planned_submodels import TRAINED_BYTES, PlannedSubmodels, training_memory, whole_stage
 from hf_devft.stages.teaching.bridging import bridge_errors_flops, fit_flops
 from hf_devft.tasks import answers_prompts
+from hf_devft.tasks.data import padded
 
 
 # Of the server's: the global adapter, the update that has just come, and the float64 sum of those before.
@@ -155,7 +157,7 @@ def plan_run(
         len(everyone) if are_known else None,
         args.clients_per_round,
         clients is not None,
-        has_like_messages=not isinstance(setup.methods.method, (Residual, C2A, HeterogeneousRanks)),
+        has_like_messages=not isinstance(setup.methods.method, (Residual, C2A, HetLoRA)),
         **privacy,
     )
 
@@ -206,7 +208,7 @@ def planned_batches(
     # One process, which has all of the work.
     order = planned_turns(args, range(len(clients.rows)), rounds)
     sampler = make_sampler(args, clients.dataset, list(clients.rows.values()), order, Placement())
-    return [(len(batch), 8 * -(-int(lengths[batch].max()) // 8)) for batch in sampler]
+    return [(len(batch), padded(int(lengths[batch].max()))) for batch in sampler]
 
 
 def _plan_stage(
@@ -313,12 +315,9 @@ def _flops_per_token(
     args: DevFTConfig, model: PeftModel, skips: list[tuple[int, ...]], is_reference: bool
 ) -> np.ndarray:
     """Of each of the model's stacks, the mean over clients that leave out these layers."""
-    base = model.get_base_model()
-    layers, encoders = find_layer_stack(base, args.stack).layers, encoders_of(base)
+    layers = find_layer_stack(model.get_base_model(), args.stack).layers
     counts = Counter(skips)
-    found = [
-        flops_per_token(model, [layers[index] for index in skipped], encoders, is_reference) for skipped in counts
-    ]
+    found = [flops_per_token(model, [layers[index] for index in skipped], is_reference) for skipped in counts]
     return np.average(found, axis=0, weights=list(counts.values()))
 
 

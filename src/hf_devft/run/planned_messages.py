@@ -53,8 +53,9 @@ def planned_messages(
     both = 2 if correction is not None and correction.records else 1
     down, up, trained, skips = 0, 0, 0, []
     for method.round_index, client in turns:
-        down += both * wire.bytes_down(layout.count(method.receives(client)))
-        up += both * wire.bytes_up(layout.count(method.sends(client)))
+        to, back = method.message_sizes(client)
+        down += both * wire.bytes_down(to)
+        up += both * wire.bytes_up(back)
         trained = max(trained, layout.count(method.trains(client)))
         skips.append(method.skips(client))
     return PlannedMessages(down, up, trained, skips)

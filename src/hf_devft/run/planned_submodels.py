@@ -16,6 +16,7 @@ from hf_devft.models.initialisation import without_weight_based_init
 from hf_devft.models.layer_stack import find_layer_stack, with_layers
 from hf_devft.stages.bridges import add_bridges
 from hf_devft.stages.grouping import GroupingTask, group_layers
+from hf_devft.stages.submodel import layers_of
 from hf_devft.stages.transfer import kinds_by_adapter
 
 
@@ -64,7 +65,7 @@ class PlannedSubmodels:
         kinds = stack.kinds if chosen is None else kinds_by_adapter(stack.kinds, chosen)
         groups = group_layers(GroupingTask(kinds, layers), "even")  # of any grouping's sizes
         submodel = with_layers(self._base, stack, [group[0] for group in groups])
-        own = stack.names.keeping([group[0] for group in groups]).layers(submodel)
+        own = layers_of(submodel, stack, groups)
         if args.fusion == "bridge":
             add_bridges(submodel, own, groups)
         model_options: Any = args.model_init_kwargs or {}

@@ -14,13 +14,14 @@ from hf_devft.embedded import portable_name
 from hf_devft.federation.ledger import Ledger
 from hf_devft.federation.partition import ClientData
 from hf_devft.federation.privacy import Accountant
+from hf_devft.federation.wire import is_lossy
 from hf_devft.hub.model_card import CardContext, model_card
 from hf_devft.models.initialisation import moves_weights
 from hf_devft.models.layout import State
 from hf_devft.run.artifacts import save_stage
 from hf_devft.run.comparison import Point
 from hf_devft.run.tables import ALL, stage_table
-from hf_devft.tasks import TASKS
+from hf_devft.tasks import TASKS, task_named
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class RunReport:
         Args:
             others: the attributes that neither says.
         """
-        has_classes = TASKS[args.task or "text-generation"].classes is not None
+        has_classes = task_named(args.task).classes is not None
         return cls(
             output_dir=args.output_dir,
             base_name=portable_name(base.name_or_path) or None,
@@ -167,8 +168,8 @@ def describe_setup(
     sizes, network = [size for size in clients.examples if size], clients.elsewhere is not None
     options = ", ".join(f"{name} {value}" for name, value in (args.federated_method_kwargs or {}).items())
     special = {
-        "what travels": None if args.wire_dtype == "fp32" and args.upload_fraction == 1 else
-        f"{args.wire_dtype}, {args.upload_fraction:.0%} of a client's changes",
+        "what travels": f"{args.wire_dtype}, {args.upload_fraction:.0%} of a client's changes"
+        if is_lossy(args.wire_dtype, args.upload_fraction) else None,
         "submodels": _teaching(args),
         "where layers come back": f"{args.distillation_steps} steps of distillation on the server's texts"
         if args.distillation_steps else None,

@@ -10,6 +10,7 @@ from peft import PeftConfig
 from hf_devft.configuration import DevFTConfig, StageConfig
 from hf_devft.federation.memory import SERVER
 from hf_devft.federation.partition import ClientData
+from hf_devft.models.initialisation import moves_weights
 from hf_devft.models.layout import State
 
 
@@ -29,14 +30,12 @@ def run_setting(
     args: DevFTConfig,
     stages: Sequence[StageConfig],
     adapter: PeftConfig,
-    initialisation: str | None,
     clients: ClientData,
     noise_multiplier: float | None,
 ) -> dict[str, Any]:
     """Collect what a resumed run must have in common with this one: {what: its value}.
 
     Args:
-        initialisation: the one that takes a part of the base's weights into the adapter, or None.
         noise_multiplier: of a private run, which its rounds so far are accounted for by; or None.
     """
 
@@ -51,7 +50,7 @@ def run_setting(
         "lora_r": getattr(adapter, "r", None),
         "lora_alpha": getattr(adapter, "lora_alpha", None),
         **{option: getattr(adapter, option, None) for option in _SCALES},
-        "init_lora_weights": initialisation,
+        "init_lora_weights": getattr(adapter, "init_lora_weights", None) if moves_weights(adapter) else None,
         "distillation": of("distillation_steps", *_ANSWERING),
         "bridged on": args.calibration_samples if args.fusion == "bridge" else None,
         "healing": of("healing_steps", "healing_learning_rate", *_ANSWERING),

@@ -53,7 +53,7 @@ def members_read(group: Sequence[int], rule: str) -> Sequence[int]:
     return group[:1] if FUSIONS[rule] is anchor_only else group
 
 
-def fuse(members: Sequence[torch.Tensor], rule: str = "differential", beta: float = 0.1) -> torch.Tensor:
+def fuse(members: Sequence[torch.Tensor], rule: str, beta: float = 0.1) -> torch.Tensor:
     """Fuse `members` (the first is the anchor) into one, in their shape and dtype, computed in float32 or wider.
 
     `members` may be a sequence that reads a member when it is asked for it: none is asked for that the rule does not

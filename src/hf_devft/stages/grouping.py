@@ -194,14 +194,8 @@ def calibrated(task: GroupingTask) -> Groups:
     """Drop one layer at a time, always the one whose loss suffers least (our rule).
 
     A dropped layer joins the group of the kept layer of its kind before it, so the first of each kind stays.
-
-    Raises:
-        ValueError: no calibration texts.
     """
-    if task.losses_without is None:
-        raise ValueError(
-            'grouping="calibrated" needs calibration texts: pass `calibration_dataset` or `eval_dataset`.'
-        )
+    assert task.losses_without is not None
     kept = list(range(len(task.kinds)))
     first = {members[0] for members in _by_kind(task.kinds).values()}
     while len(kept) > task.capacity:
@@ -216,13 +210,8 @@ def calibrated(task: GroupingTask) -> Groups:
 
 def bridged(task: GroupingTask) -> Groups:
     """Leave out the blocks of layers that bridges stand for with the least error in all (our rule). Layers of several
-    kinds may be in one block, as nothing is moved between them.
-
-    Raises:
-        ValueError: no texts.
-    """
-    if task.bridge_errors is None:
-        raise ValueError('grouping="bridged" needs texts of the server\'s: pass `calibration_dataset`.')
+    kinds may be in one block, as nothing is moved between them."""
+    assert task.bridge_errors is not None
     return best_blocks(task.bridge_errors(), task.capacity)
 
 

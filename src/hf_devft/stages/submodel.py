@@ -12,7 +12,7 @@ from hf_devft.stages.grouping import Groups
 
 
 def build_submodel(
-    model: PreTrainedModel, stack: LayerStack, groups: Groups, fusion: str = "differential", beta: float = 0.1
+    model: PreTrainedModel, stack: LayerStack, groups: Groups, fusion: str, beta: float = 0.1
 ) -> PreTrainedModel:
     """Make a stage's model: one representative layer per group; everything else is `model`'s own, shared.
 

@@ -54,9 +54,7 @@ def kinds_by_adapter(kinds: Sequence[Hashable], adapted: Collection[int]) -> tup
     return tuple((kind, layer in adapted) for layer, kind in enumerate(kinds))
 
 
-def fuse_adapter(
-    full: State, names: LayerNames, groups: Groups, fusion: str = "differential", beta: float = 0.1
-) -> State:
+def fuse_adapter(full: State, names: LayerNames, groups: Groups, fusion: str, beta: float = 0.1) -> State:
     """Make the submodel's adapter from the full-depth one: in each group, its members' adapters are fused by name.
 
     Members that share an adapter fuse to exactly that adapter (not under "sum").

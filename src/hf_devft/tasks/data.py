@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # Label of a token (or row) that is not learned and does not count: PyTorch's `ignore_index`.
 IGNORED = -100
+# Collators pad to a multiple of this, in which GPUs multiply fast.
+PAD_TO = 8
 # Column of how many turns of a chat are its prompt, of which none is learned.
 _PROMPT_TURNS = "prompt_turns"
 _OPTIONS = "chat_template_kwargs"  # as TRL has it
@@ -445,6 +447,11 @@ def _chat_tokens(
             )
         labels[len(before) : len(after)] = tokens[len(before) : len(after)]
     return tokens, labels
+
+
+def padded(length: int) -> int:
+    """How long rows are that collators have padded."""
+    return PAD_TO * -(-length // PAD_TO)
 
 
 def map_datasets(datasets: Any, function: Callable[[Dataset], Any]) -> Any:

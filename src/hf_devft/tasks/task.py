@@ -35,7 +35,15 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from hf_devft.embedded import EMBEDDED
-from hf_devft.tasks.data import IGNORED, TAKEN_FOR_LABELS, RowError, refuse_missing, to_known_columns, tokenize
+from hf_devft.tasks.data import (
+    IGNORED,
+    PAD_TO,
+    TAKEN_FOR_LABELS,
+    RowError,
+    refuse_missing,
+    to_known_columns,
+    tokenize,
+)
 from hf_devft.tasks.predictions import (
     ClassificationMetrics,
     argmax_logits,
@@ -303,14 +311,15 @@ def _sound_collator(processor: Any, config: PretrainedConfig) -> SoundCollator |
 
 
 def _padding(collator: type) -> Callable[[Any, PretrainedConfig], Callable | None]:
-    """To a multiple of 8, by a tokenizer; `Trainer`'s default without one."""
-    return lambda tokenizer, config: None if tokenizer is None else collator(tokenizer, pad_to_multiple_of=8)
+    """To a multiple of `PAD_TO`, by a tokenizer; `Trainer`'s default without one."""
+    return lambda tokenizer, config: None if tokenizer is None else collator(tokenizer, pad_to_multiple_of=PAD_TO)
 
 
 def _batched(encode: Callable) -> Callable[[Dataset, Encoding], Dataset]:
     return lambda dataset, encoding: encoding.map(dataset, encode, batched=True)
 
 
+DEFAULT_TASK = "text-generation"
 TASKS: dict[str, Task] = {
     "text-generation": Task(
         auto_class=AutoModelForCausalLM,
@@ -390,6 +399,11 @@ TASKS: dict[str, Task] = {
 }  # fmt: skip
 
 
+def task_named(name: str | None) -> Task:
+    """The task of this name; None is what commands take without one."""
+    return TASKS[name or DEFAULT_TASK]
+
+
 def task_of(model: PreTrainedModel | None, peft_type: TaskType | str | None, name: str | None = None) -> str:
     """The name of the task that is named, that PEFT names, or that a model's class is for; else "text-generation".
 
@@ -408,10 +422,10 @@ def task_of(model: PreTrainedModel | None, peft_type: TaskType | str | None, nam
             if (peft_type is not None and task.peft_type == peft_type)
             or (peft_type is None and model is not None and own in task.model_names.values())
         ),
-        "text-generation",
+        DEFAULT_TASK,
     )
 
 
 def answers_prompts(task: str | None) -> bool:
     """Whether a task's rows are prompts and answers; None is of a trainer that does not say, a language model's."""
-    return task in (None, "text-generation")
+    return task in (None, DEFAULT_TASK)

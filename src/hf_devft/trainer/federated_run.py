@@ -74,7 +74,6 @@ class FederatedRun:
         clients: who has which rows.
         stages: the records of all stages; those that are finished have groups, metrics and totals.
         adapter: the full-depth adapter, as it was when the running stage began.
-        initialisation: the one that has taken a part of the base's weights into the adapter, or None.
         healed: keeps the layers that were healed.
         capacities: which stage's submodel each client trains.
         ledger: what the rounds so far have cost.
@@ -90,7 +89,6 @@ class FederatedRun:
     clients: ClientData
     stages: list[StageConfig]
     adapter: GlobalAdapter
-    initialisation: str | None
     healed: HealedLayers
     capacities: Capacities
     ledger: Ledger = field(default_factory=Ledger)
@@ -104,7 +102,7 @@ class FederatedRun:
     @property
     def residual(self) -> State:
         """What the method adds to the weights beside the adapter, at the depth where it stands."""
-        return {} if self.federation is None else self.federation.residual()
+        return {} if self.federation is None else self.federation.method.residual()
 
     @property
     def num_rounds(self) -> int:
@@ -287,12 +285,11 @@ class FederatedRun:
                 "adapter in `output_dir`, merged into the base."
             )
 
-    def begin(self, adapter: State, folder: str | None, checkpoint: Checkpoint | None) -> None:
-        """Reset the state to the start, with this full-depth adapter, or to where the checkpoint in a folder has left
-        it.
+    def begin(self, adapter: State, checkpoint: Checkpoint | None) -> None:
+        """Reset the state to the start, with this full-depth adapter, or to where a checkpoint has left it.
 
         Raises:
-            ValueError: the adapter is another one, or healed layers that are needed are not in the folder.
+            ValueError: the adapter is another one, or healed layers that are needed are not in its folder.
         """
         self.federation = self.active = None
         if checkpoint is None:
@@ -302,10 +299,10 @@ class FederatedRun:
             return
         within = checkpoint.sub is not None
         if within or self.args.distillation_steps or self.args.client_max_layers:
-            self.healed.take_from(folder or "", checkpoint.run.stage - (not within))
+            self.healed.take_from(checkpoint.folder, checkpoint.run.stage - (not within))
         self.ledger, self.start_metrics = checkpoint.run.ledger, checkpoint.run.start_metrics
         self.adapter = replace(self.adapter, state=checkpoint.full)
 
     def _setting(self) -> dict[str, Any]:
         noise = None if self.accountant is None else self.accountant.noise_multiplier
-        return run_setting(self.args, self.stages, self.adapter.config, self.initialisation, self.clients, noise)
+        return run_setting(self.args, self.stages, self.adapter.config, self.clients, noise)

@@ -1,65 +1,56 @@
 """The federation that a config asks for."""
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-
 from hf_devft.configuration import DevFTConfig
-from hf_devft.federation.heterogeneity.label_features import label_counts as count_labels
+from hf_devft.federation.heterogeneity.label_features import label_counts
 from hf_devft.federation.heterogeneity.resources import ClientResources, load_resources, make_resources
 from hf_devft.federation.memory import Memory
 from hf_devft.federation.methods import Clients, make_methods
-from hf_devft.federation.partition import ClientData
 from hf_devft.federation.privacy import Accountant, ClientPrivacy, PoissonSampling
-from hf_devft.federation.processes import add_up as add_up_tensors
-from hf_devft.federation.processes import gather as gather_objects
+from hf_devft.federation.processes import add_up, gather
 from hf_devft.federation.rounds import Federation
-from hf_devft.federation.sampling import Placement
 from hf_devft.federation.selection import SELECTIONS, ClientSelection
 from hf_devft.federation.wire import Wire
-from hf_devft.models.layout import State
 from hf_devft.run.checkpoint import Checkpoint
 from hf_devft.trainer.interface import FederatedTrainer
 
 
 def build_federation(
-    args: DevFTConfig,
-    clients: ClientData,
-    placement: Placement,
-    label_counts: Callable[[], np.ndarray],
-    add_up: Callable[[torch.Tensor], None],
-    gather: Callable[[Any], list],
-    remembered: State | None = None,
+    trainer: FederatedTrainer,
+    checkpoint: Checkpoint | None = None,
     accountant: Accountant | None = None,
     secret: int = 0,
 ) -> Federation:
-    """Build the federation of all rounds to come.
+    """Build the federation of all rounds to come of a trainer's clients.
 
     Args:
-        placement: this process's share of the work.
-        label_counts: () -> how often each token is a label of each client, for methods that need it.
-        add_up, gather: see `Federation`.
-        remembered: what a run that goes on has kept; see `Federation.state_dict`.
+        checkpoint: from which a run goes on.
         accountant, secret: of a run that is differentially private; see `read_secret`.
 
     Raises:
         ValueError: options of the selection or resources that are refused; a method that refuses the clients.
     """
+    args, clients = trainer.args, trainer.clients
     memory = Memory()
-    if remembered is not None:
-        memory.load_state_dict(remembered)
+    if checkpoint is not None:
+        memory.load_state_dict(checkpoint.run.federation)
     examples = clients.examples
     method, correction, optimizer, rule = make_methods(args.federated_method, args.federated_method_kwargs)
     # Of a private run all clients have weight 1, so that nobody's number of examples shows; and where those with more
     # are asked more often, which is their weight.
     is_weighted = accountant is None and args.client_selection != "by_size"
     weights = examples if is_weighted else [1] * len(examples)
-    taking_part = Clients(examples=weights, seed=args.seed, label_counts=label_counts, memory=memory)
+    rows: list[Any] = list(clients.rows.values())
+    taking_part = Clients(
+        examples=weights,
+        seed=args.seed,
+        label_counts=lambda: label_counts(trainer.train_dataset, rows),
+        memory=memory,
+    )
     method.begin_run(taking_part)
     if correction is not None:
-        correction.begin_run(taking_part, method)
+        correction.begin_run(taking_part)
     # Who takes part is a secret where that makes clients private.
     selection = build_selection(args, examples, clients.names, secret if args.protects_clients else args.seed)
     privacy = None
@@ -73,7 +64,7 @@ def build_federation(
         wire=Wire(args.wire_dtype, args.upload_fraction, memory),
         memory=memory,
         selection=selection,
-        placement=placement,
+        placement=trainer.placement,
         names=clients.names,
         quorum=args.round_quorum,
         retries=args.round_retries if accountant is None else 0,  # each attempt would cost
@@ -121,28 +112,3 @@ def gradient_obstacle(args: DevFTConfig, federation: Federation) -> str | None:
     if federation.method.corrects or federation.correction is not None:
         return f"federated_method={args.federated_method!r} looks at each client's gradients"
     return 'dp_level="record" looks at each row\'s gradient' if args.protects_records else None
-
-
-def federation_of(
-    trainer: FederatedTrainer,
-    checkpoint: Checkpoint | None = None,
-    accountant: Accountant | None = None,
-    secret: int = 0,
-) -> Federation:
-    """Build the federation of a trainer's clients; the arguments are those of `build_federation`.
-
-    Raises:
-        ValueError: see `build_federation`.
-    """
-    rows: list[Any] = list(trainer.clients.rows.values())
-    return build_federation(
-        trainer.args,
-        trainer.clients,
-        trainer.placement,
-        lambda: count_labels(trainer.train_dataset, rows),
-        add_up_tensors,
-        gather_objects,
-        checkpoint.run.federation if checkpoint is not None else None,
-        accountant,
-        secret,
-    )

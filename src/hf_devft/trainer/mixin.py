@@ -126,7 +126,7 @@ class DevFTMixin(Base):
         self.placement = Placement(args.client_placement, args.process_index, args.world_size)
         self.calibration_dataset, self.remote_clients = calibration_dataset, remote_clients
         setup = check_trainer(self, initialisation)
-        self.run, patched = prepare_run(self.model, setup.adapter, args, self.clients, initialisation)
+        self.run, patched = prepare_run(self.model, setup.adapter, args, self.clients)
         self.models = ModelInUse(self, patched)
         check_run(self, self.run, setup)
         self._session: TrainingSession | None = None
@@ -170,8 +170,7 @@ class DevFTMixin(Base):
         `args.resume_from_hub` and no checkpoint, after the last one that was pushed there.
 
         Args:
-            resume_from_checkpoint: "last" is the newest checkpoint in `output_dir`, or the start where there is none,
-                so that one command starts a run and goes on with it.
+            resume_from_checkpoint: "last" is the newest checkpoint in `output_dir`, or the start where there is none.
         """
         folder = starting_point(self.args, resume_from_checkpoint)
         self._checkpoint = self.run.load(folder) if folder else None
@@ -246,7 +245,7 @@ class DevFTMixin(Base):
                 align_special_tokens(self.models.base, self.processing_class)
             run.federation = run.active = None
             self.models.use_whole(run)  # where a run was interrupted
-        run.begin(adapter_state(self.model), resume_from_checkpoint, checkpoint)
+        run.begin(adapter_state(self.model), checkpoint)
         self._init_training_state(run.num_rounds, run.num_rounds, len(self.stages), resume_from_checkpoint, trial)
         self.state.compute_steps(args, run.num_rounds)  # as the config has them now
         self._session = TrainingSession(self, run, self.models, checkpoint)

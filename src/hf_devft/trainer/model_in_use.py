@@ -14,6 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from hf_devft.models.adapter import adapter_state, detach_adapter, load_adapter_state, shared_copy
 from hf_devft.models.counted_logits import count_logits
 from hf_devft.models.engines import Engine, make_engine, shard
+from hf_devft.models.initialisation import moves_weights
 from hf_devft.models.residual import PatchedBaseWeights
 from hf_devft.models.weights import is_stored
 from hf_devft.stages.submodel import build_whole
@@ -169,7 +170,7 @@ class ModelInUse:
         given = self._trainer.given_model
         if given is None or given is self._trainer.model:
             return
-        if run.residual or run.initialisation is not None:  # another base's, which was changed with the adapter
+        if run.residual or moves_weights(run.adapter.config):  # another base's, which was changed with the adapter
             logger.warning("the model that was passed is as it was: what was trained is `trainer.model`.")
         else:
             load_adapter_state(given, run.adapter.state)

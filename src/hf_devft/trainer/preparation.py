@@ -3,7 +3,7 @@ is spent."""
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hf_devft.models.residual import PatchedBaseWeights
 from hf_devft.models.supported import check_adapter
 from hf_devft.models.weights import is_stored, keep_readable
 from hf_devft.run.accounts import make_accountant
+from hf_devft.run.client_batches import lengths_of
 from hf_devft.run.comparison import read_curve
 from hf_devft.run.healed_layers import HealedLayers
 from hf_devft.stages.builder import layer_stack
@@ -35,15 +36,13 @@ from hf_devft.stages.grouping import GroupingTask, group_layers
 from hf_devft.stages.transfer import check_alike
 from hf_devft.tasks.data import first_rows
 from hf_devft.trainer.federated_run import FederatedRun, planned_draws
-from hf_devft.trainer.federation_builder import federation_of
+from hf_devft.trainer.federation_builder import build_federation
 from hf_devft.trainer.interface import FederatedTrainer
 from hf_devft.trainer.overrides import check_overrides, is_overridden
+from hf_devft.trainer.precision import advise_float32
 
 
 logger = logging.getLogger(__name__)
-
-# As `mixed_precision` and the names of CPUs' instructions have them.
-HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def clients_of(args: DevFTConfig, train_dataset: Any, partitioner: Any = None) -> ClientData:
@@ -214,7 +213,7 @@ def check_batch_size(asked: int, known: int) -> None:
 
 
 def prepare_run(
-    model: Any, config: PeftConfig, args: DevFTConfig, clients: ClientData, initialisation: str | None
+    model: Any, config: PeftConfig, args: DevFTConfig, clients: ClientData
 ) -> tuple[FederatedRun, PatchedBaseWeights | None]:
     """Make the state of a run that has not begun, on a model with its new adapter. Returns it, and the weights that
     the adapter's initialisation has changed, in the model, where it has.
@@ -227,7 +226,7 @@ def prepare_run(
             baseline that is no finished run.
     """
     keep_readable(model)
-    patched = None if initialisation is None else initialise(model, initialisation)
+    patched = initialise(model, config.init_lora_weights) if moves_weights(config) else None
     state = adapter_state(model)
     if args.world_size > 1:  # each may have made its own, by other random numbers
         state = broadcast_object_list([state])[0]
@@ -244,7 +243,6 @@ def prepare_run(
         clients=clients,
         stages=stages,
         adapter=GlobalAdapter(config, state, stack.names, {} if patched is None else state),
-        initialisation=initialisation,
         healed=HealedLayers(args.output_dir, stages, bool(args.client_max_layers), args.process_index == 0),
         capacities=capacities,
         baseline={Path(args.baseline).name: read_curve(args.baseline)} if args.baseline else {},
@@ -289,7 +287,7 @@ def check_trainer(trainer: FederatedTrainer, initialisation: str | None) -> Setu
     )
     check_compatibility(setup)
     if args.device.type == "cpu" and args.process_index == 0:
-        _advise_float32(accelerator.mixed_precision, setup.base.dtype)
+        advise_float32(accelerator.mixed_precision, setup.base.dtype)
     return setup
 
 
@@ -302,45 +300,20 @@ def _is_mean_over_tokens(trainer: FederatedTrainer) -> bool:
     return bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
 
 
-def _advise_float32(mixed_precision: str, dtype: torch.dtype) -> None:
-    """Say what makes a run slow on a CPU that emulates half precision."""
-    capabilities = cpu()
-    slow = [kind for name, kind in HALF_PRECISIONS.items() if emulates(name, capabilities)]
-    advice = {
-        f"set {mixed_precision} to false": HALF_PRECISIONS.get(mixed_precision),
-        """load the base in float32 (`--model_init_kwargs '{"dtype": "float32"}'`)""": dtype,
-    }
-    if said := {what: kind for what, kind in advice.items() if kind in slow}:
-        names = sorted({str(kind).removeprefix("torch.") for kind in said.values()})
-        logger.warning(
-            f"this CPU has no instructions for {' or '.join(names)}, in which it is many times slower than in "
-            f"float32: {' and '.join(said)}."
-        )
-
-
-def cpu() -> Mapping[str, Any]:
-    """Return what the CPU has; nothing where torch is too old to know."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
-
-
-def emulates(precision: str, capabilities: Mapping[str, Any]) -> bool:
-    """Whether a CPU of these `torch.cpu.get_capabilities()` is an x86 one that multiplies no matrices in this of
-    `HALF_PRECISIONS`."""
-    known = capabilities.get
-    return known("architecture") == "x86_64" and not (known(f"avx512_{precision}") or known(f"amx_{precision}"))
-
-
 def check_run(trainer: FederatedTrainer, run: FederatedRun, setup: Setup) -> None:
     """Refuse what cannot be trained, now that the adapter and the stages are known, too.
 
     Raises:
-        ValueError: see `check_compatibility`; options of the method that do not fit the adapter.
+        ValueError: see `check_compatibility`; options of the method that do not fit the adapter; rows without lengths
+            that are asked for.
     """
     state = run.adapter.state
     shapes = tuple(tensor.shape for tensor in state.values())
     layout = AdapterLayout(tuple(state), shapes, lora_scaling(run.adapter.config))
     setup = replace(setup, layout=layout, state=state, num_stages=len(run.stages))
     check_compatibility(setup)
-    federation = federation_of(trainer, accountant=run.accountant)
+    if trainer.args.train_sampling_strategy == "group_by_length" and trainer.remote_clients is None:
+        lengths_of(trainer.train_dataset, trainer.args.length_column_name)  # raises, and says why
+    federation = build_federation(trainer, accountant=run.accountant)
     federation.method.begin_stage(layout, torch.zeros(sum(layout.sizes)))  # raises, and says why
     check_compatibility(replace(setup, remembers=bool(federation.memory.state_dict())))

@@ -13,6 +13,7 @@ from hf_devft.models.weights import is_stored, stored_bytes
 from hf_devft.run.client_batches import lengths_of
 from hf_devft.run.peak_memory import USABLE, free_memory
 from hf_devft.run.planned_submodels import PlannedSubmodels, training_memory
+from hf_devft.tasks.data import padded
 from hf_devft.trainer.client_batching import ClientBatching
 from hf_devft.trainer.interface import FederatedTrainer
 
@@ -84,7 +85,7 @@ class Recomputation:
         clients = self._batching.count(model)
         batch = -(-args.train_batch_size // (placement.count if placement.shares_batches else 1))
         batch = 1 if args.protects_records else batch * clients  # each row goes through the model alone
-        length = 8 * -(-int(lengths_of(rows).max()) // 8)  # as the collator pads
+        length = padded(int(lengths_of(rows).max()))
         kept = self._submodels.activations(record, batch, length).everything
         adapter = sum(each.numel() for each in model.parameters() if each.requires_grad)
         copies = clients + 1 if clients > 1 else 1  # one more is what the stage's own engine has

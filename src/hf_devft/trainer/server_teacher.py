@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_devft.configuration import DevFTConfig, StageConfig
+from hf_devft.files import write_tensors
 from hf_devft.models.adapter import adapter_state, load_adapter_state
 from hf_devft.models.flops import flops_per_token, forward_flops
-from hf_devft.models.layer_files import read_healed, save_healed
+from hf_devft.models.layer_files import read_healed
 from hf_devft.run.healed_layers import HealedLayers
 from hf_devft.stages.bridges import BRIDGE
 from hf_devft.stages.builder import SubmodelBuilder
@@ -100,7 +101,7 @@ class ServerTeacher:
                     flops += self._bridge(record, builder, teacher, layers)
                 if record.healing_steps:
                     flops += self._heal(record.stage, builder, teacher, submodel, layers)
-                save_healed(path, taught_state(layers, bridges_only))
+                write_tensors(path, taught_state(layers, bridges_only))
         if self.args.world_size > 1:
             made = taught_state(layers, bridges_only)
             state = {name: tensor.to(self.args.device, copy=True) for name, tensor in made.items()}

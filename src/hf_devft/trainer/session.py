@@ -29,7 +29,6 @@ from hf_devft.federation.sampling import client_seed, local_trainings
 from hf_devft.files import atomic_folder, naming, note_checksum, write_json
 from hf_devft.models.adapter import chooses_layers
 from hf_devft.models.flops import flops_per_token
-from hf_devft.models.layer_stack import encoders_of
 from hf_devft.models.layout import State
 from hf_devft.run.checkpoint import SCHEDULE, Checkpoint, save_federation
 from hf_devft.run.claim import goes_on_in
@@ -44,7 +43,7 @@ from hf_devft.trainer.calibration import CalibrationLoss
 from hf_devft.trainer.client_batching import ClientBatching
 from hf_devft.trainer.evaluation import each_batch_alone, evaluate_full_depth, named_sets, number_of_rows
 from hf_devft.trainer.federated_run import FederatedRun
-from hf_devft.trainer.federation_builder import federation_of, gradient_obstacle
+from hf_devft.trainer.federation_builder import build_federation, gradient_obstacle
 from hf_devft.trainer.interface import ClientLink, FederatedTrainer
 from hf_devft.trainer.local_clients import LocalClients
 from hf_devft.trainer.model_in_use import ModelInUse
@@ -79,7 +78,7 @@ class TrainingSession:
         args = trainer.args
         self.trainer, self.run, self.models = trainer, run, models
         secret = self._secret(checkpoint)
-        self.federation = run.federation = federation_of(trainer, checkpoint, run.accountant, secret)
+        self.federation = run.federation = build_federation(trainer, checkpoint, run.accountant, secret)
         self._privacy = None if run.accountant is None or not args.protects_records else RecordPrivacy(
             run.accountant.noise_multiplier, args.dp_clipping_norm, args.train_batch_size, secret,
             trainer.clients.examples,
@@ -97,12 +96,12 @@ class TrainingSession:
         self._batching = ClientBatching(trainer, most, gradient_obstacle(args, self.federation))
         self._factory: StageFactory | None = None
         method, correction, wire = self.federation.method, self.federation.correction, self.federation.wire
-        self.clients: ClientLink = LocalClients(ClientSide(method, correction, wire), self.runner, self.batches_of)
-        if trainer.remote_clients is not None:
-            self.clients = trainer.remote_clients
-            self.clients.begin_run(run, self.federation, trainer.processing_class)
-            if checkpoint is not None:
-                self._keep_states(checkpoint.folder)
+        self.clients: ClientLink = trainer.remote_clients or LocalClients(
+            ClientSide(method, correction, wire), self.runner, self.batches_of
+        )
+        self.clients.begin_run(run, self.federation, trainer.processing_class)
+        if checkpoint is not None:
+            self._keep_states(checkpoint.folder)
 
     def _secret(self, checkpoint: Checkpoint | None) -> int:
         """What a private run's clients and noise are drawn by, the same on all processes; 0 in other runs."""
@@ -172,7 +171,7 @@ class TrainingSession:
         record.totals, record.metrics = {}, {}
         adapter = self.run.adapter
         record.groups = factory.group(record, adapter.state)
-        rule = (record.groups, record.adapter_fusion, record.fusion_beta, record.adapted)
+        rule = record.adapter_rule
         self.federation.memory.carry(lambda name, state: replace(adapter, state=state).fuse(*rule))
         state = self.trainer.state
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
@@ -200,8 +199,7 @@ class TrainingSession:
         if self.federation.selection.resources is None:
             return []
         args = self.trainer.args
-        encoders = encoders_of(active.model.get_base_model())
-        per_token = flops_per_token(active.model, encoders=encoders, is_reference=self.trainer.kind == "dpo")
+        per_token = flops_per_token(active.model, is_reference=self.trainer.kind == "dpo")
         rows = args.local_steps * args.gradient_accumulation_steps * args.train_batch_size
         clients = self.run.clients
         return expected_flops(self.trainer.train_dataset, list(clients.rows.values()), rows, per_token)

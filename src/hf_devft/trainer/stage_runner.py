@@ -21,7 +21,7 @@ from hf_devft.federation.sampling import Placement, client_seed
 from hf_devft.federation.turns import ClientTurn, LocalResult, Trained, one_after_another
 from hf_devft.models.engines import Engine
 from hf_devft.models.flops import flops_per_token
-from hf_devft.models.layer_stack import encoders_of, returns_tuple, without_layers
+from hf_devft.models.layer_stack import returns_tuple, without_layers
 from hf_devft.stages.transfer import expand_adapter, fuse_adapter
 from hf_devft.trainer.active_stage import ActiveStage, BatchedClients, EarlierSubmodel
 from hf_devft.trainer.client_batching import ClientBatching
@@ -194,8 +194,8 @@ class StageRunner:
         known, kind = engine.flops_per_token, (turn.trains, turn.skips)
         if kind not in known:
             engine.choose(turn.trains)
-            skipped, base = [layers[index] for index in turn.skips], engine.peft_model.get_base_model()
-            known[kind] = flops_per_token(engine.peft_model, skipped, encoders_of(base), self.is_reference)
+            skipped = [layers[index] for index in turn.skips]
+            known[kind] = flops_per_token(engine.peft_model, skipped, self.is_reference)
         return known[kind]
 
 

@@ -34,7 +34,7 @@ def test_scaffolds_variates():
     of, adapter = layout(), random_adapter(layout())
     method, scaffold = FedIT(), CORRECTIONS["scaffold"]()
     clients = begin(method, of, [1, 2, 3, 4], adapter)
-    scaffold.begin_run(clients, method)
+    scaffold.begin_run(clients)
     scaffold.begin_stage(of)
     gradients = {client: random_adapter(of, client + 10) for client in range(4)}
     first = scaffold_round(scaffold, adapter, {0: gradients[0], 2: gradients[2]})
@@ -51,7 +51,7 @@ def test_scaffolds_variates():
 def test_clients_that_have_not_said_how_many_rows_they_have_count_as_the_others_do():
     scaffold, of = CORRECTIONS["scaffold"](), layout(modules=1)
     method = FedIT()
-    scaffold.begin_run(begin(method, of, [2, 4, 0, 0], random_adapter(of)), method)
+    scaffold.begin_run(begin(method, of, [2, 4, 0, 0], random_adapter(of)))
     scaffold.begin_stage(of)
     gradient = random_adapter(of, 1)
     scaffold_round(scaffold, random_adapter(of), {1: gradient})
@@ -68,7 +68,7 @@ def test_scaffold_ends_at_the_optimum_of_all_rows_where_averaging_alone_drifts_a
         adapter = torch.full((sum(of.sizes),), 0.5)
         clients = begin(method, of, examples, adapter)
         if correction is not None:
-            correction.begin_run(clients, method)
+            correction.begin_run(clients)
             correction.begin_stage(of)
         for index in range(60):
             if correction is not None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from hf_devft.models.layer_files import healed_path, read_healed, save_healed
+from hf_devft.files import write_tensors
+from hf_devft.models.layer_files import healed_path, read_healed
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.stages.submodel import build_submodel, build_whole, layers_of
 from hf_devft.stages.teaching.distillation import divergence
@@ -80,7 +81,7 @@ def test_healed_layers_are_read_as_they_were_written(tmp_path):
     submodel, layers = cut(base)
     heal(build_whole(base), submodel, layers, [INPUTS], 1, 1e-2, nullcontext)
     path = healed_path(tmp_path / "new", 1)
-    save_healed(path, taught_state(layers))
+    write_tensors(path, taught_state(layers))
     again, others = cut(base)
     load_taught_state(others, read_healed(path))
     assert distance(submodel, again) == 0

@@ -5,7 +5,6 @@ are each client's own, so that it ends with the adapter that it would have alone
 computed in another order.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +16,11 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_devft.federation.clients.hooks import TrainableModel, TrainingHooks
+from hf_devft.federation.clients.hooks import TrainingHooks
 from hf_devft.federation.clients.local_training import count_padding, count_seen, next_step
 from hf_devft.federation.turns import LocalResult
+from hf_devft.models.adapter import shared_copy
+from hf_devft.models.engines import Engine
 from hf_devft.models.layout import AdapterLayout
 from hf_devft.tasks.data import IGNORED
 
@@ -106,8 +107,7 @@ class ClientLinear(nn.Module):
 
 def stack_clients(model: PeftModel, count: int) -> tuple[PeftModel, ClientAxis]:
     """A second model that shares the base's tensors with `model` and has the adapters of `count` clients."""
-    memo = {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
-    stacked = copy.deepcopy(model, memo)
+    stacked = shared_copy(model)
     base = stacked.get_base_model()
     base.loss_function = axis = ClientAxis(base.loss_function)
     for module in stacked.modules():
@@ -220,7 +220,7 @@ def clip_each(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tens
 
 
 def train_together(
-    hooks: TrainingHooks, engine: TrainableModel, axis: ClientAxis, batches: Sequence[Iterator[Any]], pad_token: int
+    hooks: TrainingHooks, engine: Engine, axis: ClientAxis, batches: Sequence[Iterator[Any]], pad_token: int
 ) -> list[LocalResult]:
     """`LocalTraining` of as many clients as `batches`, on a model of `stack_clients`, whose optimiser must be fresh.
 

@@ -1,14 +1,12 @@
-"""What local training asks of a `transformers.Trainer`, and of the model that it trains."""
+"""What local training asks of a `transformers.Trainer`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
-
-from hf_devft.models.layout import AdapterLayout
 
 
 class TrainingHooks(Protocol):
@@ -36,29 +34,4 @@ class TrainingHooks(Protocol):
 
     def leaving_logits_out(self) -> AbstractContextManager:
         """Return a context in which models leave out the logits that the loss does not need."""
-        ...
-
-
-class TrainableModel(Protocol):
-    """A model whose adapter is trained; see `hf_devft.models.engines.Engine`.
-
-    Attributes:
-        model: what the forward pass goes through. optimizer: its optimiser.
-        parameters: the adapter's, in the order of `layout`; adapter: a module of just these.
-        lengths: of the sequences that went through each stack of layers last.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    parameters: Sequence[nn.Parameter]
-    adapter: nn.Module
-    layout: AdapterLayout
-    lengths: Sequence[int]
-
-    def zero_grad(self) -> None:
-        """Drop the gradients."""
-        ...
-
-    def gradient_sync(self, last: bool) -> AbstractContextManager:
-        """For a backward pass: processes add their gradients up in the `last` one of a step."""
         ...

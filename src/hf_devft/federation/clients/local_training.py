@@ -10,9 +10,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from hf_devft.federation.clients.gradient_tap import GradientTap
-from hf_devft.federation.clients.hooks import TrainableModel, TrainingHooks
+from hf_devft.federation.clients.hooks import TrainingHooks
 from hf_devft.federation.privacy import PrivateSteps
 from hf_devft.federation.turns import LocalResult
+from hf_devft.models.engines import Engine
 from hf_devft.tasks.data import IGNORED
 
 
@@ -37,7 +38,7 @@ class LocalTraining:
 
     def __call__(
         self,
-        engine: TrainableModel,
+        engine: Engine,
         batches: Iterator[Any],
         tap: GradientTap | None = None,
         private: PrivateSteps | None = None,
@@ -53,9 +54,7 @@ class LocalTraining:
                 return self._take_private_steps(engine, batches, private)
             return self._take_steps(engine, batches, tap)
 
-    def _take_private_steps(
-        self, engine: TrainableModel, batches: Iterator[Any], private: PrivateSteps
-    ) -> LocalResult:
+    def _take_private_steps(self, engine: Engine, batches: Iterator[Any], private: PrivateSteps) -> LocalResult:
         """Steps in which each row goes through the model alone. They report no loss, which no noise covers."""
         hooks, args, grad_norm = self.hooks, self.hooks.args, None
         for _ in range(args.local_steps):
@@ -71,7 +70,7 @@ class LocalTraining:
             engine.zero_grad()
         return LocalResult(torch.tensor(float("nan"), device=args.device), (0,) * len(engine.lengths), 0, 0, grad_norm)
 
-    def _take_steps(self, engine: TrainableModel, batches: Iterator[Any], tap: GradientTap | None) -> LocalResult:
+    def _take_steps(self, engine: Engine, batches: Iterator[Any], tap: GradientTap | None) -> LocalResult:
         hooks, args = self.hooks, self.hooks.args
         total = torch.zeros((), device=args.device)
         positions: tuple[int, ...] = ()
@@ -99,7 +98,7 @@ class LocalTraining:
         return self.shares_batches and not bool(inputs["labels"].ne(IGNORED).any())
 
     def _backward_in_pieces(
-        self, engine: TrainableModel, micro_batches: list, num_items: Any, tap: GradientTap | None
+        self, engine: Engine, micro_batches: list, num_items: Any, tap: GradientTap | None
     ) -> tuple[torch.Tensor, tuple[int, ...]]:
         """`_backward` of a step, in as many pieces as the memory asks for."""
         while True:
@@ -116,7 +115,7 @@ class LocalTraining:
             self.pieces *= 2
 
     def _backward(
-        self, engine: TrainableModel, pieces: list, num_items: Any, tap: GradientTap | None
+        self, engine: Engine, pieces: list, num_items: Any, tap: GradientTap | None
     ) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Gradients of one optimiser step; processes add theirs up in the last piece. Returns its loss, and the
         positions that went through each stack of layers."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from hf_devft.federation.methods.base import Clients, FederatedMethod
+from hf_devft.federation.methods.base import Clients
 from hf_devft.models.layout import AdapterLayout
 
 
@@ -17,12 +17,8 @@ class LocalCorrection:
 
     records = False
 
-    def begin_run(self, clients: Clients, method: FederatedMethod) -> None:
-        """Take note of who takes part; called once, before anything else.
-
-        Raises:
-            ValueError: the correction cannot be combined with `method`.
-        """
+    def begin_run(self, clients: Clients) -> None:
+        """Take note of who takes part; called once, before anything else."""
         self.clients, self.memory = clients, clients.memory
 
     def begin_stage(self, layout: AdapterLayout) -> None:

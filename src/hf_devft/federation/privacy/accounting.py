@@ -1,6 +1,7 @@
 """How much privacy a run's rounds cost: ε at a δ, by Google's dp-accounting."""
 
 import logging
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -113,14 +114,7 @@ class RecordAccountant:
 
 def affordable(accountant: Accountant, draws: Sequence[Any], target: float) -> int:
     """Count the first rounds that stay within a budget of ε."""
-    fits, too_many = 0, len(draws) + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if accountant.epsilon(draws[:middle]) <= target:
-            fits = middle
-        else:
-            too_many = middle
-    return fits
+    return bisect_right(range(1, len(draws) + 1), target, key=lambda count: accountant.epsilon(draws[:count]))
 
 
 def find_noise_multiplier(target: float, draws: Sequence[Any], make: Callable[[float], Accountant]) -> float:

@@ -1,6 +1,8 @@
 """Poisson sampling: each client takes part by a throw of its own."""
 
-from hf_devft.federation.sampling import ClientSelection, sampled_by_chance
+import numpy as np
+
+from hf_devft.federation.sampling import ClientSelection
 
 
 class PoissonSampling(ClientSelection):
@@ -9,4 +11,5 @@ class PoissonSampling(ClientSelection):
 
     def sample(self, round_index: int, attempt: int = 0) -> list[int]:
         chance = self.clients_per_round / len(self.candidates)
-        return sampled_by_chance(self.candidates, chance, self.seed, round_index, attempt)
+        throws = np.random.default_rng([self.seed, round_index, attempt]).random(len(self.candidates))
+        return sorted(client for client, throw in zip(self.candidates, throws, strict=True) if throw < chance)
