@@ -229,8 +229,7 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
             Speeds, bandwidths and times of the clients, for a simulated clock in the ledger: a JSON file (see
             docs/methods.md), or `"simulated"` for made-up ones (the default of `"resource_aware"`).
         client_max_layers (`list[int]`, *optional*):
-            Most layers that each client can train; a shorter list is repeated: of `[16, 8]` clients 0, 2, 4, ... have
-            16, the others 8.
+            Most layers that each client can train; a shorter list is repeated (`[16, 8]`: every other client has 8).
         beyond_capacity (`str`, *optional*, defaults to `"sit_out"`):
             What a client does in stages of more layers: `"sit_out"`, or `"keep_last"`, train the last stage's submodel
             that it can hold, from and for the running stage's adapter.
@@ -239,8 +238,7 @@ class DevFTConfig(PrivacyOptions, OutputOptions, TrainingArguments):
         round_quorum (`int`, *optional*, defaults to `1`):
             How many clients of a round must return a finite adapter. The others are left out.
         round_retries (`int`, *optional*, defaults to `3`):
-            How often a round below its quorum is tried again, with other clients, before the run stops; never in a
-            private run, or once a secure sum was opened.
+            How often a round below its quorum is tried again, with others; not in a private run, nor a secure sum.
         client_placement (`str`, *optional*):
             How work is placed on processes: `"client_parallel"`, each process trains its share of the round's clients
             (the default), or `"data_parallel"`, all processes train each client together, each on its share of every
