@@ -7,8 +7,9 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from hf_devft.cli.arguments import RecipeArguments
-from hf_devft.configuration.compatibility import CONFLICTS, FACTS
+from hf_devft.configuration.compatibility import CONFLICTS
 from hf_devft.configuration.devft_config import CHOICES, UNSUPPORTED, DevFTConfig
+from hf_devft.configuration.facts import FACTS
 from hf_devft.configuration.output_options import OutputOptions
 from hf_devft.configuration.privacy_options import PrivacyOptions
 

@@ -3,7 +3,8 @@ from conftest import ANCHORS, config, lora, tiny_llama
 from peft import IA3Config, get_peft_model
 
 from hf_devft.configuration import Setup, check_compatibility
-from hf_devft.configuration.compatibility import CONFLICTS, FACTS
+from hf_devft.configuration.compatibility import CONFLICTS
+from hf_devft.configuration.facts import FACTS
 from hf_devft.federation.methods import METHODS, FederatedMethod
 from hf_devft.models.layout import AdapterLayout, B
 

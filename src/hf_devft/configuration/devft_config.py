@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_available
 from transformers.training_args import OptimizerNames
 
-from hf_devft.configuration.compatibility import Setup, check_compatibility
+from hf_devft.configuration.compatibility import check_compatibility
+from hf_devft.configuration.facts import Setup
 from hf_devft.configuration.output_options import OutputOptions
 from hf_devft.configuration.privacy_options import PrivacyOptions, settle_privacy
 from hf_devft.configuration.stage_config import StageConfig, adapted_layers, derive_layers, plan_stages
