@@ -17,7 +17,7 @@ from recipe_runs import COLUMNS, RECIPE, arguments, publish_runs, run_all, table
 from to_target import DISTILLED, LINEAR
 from transformers import PreTrainedModel
 
-from hf_devft import StageConfig
+from hf_devft import DevFTConfig, StageConfig
 from hf_devft.federation.methods.lora import truncated_product
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.models.layout import State, lora_scaling
@@ -88,6 +88,7 @@ def group_by_function() -> None:
         return group_layers(task, record.grouping)
 
     StageFactory.group = group
+    DevFTConfig.asks_server_texts = property(lambda self: True)
 
 
 @torch.no_grad()

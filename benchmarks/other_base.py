@@ -51,6 +51,8 @@ FIRST_STAGE = {
 
 def main() -> None:
     options = arguments("other_base", __doc__)
+    if options.base is None:
+        raise SystemExit("give the other base: --base build/flat/final")
     results = run_all({name: VARIANTS["many rows"][name] for name in CHOSEN} | MORE, options, curve=True)
     staged = {name: runs for name, runs in results.items() if name.startswith("DevFT")}
     tables = (

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
+import yaml
 from machine import RESULTS, machine, mean_and_spread
 from matplotlib.figure import Figure
 
@@ -52,8 +53,7 @@ def run_recipe(
     `measure`, what that finds in the run's folder. The folder is of these arguments and gone when all is found: the
     same call goes on with a run that was stopped."""
     command = [*script, "--config", str(RECIPES / "configs" / config), *overrides]
-    named = json.dumps([os.path.relpath(script[0], HERE), *script[1:], config, *overrides])
-    folder = UNFINISHED / hashlib.sha256(named.encode()).hexdigest()[:16]
+    folder = UNFINISHED / digest_of(script, config, overrides)
     goes_on, begun = folder.exists(), folder.with_suffix(".commit")
     if not goes_on:
         UNFINISHED.mkdir(parents=True, exist_ok=True)
@@ -84,6 +84,13 @@ def run_recipe(
     ]
     found = {"metrics": stages[-1]["metrics"], "totals": totals, "wall_seconds": wall, "stages": by_stage}
     return found | {"revision": commit} | more
+
+
+def digest_of(script: list[str], config: str, overrides: list[str]) -> str:
+    """What is run, by which a row is known again: the config's options, flags and base."""
+    options = yaml.safe_load((RECIPES / "configs" / config).read_text())
+    named = json.dumps([os.path.relpath(script[0], HERE), *script[1:], options, *overrides])
+    return hashlib.sha256(named.encode()).hexdigest()[:16]
 
 
 def _is_over(folder: Path) -> bool:
@@ -128,12 +135,22 @@ def run_all(
     base = ["--model_name_or_path", options.base] if options.base else []
     lock = Lock()
 
-    def run(task: tuple[int, str]) -> None:
+    def asked(task: tuple[int, str]) -> tuple[list[str], str, list[str]]:
         seed, name = task
         config, overrides = variants[name]
-        flags = [*overrides, *base, "--seed", str(seed)]
-        about = {"machine": machine()}
-        result = run_recipe(script(name), config, flags, threads, curve, measure) | about
+        return script(name), config, [*overrides, *base, "--seed", str(seed)]
+
+    def is_known(task: tuple[int, str]) -> bool:
+        seed, name = task
+        row = known.get(name, {}).get(str(seed))
+        if row is not None and row.get("digest", digest := digest_of(*asked(task))) != digest:  # older rows have none
+            raise SystemExit(f"{path} has {name!r}, seed {seed}, of another base or config: give another --results.")
+        return row is not None
+
+    def run(task: tuple[int, str]) -> None:
+        seed, name = task
+        about = {"machine": machine(), "digest": digest_of(*asked(task))}
+        result = run_recipe(*asked(task), threads, curve, measure) | about
         with lock, path.open("a") as file:
             known.setdefault(name, {})[str(seed)] = result
             row = to_row(name, seed, result)
@@ -144,7 +161,7 @@ def run_all(
     chosen = [
         name for name in variants if any(part == name if part in variants else part in name for part in options.only)
     ]
-    tasks = [(seed, name) for seed in options.seeds for name in chosen if str(seed) not in known.get(name, {})]
+    tasks = [task for task in ((seed, name) for seed in options.seeds for name in chosen) if not is_known(task)]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(run, tasks))
     return {name: known.get(name, {}) for name in variants}
@@ -164,6 +181,7 @@ def to_row(name: str, seed: int, run: dict) -> dict:
         "seed": seed,
         "revision": run["revision"],
         "machine": run["machine"],
+        "digest": run["digest"],
         "totals": run["totals"] | {"seconds": round(run["totals"]["seconds"], 1)},
         "wall_seconds": run["wall_seconds"] and round(run["wall_seconds"], 1),
         "stages": [

@@ -23,6 +23,17 @@ def test_every_row_has_one_client_and_every_client_a_row(rows, values, count, al
     assert all(np.array_equal(part, again.rows[name]) for name, part in clients.rows.items())
 
 
+def test_values_of_few_rows_are_not_all_the_last_clients():
+    """However the shares are rounded."""
+    dataset = Dataset.from_dict({"topic": [str(row // 2) for row in range(200)]})
+    sizes = np.array([
+        [len(rows) for rows in partition_dataset(dataset, "dirichlet", 20, "topic", 100.0, seed).rows.values()]
+        for seed in range(20)
+    ]).mean(0)  # fmt: skip
+    assert sizes.sum() == 200
+    assert 5 < sizes.min() < 10 < sizes.max() < 15
+
+
 def test_a_small_alpha_makes_clients_differ():
     dataset = Dataset.from_dict({"label": ["a", "b"] * 500})
 

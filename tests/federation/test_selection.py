@@ -102,3 +102,12 @@ def test_a_client_that_leaves_before_it_is_done_is_not_heard_of():
 def test_options_that_make_no_sense(options):
     with pytest.raises(ValueError, match="wait_for"):
         ResourceAware(**options)
+
+
+def test_a_round_that_is_tried_again_asks_others_whoever_was_asked_first():
+    resources, work = make_resources(20, 3), Work([1e13] * 20, [1e6] * 20)
+    selection = begun(ResourceAware(), clients=20, per_round=4, resources=resources, work=work)
+    for index in range(10):
+        first, second = (set(selection.sampled(index, attempt)) for attempt in (0, 1))
+        assert len(second) == 4
+        assert not first & second

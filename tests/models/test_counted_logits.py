@@ -14,6 +14,8 @@ from transformers import (
     BartForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     ModernBertDecoderConfig,
     ModernBertDecoderForCausalLM,
     RobertaConfig,
@@ -95,6 +97,13 @@ def test_an_adapter_between_the_decoder_and_the_logits_learns():
     _, own = loss_and_gradients(counted, **batch())
     assert any("lm_head.dense" in name for name in gradients)
     assert own.keys() == gradients.keys()
+
+
+def test_a_model_without_its_source_counts_logits_too():
+    """As one that was compiled, or made in a notebook."""
+    there = {"Base": LlamaForCausalLM}
+    exec("class Own(Base):\n    def forward(self, *a, labels=None, logits_to_keep=0, **k): self.loss_function", there)
+    assert counted_logits.counts_logits(there["Own"](LlamaConfig(**SMALL)))
 
 
 @pytest.mark.parametrize("other", ["Bart", "ModernBertDecoder", "Bamba"])

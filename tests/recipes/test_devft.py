@@ -156,10 +156,14 @@ def test_patience_is_not_forgotten_where_a_run_goes_on(tmp_path):
     flags = "--early_stopping_patience 2 --stage_rounds 5 --learning_rate 1e-12 --eval_on_start no".split()
     flags += "--load_best_model_at_end true --save_strategy steps --save_steps 1 --predict_with_generate no".split()
     flags += ["--stage_layers", "16"]
+    flags += ["--save_total_limit", "9"]
     in_process(tmp_path, *flags, "--max_steps", "2").train()
     again = in_process(tmp_path, *flags)
     again.train("last")
     assert again.stages[0].rounds_done == 3, "the best, and two more"
+    more = in_process(tmp_path, *flags, "--early_stopping_patience", "3")
+    more.train(str(tmp_path / "checkpoint-2"))
+    assert more.stages[0].rounds_done == 4, "by the patience that it is given"
 
 
 def test_what_the_server_asks_is_held_out_of_training(tmp_path):

@@ -24,6 +24,11 @@ def test_known_formats(row, prompt, completion):
     assert (converted["prompt"], converted["completion"]) == (prompt, completion)
 
 
+def test_passages_that_are_no_text_are_left_out():
+    row = {"question": "a", "answer": "b", "context": {"title": ["x"], "sentences": [["y"]]}}
+    assert to_known_columns(Dataset.from_list([row]))[0]["prompt"] == "Question: a\nAnswer:"
+
+
 def test_a_text_beside_a_prompt_without_an_answer_is_what_is_learned(tokenizer):
     row = tokenize(Dataset.from_list([{"prompt": "Write.", "text": "red"}]), tokenizer, 64)[0]
     assert tokenizer.decode(row["labels"]) == "red<|endoftext|>"

@@ -16,7 +16,9 @@ from test_models import ENCODER, SIZES, WAVES, WHISPER
 from hf_devft import DevFTTrainer, load_submodel
 from hf_devft.embedded import BASE_PATH
 from hf_devft.federation.heterogeneity.label_features import label_counts
+from hf_devft.federation.partition import from_mapping
 from hf_devft.tasks import TASKS, Encoding, label_options, task_of
+from hf_devft.tasks.data import load_files, to_known_columns
 from hf_devft.tasks.task import SoundCollator
 
 
@@ -106,6 +108,9 @@ def test_a_private_run_publishes_no_labels_that_rows_tell(bert, tmp_path):
     assert config.id2label == {0: "maybe", 1: "no", 2: "yes"}
     assert config.label2id == {"maybe": 0, "no": 1, "yes": 2}
     assert trainer.train_dataset["labels"][:2] == [1, 2]
+    numbers = Dataset.from_dict({"text": SENTENCES, "label": [0, 1] * 12})
+    trainer = run(bert, tmp_path, numbers, adapter, **private, model_init_kwargs={"num_labels": 3})
+    assert trainer.model.get_base_model().config.id2label == {0: "0", 1: "1", 2: "2"}
 
 
 @pytest.mark.parametrize("order", [["bad", "good"], ["good", "bad"]])
@@ -380,9 +385,28 @@ def test_a_chats_tools_are_shown_to_the_model(chatty):
     shown = 'add({"name": "add", "numbers": 2})ask({"name": "ask", "whom": "Ann"})calm[user]red?'
     assert chatty.decode(encoded[0]["input_ids"]).startswith(shown)
     assert chatty.decode(encoded[1]["input_ids"]).startswith("[user]red?")
-    as_text = Dataset.from_list([{"messages": CHAT, "tools": json.dumps(tools)}])
+    as_text = Dataset.from_list([{"messages": CHAT, "tools": text} for text in (json.dumps(tools), "", None)])
     encoded = TASKS["text-generation"].encode(as_text, Encoding(chatty, None, 256))
     assert chatty.decode(encoded[0]["input_ids"]).startswith(shown.replace("calm", ""))
+    assert all(chatty.decode(row["input_ids"]).startswith("[user]red?") for row in list(encoded)[1:])
+    bad = Dataset.from_list([{"messages": CHAT, "tools": "calculator"}])
+    with pytest.raises(ValueError, match="`tools` of a chat is no JSON"):
+        TASKS["text-generation"].encode(bad, Encoding(chatty, None, 256))
+
+
+@pytest.mark.parametrize("how", ["files", "clients"])
+def test_chats_of_two_forms_may_stand_beside_each_other(chatty, tmp_path, how):
+    """Nothing of a prompt is learned in either."""
+    forms = {"a": [{"messages": CHAT}], "b": [{"prompt": CHAT[:3], "completion": CHAT[3:]}]}
+    if how == "files":
+        for name, rows in forms.items():
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps(rows[0]) + "\n")
+        rows = load_files([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    else:
+        rows = from_mapping({name: to_known_columns(Dataset.from_list(rows)) for name, rows in forms.items()}).dataset
+    encoded = TASKS["text-generation"].encode(rows, Encoding(chatty, None, 64))
+    learned = [chatty.decode([label for label in row["labels"] if label != -100]) for row in encoded]
+    assert learned == [" blue<|endoftext|> dog<|endoftext|>", " dog<|endoftext|>"]
 
 
 def test_a_template_that_changes_earlier_turns_is_refused(chatty):

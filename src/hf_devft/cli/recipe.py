@@ -28,6 +28,15 @@ from hf_devft.trainer.preparation import check_enough, clients_of
 DEFAULT_EVAL_FRACTION = 0.1  # our choice, a common one
 
 
+class LastingPatience(EarlyStoppingCallback):
+    """Early stopping that counts on where a run goes on, with the patience that it is given there."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        known = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self.early_stopping_patience_counter = known.get("early_stopping_patience_counter", 0)
+
+
 def load_data(recipe: RecipeArguments, args: DevFTConfig) -> tuple[Dataset, Dataset | None, Dataset | None]:
     """Load (train, evaluation, calibration) rows; evaluation may be missing. Calibration rows without a file are held
     out of training.
@@ -231,8 +240,7 @@ def make_trainer(
         args.eval_on_start = False  # which configs ask for
     given = {"train_dataset": train, "eval_dataset": evaluation, "calibration_dataset": calibration}
     if patience is not None:
-        given["callbacks"] = [EarlyStoppingCallback(patience)]
-        args.restore_callback_states_from_checkpoint = True  # what is left of its patience
+        given["callbacks"] = [LastingPatience(patience)]
     if recipe.trainer != "devft":
         if recipe.adapter_name_or_path:
             raise ValueError(

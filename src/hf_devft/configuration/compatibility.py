@@ -138,6 +138,12 @@ CONFLICTS: list[tuple[str, str, str]] = [
         "smaller batches",
         "it adds up gradients, also of steps taken again: leave one out",
     ),
+    (
+        "recorded gradients",
+        "limits of layers",
+        "gradients of clients that sit out would correct the others' for good: leave one out",
+    ),
+    ("shares by rows", "clients by size", "chances have the rows already: leave one out"),
     ("recorded gradients", "clients by size", "it would weigh gradients and adapters otherwise: leave one out"),
     ("server optimiser", "not optimisable", "it steps from one round's adapter to the next: leave one out"),
     ("late updates", "no late updates", "none can come late: use another `client_selection`, or method"),

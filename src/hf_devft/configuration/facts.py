@@ -465,6 +465,14 @@ FACTS: dict[str, Fact] = {
     "keep_last": Fact(
         '`beyond_capacity="keep_last"`', lambda s: s.args.beyond_capacity == "keep_last", _given("beyond_capacity")
     ),
+    "limits of layers": Fact(
+        "`client_max_layers`", lambda s: s.args.client_max_layers is not None, _given("client_max_layers")
+    ),
+    "shares by rows": Fact(
+        "methods that weigh all clients by their rows (`c2a`, `dofit`)",
+        lambda s: isinstance(s.methods.method, (C2A, DoFIT)),
+        _METHOD,
+    ),
     "no limits of layers": Fact("no `client_max_layers`", lambda s: s.args.client_max_layers is None),
     # processes and engines
     "network": Fact("clients on other machines", lambda s: s.network),

@@ -212,7 +212,9 @@ def _dirichlet(
     parts: list[list[int]] = [[] for _ in range(count)]
     for value in np.unique(values):
         rows = rng.permutation(np.flatnonzero(values == value))
-        cuts = (np.cumsum(rng.dirichlet([alpha] * count))[:-1] * len(rows)).astype(int)
+        ends = np.cumsum(rng.dirichlet([alpha] * count))[:-1] * len(rows)
+        # Rounded down, the last row of a value is always the last client's: where there are few, chance rounds.
+        cuts = (ends + (rng.random() if len(rows) < count else 0.0)).astype(int)
         for part, chunk in zip(parts, np.split(rows, cuts), strict=True):
             part.extend(chunk.tolist())
     for part in parts:

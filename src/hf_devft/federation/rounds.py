@@ -1,6 +1,7 @@
 """The server's half of a communication round: sampled clients are asked, and what they send is combined."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,7 +38,7 @@ class RoundOutcome:
 
     Attributes:
         adapter: the new global adapter, flat.
-        loss: mean training loss of the clients that were not left out.
+        loss: mean training loss of the clients that were not left out; NaN where none of them knows it.
         losses: of each of them, by its number. grad_norm: of the last of them.
         sampled: all clients that were sent the adapter; left_out: those of them whose update was left out; late: those
             whose update will count in a later round.
@@ -48,7 +49,7 @@ class RoundOutcome:
     """
 
     adapter: torch.Tensor | None = None
-    loss: float = 0.0
+    loss: float = math.nan
     losses: dict[int, float] = field(default_factory=dict)
     grad_norm: float = 0.0
     sampled: list[int] = field(default_factory=list)
@@ -89,6 +90,7 @@ class RoundOutcome:
         self.left_out = [client for client in self.left_out if client not in sampled] + sampled
         self.late = [client for client in self.late if client not in sampled]
         self.losses = {client: loss for client, loss in self.losses.items() if client not in sampled}
+        self.loss = math.nan
 
     def to_record(
         self, round_index: int, stage: int, names: list[str], seconds: float, peak_memory: int
@@ -110,7 +112,7 @@ class RoundOutcome:
             flops=self.flops,
             seconds=seconds,
             peak_memory=peak_memory,
-            loss=self.loss,
+            loss=None if math.isnan(self.loss) else self.loss,
             attempts=self.attempts,
             late=[names[client] for client in self.late],
             simulated_seconds=self.seconds,

@@ -112,7 +112,7 @@ def counts_logits(base: PreTrainedModel) -> bool:
         and not base.config.is_encoder_decoder
         and base.config.get_text_config() is base.config  # no images between the tokens
         and not any(getattr(base.config, name, 0) for name in _MORE_LOSSES)
-        and "self.loss_function(" in inspect.getsource(inspect.unwrap(type(base).forward))  # Bart's has one of its own
+        and "loss_function" in inspect.unwrap(type(base).forward).__code__.co_names  # Bart's has a loss of its own
         and base.get_output_embeddings() is not None
         and isinstance(base.get_decoder(), PreTrainedModel)  # some call their head so
         and base.get_decoder() is not base

@@ -41,7 +41,7 @@ from hf_devft.tasks import TASKS
 from hf_devft.tasks.data import load_datasets, load_files
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("hf_devft.network.node")  # also where it is the main module
 
 
 @dataclass

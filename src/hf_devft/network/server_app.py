@@ -77,7 +77,7 @@ class RoundLog(TrainerCallback):
         self.rounds += 1
         record, stages = self._trainer.ledger.rounds[-1], self._trainer.stages
         answered = some_of([client for client in record.clients if client not in record.dropped])
-        came_to = f"ε {record.epsilon:.2f}" if record.loss is None else f"loss {record.loss:.3f} of {answered}"
+        came_to = f"loss {record.loss:.3f} of {answered}" if record.epsilon is None else f"ε {record.epsilon:.2f}"
         logger.info(
             f"round {record.round}/{state.max_steps}, stage {record.stage}/{len(stages)} "
             f"({stages[record.stage - 1].num_layers} layers): {came_to}, {record.seconds:.1f} s"

@@ -83,7 +83,7 @@ def check_same_setting(saved: dict[str, Any], setting: dict[str, Any], folder: s
         ValueError: says what differs.
     """
     wanted = json.loads(json.dumps(setting))  # lists for tuples, as saved
-    saved = {name: wanted[name] for name in _NEW} | saved
+    saved = {name: wanted[name] for name in _NEW if name in wanted} | saved
     differing = [
         f"{name} {saved.get(name)} (now {wanted[name]})" for name in wanted if saved.get(name) != wanted[name]
     ]

@@ -39,12 +39,17 @@ def instruction_prompt(instruction: str, context: str | None = None) -> str:
 
 
 def _from_instruction(row: dict, answer: str) -> dict[str, str]:
-    about = row.get("input") or row.get("context")
+    about = row.get("input") or _context(row)
     return {"prompt": instruction_prompt(row["instruction"], about), "completion": row[answer]}
 
 
+def _context(row: dict) -> str:
+    """What an instruction or a question is about; lists of passages, as some sets have them, are not read."""
+    return context if isinstance(context := row.get("context"), str) else ""
+
+
 def _from_question(row: dict, answer: str) -> dict[str, str]:
-    about = f"{row['context']}\n\n" if row.get("context") else ""
+    about = f"{context}\n\n" if (context := _context(row)) else ""
     return {"prompt": f"{about}Question: {row['question']}\nAnswer:", "completion": f" {row[answer]}"}
 
 
@@ -274,6 +279,8 @@ def _joined(datasets: dict[str, Dataset], to_columns: Callable[[Dataset], Datase
         if SOURCE not in dataset.column_names:
             dataset = dataset.add_column(SOURCE, [source] * len(dataset))
         converted[name] = dataset
+    if any(_PROMPT_TURNS in rows.column_names for rows in converted.values()):  # other chats have none of a prompt
+        converted = {name: _with_prompt_turns(rows) for name, rows in converted.items()}
     first, *others = converted
     shared = list(converted[first].column_names)
     for name in others:
@@ -285,6 +292,10 @@ def _joined(datasets: dict[str, Dataset], to_columns: Callable[[Dataset], Datase
                 f"{first} has the columns {had}, {name} has {has}, which are two formats: convert them to one."
             )
     return concatenate_datasets(_aligned([dataset.select_columns(shared) for dataset in converted.values()]))
+
+
+def _with_prompt_turns(rows: Dataset) -> Dataset:
+    return rows if _PROMPT_TURNS in rows.column_names else rows.add_column(_PROMPT_TURNS, [0] * len(rows))
 
 
 def _sources(names: Sequence[str]) -> list[str]:
@@ -377,8 +388,8 @@ def without_end(texts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> l
 def _encode_chat(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     encoded: Encoded = {"input_ids": [], "labels": []}
     for row, messages in enumerate(rows["messages"]):
-        options = _template_options({name: rows[name][row] for name in ("tools", _OPTIONS) if name in rows})
-        learned_from = rows[_PROMPT_TURNS][row] if _PROMPT_TURNS in rows else 0
+        options = {name: _given_to_template(name, rows[name][row]) for name in ("tools", _OPTIONS) if name in rows}
+        learned_from = (rows[_PROMPT_TURNS][row] if _PROMPT_TURNS in rows else None) or 0  # None: another's form
         try:
             tokens, labels = _chat_tokens(messages, tokenizer, options, learned_from)
         except (KeyError, TypeError, TemplateError) as error:
@@ -400,18 +411,20 @@ def _encode_chat(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_
     return encoded
 
 
-def _template_options(row: dict[str, Any]) -> dict[str, Any]:
-    """What a chat template is given beside a row's messages. Tables have a place for every key of any tool: those
-    that are empty are left out."""
+def _given_to_template(name: str, value: Any) -> Any:
+    """What a row has for a chat's template, as JSON too. A table has a place for every key of any row: those that are
+    empty are left out."""
 
     def given(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: given(item) for key, item in value.items() if item is not None}
         return list(map(given, value)) if isinstance(value, list) else value
 
-    tools = row.get("tools")
-    tools = given(json.loads(tools) if isinstance(tools, str) else tools)
-    return {**({"tools": tools} if tools else {}), **given(row.get(_OPTIONS) or {})}
+    try:
+        value = json.loads(value) if isinstance(value, str) and value.strip() else value
+    except ValueError as error:
+        raise RowError(f"`{name}` of a chat is no JSON ({error}): {str(value)[:200]}") from error
+    return given(value) or None
 
 
 def _chat_tokens(
@@ -422,15 +435,18 @@ def _chat_tokens(
     A turn is what the template adds to the chat before it with its prompt to answer (templates need not mark it).
 
     Args:
-        options: of the template. learned_from: the first turn that may be learned.
+        options: `tools` and `chat_template_kwargs`, where there are any.
+        learned_from: the first turn that may be learned.
 
     Raises:
         ValueError: a template that changes earlier turns.
     """
 
+    more = options.get(_OPTIONS) or {}
+
     def template(count: int, prompt: bool) -> list[int]:
         return tokenizer.apply_chat_template(
-            messages[:count], add_generation_prompt=prompt, return_dict=False, **options
+            messages[:count], options.get("tools"), add_generation_prompt=prompt, return_dict=False, **more
         )
 
     tokens = template(len(messages), prompt=False)

@@ -298,12 +298,22 @@ def with_labels(task: Task, dataset: Dataset, name: str, options: dict[str, Any]
         names <= known or (all(map(str.isdigit, names)) and len(names) <= len(known))
     ):
         return options
-    if is_private and not isinstance(getattr(feature, "feature", feature), ClassLabel):
+    says_them = isinstance(getattr(feature, "feature", feature), ClassLabel)
+    if is_private and not says_them and "num_labels" in options and all(map(str.isdigit, names)):
+        return _numbered(options["num_labels"]) | options
+    if is_private and not says_them:
         raise ValueError(
             "the labels were found in the clients' rows, and would be published without noise: name them, as by "
-            """`--model_init_kwargs '{"id2label": {"0": "no", "1": "yes"}}'`, or let the column's type (ClassLabel)."""
+            """`--model_init_kwargs '{"id2label": {"0": "no", "1": "yes"}}'` (numbers by `num_labels`), or let the """
+            "column's type (ClassLabel)."
         )
     return found | options
+
+
+def _numbered(count: int) -> dict[str, Any]:
+    """A model's options for labels that are numbers."""
+    names = {number: str(number) for number in range(count)}
+    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
 def add_placeholder_answers(task: Task, rows: Any, args: DevFTConfig) -> Any:

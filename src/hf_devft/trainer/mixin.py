@@ -208,8 +208,8 @@ class DevFTMixin(Base):
                 self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
                 learning_rate = session.schedule.rate(record.learning_rate)
                 outcome = session.run_round(active, learning_rate)
-                if np.isfinite(outcome.loss) or not args.logging_nan_inf_filter:
-                    self._tr_loss += outcome.loss
+                unlogged = self.state.global_step - self._globalstep_last_logged
+                self._tr_loss += _known_loss(args, outcome.loss, self._tr_loss, unlogged)
                 self.state.num_input_tokens_seen += outcome.seen
                 session.schedule.step()
                 active.done += 1
@@ -219,7 +219,8 @@ class DevFTMixin(Base):
                 self.control = self.callback_handler.on_step_end(args, self.state, self.control)
                 self._log_save_evaluate(outcome.grad_norm if args.max_grad_norm > 0 else None, learning_rate, *log_how)
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
-            self.control.should_save |= active.done < record.rounds and stops_unsaved(args, self.state, self.control)
+            is_saved = active.done == record.rounds or session.saved_round == self.state.global_step
+            self.control.should_save |= stops_unsaved(args, self.control, is_saved)
             self._log_save_evaluate(None, session.schedule.rate(record.learning_rate), *log_how)
             session.clients.end_stage()
             session.finish(active, ignore_keys_for_eval)
@@ -277,8 +278,7 @@ class DevFTMixin(Base):
         return metrics
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As `Trainer`'s; of several sets also the mean and the worst, of which callbacks are told at the end; early
-        stopping of those alone."""
+        """As `Trainer`'s; of several sets also their mean and the worst, by which alone training may stop early."""
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(sets, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -416,3 +416,8 @@ class DevFTMixin(Base):
         for tensor in (*model.parameters(), *model.buffers()):
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
+
+
+def _known_loss(args: DevFTConfig, loss: float, so_far: torch.Tensor, rounds: int) -> torch.Tensor | float:
+    """A round's loss; where it has none, the mean of those that were not logged yet, as `Trainer` has it."""
+    return loss if np.isfinite(loss) or not args.logging_nan_inf_filter else so_far / max(1, rounds)

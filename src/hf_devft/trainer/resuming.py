@@ -72,12 +72,11 @@ def _later(args: DevFTConfig, chosen: Path) -> list[str]:
         return []
 
 
-def stops_unsaved(args: DevFTConfig, state: TrainerState, control: TrainerControl) -> bool:
+def stops_unsaved(args: DevFTConfig, control: TrainerControl, is_saved: bool) -> bool:
     """Whether a run was told to stop, not its stage alone, after a round that it could go on from, but for a
     checkpoint."""
     stops = control.should_training_stop and not control.should_epoch_stop
-    is_there = (Path(args.output_dir) / f"checkpoint-{state.global_step}").exists()
-    return stops and args.save_strategy != "no" and not is_there
+    return stops and args.save_strategy != "no" and not is_saved
 
 
 @contextmanager
@@ -155,6 +154,14 @@ def make_pusher(args: DevFTConfig, token: str | None, revision: str | None, priv
         args.hub_private_repo if private is None else private,
         revision or args.hub_revision,
     )
+
+
+def best_checkpoint(state: TrainerState, run_dir: Path, written: Path | None = None) -> str | None:
+    """Find the best round's checkpoint: in the folder where the run is now, in which `written` is about to be; else
+    where it was."""
+    best = run_dir / f"checkpoint-{state.best_global_step}"
+    is_there = state.best_global_step and (best == written or best.exists())
+    return str(best) if is_there else state.best_model_checkpoint
 
 
 def rotate(run_dir: Path, args: DevFTConfig, state: TrainerState) -> None:

@@ -49,7 +49,7 @@ from hf_devft.trainer.local_clients import LocalClients
 from hf_devft.trainer.model_in_use import ModelInUse
 from hf_devft.trainer.overrides import warn_of_silent_events
 from hf_devft.trainer.recomputation import Recomputation
-from hf_devft.trainer.resuming import rotate
+from hf_devft.trainer.resuming import best_checkpoint, rotate
 from hf_devft.trainer.schedule import RoundSchedule
 from hf_devft.trainer.server_teacher import ServerTeacher
 from hf_devft.trainer.stage_factory import StageFactory
@@ -70,6 +70,7 @@ class TrainingSession:
     Attributes:
         schedule: of the learning rate. peak_memory: of the work under way.
         clients: carries messages to the clients and back.
+        saved_round: after which the newest checkpoint was written.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class TrainingSession:
     ):
         args = trainer.args
         self.trainer, self.run, self.models = trainer, run, models
+        self.saved_round = None if checkpoint is None else trainer.state.global_step
         secret = self._secret(checkpoint)
         self.federation = run.federation = build_federation(trainer, checkpoint, run.accountant, secret)
         self._privacy = None if run.accountant is None or not args.protects_records else RecordPrivacy(
@@ -154,9 +156,9 @@ class TrainingSession:
         record.totals["setup_seconds"] = record.totals.get("setup_seconds", 0.0) + took  # in a run that goes on, too
         active.setup = {
             "setup_seconds": record.totals["setup_seconds"],
-            "setup_peak_memory": self.peak_memory.read()
-            if run.accountant is None
-            else 0,  # the process trains clients
+            "setup_peak_memory": 0
+            if run.accountant
+            else self.peak_memory.read(),  # in a private run it tells of clients
             "setup_flops": record.totals.get("setup_flops", 0.0),
             "base_bytes": active.base_bytes,
         }
@@ -341,7 +343,7 @@ class TrainingSession:
         where asked."""
         trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
         target = run_dir / f"checkpoint-{state.global_step}"
-        self._find_best(run_dir, target)
+        state.best_model_checkpoint = best_checkpoint(state, run_dir, target)
         if args.should_save:
             self._write_checkpoint(target)
             if trainer.publisher is not None and args.push_to_hub:
@@ -349,6 +351,7 @@ class TrainingSession:
             rotate(run_dir, args, state)
             self._keep_states(target)
         trainer.accelerator.wait_for_everyone()
+        self.saved_round = state.global_step
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         """Find again what a run that goes on had: its best round, and stages that were not pushed."""
@@ -356,10 +359,8 @@ class TrainingSession:
         is_best = checkpoint.run.within and state.best_global_step == state.global_step  # whatever its name is now
         recorded = Path(state.best_model_checkpoint or "")
         is_there = recorded.is_dir() and recorded.name == f"checkpoint-{state.best_global_step}"
-        state.best_model_checkpoint = str(recorded) if is_there else None
-        if is_best:
-            state.best_model_checkpoint = str(checkpoint.folder)
-        self._find_best(checkpoint.folder.parent)
+        state.best_model_checkpoint = str(checkpoint.folder) if is_best else str(recorded) if is_there else None
+        state.best_model_checkpoint = best_checkpoint(state, checkpoint.folder.parent)
         is_lost = checkpoint.run.within and state.best_global_step and state.best_model_checkpoint is None
         if is_lost and trainer.args.load_best_model_at_end:
             logger.warning(
@@ -370,14 +371,6 @@ class TrainingSession:
             self.run.stages[checkpoint.run.stage - 1].metrics = {}
         if trainer.publisher is not None and trainer.args.push_to_hub:
             trainer.publisher.catch_up(checkpoint.run.stage)
-
-    def _find_best(self, run_dir: Path, written: Path | None = None) -> None:
-        """Note where the best round's checkpoint is, in the folder where the run is now; `written` is about to be."""
-        state = self.trainer.state
-        if state.best_global_step:
-            best = run_dir / f"checkpoint-{state.best_global_step}"
-            if best == written or best.exists():
-                state.best_model_checkpoint = str(best)
 
     def _keep_states(self, newest: Path) -> None:
         """Have clients keep what the run may go back to."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from rounds_of import begin, layout, mean_products, products, random_adapter, round_of
 
 from hf_devft.federation.client_side import ClientSide, ToClient
-from hf_devft.federation.memory import SERVER
+from hf_devft.federation.memory import SERVER, Memory
 from hf_devft.federation.methods import METHODS, make_methods
 from hf_devft.federation.turns import LocalResult
 from hf_devft.federation.wire import Wire
@@ -62,6 +62,22 @@ def test_ffa_lora_never_moves_a_and_its_mean_is_exact():
         of.put(vector, of.named(B), of.pick(trained(client, start), of.named(B)))
     for ours, exact in zip(products(of, adapter), mean_products(of, clients, EXAMPLES), strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hetlora", "flexlora", "hlora"])
+def test_what_the_wire_rounds_off_on_its_way_to_clients_is_not_lost_at_the_server(name):
+    """Clients that learn nothing change nothing."""
+    of, method, wire = layout(), METHODS[name](client_ranks=[4]), Wire("int4", 1.0, Memory())
+    adapter = random_adapter(of)
+    begin(method, of, EXAMPLES, adapter)
+    method.begin_round(0, adapter, [0, 1, 2])
+    for client in range(3):
+        start = method.start(client, wire.down(method.download(client)).decoded)
+        assert not torch.allclose(start, adapter, atol=0.01)
+        method.keep(client, start, start)
+        method.receive(client, start, method.payload(client, start))
+    for new, old in zip(products(of, method.end_round()), products(of, adapter), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4)
 
 
 def test_fedsa_lora_never_sends_b_and_clients_go_on_with_theirs():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hf_devft.federation.heterogeneity.clock import Work
-from hf_devft.federation.sampling import ClientSelection, Round
+from hf_devft.federation.sampling import ClientSelection, Round, sample_clients
 
 
 class ResourceAware(ClientSelection):
@@ -47,6 +47,13 @@ class ResourceAware(ClientSelection):
             lost = {client for client, arrives in planned.late.items() if arrives < 0}
             planned.training = [client for client in planned.training if client not in lost]
             planned.late = {client: arrives for client, arrives in planned.late.items() if client not in lost}
+
+    def sample(self, round_index: int, attempt: int = 0) -> list[int]:
+        asked = self.rounds[round_index].sampled if attempt and round_index in self.rounds else []
+        others = [client for client in self.candidates if client not in asked]
+        if not asked or len(others) < self.clients_per_round:
+            return super().sample(round_index, attempt)
+        return sample_clients(others, self.clients_per_round, self.seed, round_index, attempt - 1)
 
     def plan(self, round_index: int) -> Round:
         begin = self._first_moment_with_enough(self.clock)

@@ -42,15 +42,26 @@ class HeterogeneousRanks(FederatedMethod):
             parts[pair.a] = torch.arange(rank)[:, None].expand(layout.shapes[pair.a])
             parts[pair.b] = torch.arange(rank).expand(shape)
         self._rank_of_value = torch.cat([part.flatten() for part in parts]).to(adapter.device)
+        self._values = {rank: int((self._rank_of_value < rank).sum()) for rank in set(ranks)}
 
     def rank(self, client: int) -> int:
         """r_k."""
         return self._ranks[client % len(self._ranks)]
 
     def message_sizes(self, client: int) -> tuple[int, int]:
-        rank = HeterogeneousRanks.rank(self, client)  # as configured, so that a resumed run plans the same
-        values = int((self._rank_of_value < rank).sum())
+        values = self._values[
+            HeterogeneousRanks.rank(self, client)
+        ]  # as configured, so that a resumed run plans the same
         return values, values
+
+    def receive(self, client: int, start: torch.Tensor, payload: torch.Tensor) -> None:
+        super().receive(client, start, self.from_exact(client, start, payload))
+
+    def from_exact(self, client: int, start: torch.Tensor, payload: torch.Tensor) -> torch.Tensor:
+        """The payload, in float64, as if the client had started from the global adapter itself, not from what the wire
+        made of it: else each round would begin where that was rounded to, and small steps would be lost."""
+        change = self.wide(payload) - self.wide(self.payload(client, start))
+        return self.wide(self.payload(client, self.adapter)) + change
 
     def download(self, client: int) -> torch.Tensor:
         return self.payload(client, self.adapter)
@@ -67,6 +78,6 @@ class HeterogeneousRanks(FederatedMethod):
 
     def padded(self, payload: torch.Tensor, rank: int) -> torch.Tensor:
         """The adapter of full rank of which `payload` holds the first ones; the others are zero."""
-        adapter = torch.zeros_like(self.adapter)
-        adapter[self._rank_of_value < rank] = payload.to(adapter.dtype)
+        adapter = payload.new_zeros(len(self._rank_of_value))
+        adapter[self._rank_of_value < rank] = payload
         return adapter

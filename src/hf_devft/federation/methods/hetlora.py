@@ -14,8 +14,8 @@ class HetLoRA(HeterogeneousRanks):
     Clients receive their first r_k ranks. Their loss has λ ‖B_tail‖ ‖A_tail‖ added for every module, over the tail
     [γ r_k, r_k) of the ranks; where training made the sum of these products smaller, the client drops its tail for
     good. Adapters are padded with zeros and averaged module by module with weights ‖B_k A_k‖_F: ranks that none of a
-    round's clients has become zero, in A and B alike, as in the paper. Gradients of both are then nearly zero, so a
-    rank that few clients have is hardly learned: `flexlora` and `hlora` lose less with few clients a round.
+    round's clients has become zero, in A and B alike, as in the paper. Neither then has a gradient, so that such a
+    rank is never learned again: `flexlora` and `hlora` lose less with few clients a round.
 
     Args:
         client_ranks: see `HeterogeneousRanks`.
@@ -73,7 +73,7 @@ class HetLoRA(HeterogeneousRanks):
             self.memory.put(client, "rank", {"rank": torch.tensor(tail.start)})
 
     def receive(self, client: int, start: torch.Tensor, payload: torch.Tensor) -> None:
-        padded = self.wide(self.unpacked(client, payload))
+        padded = self.unpacked(client, self.from_exact(client, start, payload))
         difference, parts = padded - self.wide(self.adapter), self.layout.cut(padded)
         for pair in self.layout.pairs:
             places = sorted((pair.a, pair.b))
