@@ -47,6 +47,7 @@ from transformers import (
 
 from hf_devft import DevFTConfig, DevFTTrainer
 from hf_devft.federation.sampling import sample_clients
+from hf_devft.files.checksums import sha256
 
 
 CLIENTS, SAMPLED, RATE, SEED = 20, 2, 2e-3, 42
@@ -233,6 +234,7 @@ def proportional_memory(process: psutil.Process) -> int:
 def compare(about: str, stages: list[int], base: str, data: str, options: argparse.Namespace) -> list[str]:
     """A table's rows for the base and the rows of two folders."""
     size = {flag: getattr(options, flag) for flag in ("rounds", "steps", "batch")}
+    measured_by = size | {"script": sha256(Path(__file__))[:8]}  # a run of another script is measured anew
     given = ["--base", base, "--rows", data, "--stages", *map(str, stages)]
     given += [f"--{flag}={value}" for flag, value in size.items()]
     file: Path = options.results.with_suffix(".jsonl")
@@ -240,7 +242,7 @@ def compare(about: str, stages: list[int], base: str, data: str, options: argpar
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for repeat in range(options.repeats):
         for index, (peer, run) in enumerate(peers(stages).items()):
-            key = {"base": about, "peer": peer, "repeat": repeat} | size
+            key = {"base": about, "peer": peer, "repeat": repeat} | measured_by
             if any(key.items() <= each.items() for each in known):
                 continue
             if run is flower and find_spec("ray") is None:  # which its simulation needs
@@ -251,7 +253,7 @@ def compare(about: str, stages: list[int], base: str, data: str, options: argpar
             with file.open("a") as lines:
                 lines.write(json.dumps(known[-1]) + "\n")
             print(f"{about}, repeat {repeat + 1}, {peer}: {sum(result['seconds']):.1f} s", flush=True)
-    mine = {"base": about} | size
+    mine = {"base": about} | measured_by
     return table_rows([each for each in known if mine.items() <= each.items() and each["repeat"] < options.repeats])
 
 

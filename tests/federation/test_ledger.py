@@ -1,5 +1,6 @@
 import json
 
+import pytest
 import torch
 from conftest import lora, tiny_llama
 from peft import get_peft_model
@@ -69,6 +70,15 @@ def test_flops_count_every_matrix_once():
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert flops_per_token(model) == (4 * (matrices + head) + 6 * adapter,)
     assert flops_per_token(model, is_reference=True) == (6 * (matrices + head) + 6 * adapter,)
+
+
+@pytest.mark.parametrize("whole", ["lm_head", "embed_tokens"])
+def test_of_a_module_that_is_trained_whole_the_copy_counts(whole):
+    model = get_peft_model(tiny_llama(2), lora(target_modules=["q_proj"], modules_to_save=[whole]))
+    plain = get_peft_model(tiny_llama(2), lora(target_modules=["q_proj"]))
+    table = 2048 * 16  # tied
+    more = {"lm_head": (6 - 4) * table, "embed_tokens": 0}  # a look-up costs nothing, trained or not
+    assert flops_per_token(model)[0] - flops_per_token(plain)[0] == more[whole]
 
 
 def test_of_a_mixture_the_experts_count_that_a_position_goes_through():

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import lora, tiny_llama
+from conftest import ANCHORS, lora, tiny_llama
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -56,6 +56,20 @@ def test_merged_it_is_a_plain_model(run, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
     assert plain.config.num_hidden_layers == 2
     torch.testing.assert_close(plain(input_ids=ids).logits, expected)
+
+
+def test_merged_it_has_its_adapter_on_tied_embeddings_once(make_trainer, tmp_path):
+    """By name, too, where nothing is shared with another model."""
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    folder = tmp_path / "tied"
+    trainer = make_trainer(output_dir=folder, temporary_head=True, grouping="prefix", **ANCHORS)
+    trainer.train()
+    ids = torch.tensor([[3, 9, 27]])
+    model = load_submodel(str(tmp_path / "base"), folder, stage=1).eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        torch.testing.assert_close(model.merge_and_unload()(input_ids=ids).logits, expected)
 
 
 @torch.no_grad()

@@ -2,12 +2,13 @@ import copy
 
 import pytest
 import torch
-from architectures import tiny_model
+from architectures import ARCHITECTURES, tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.stages.fusion import fuse
 from hf_devft.stages.grouping import weight_gram
-from hf_devft.stages.submodel import build_submodel
+from hf_devft.stages.submodel import build_submodel, reloads_alike
 
 
 INPUT = torch.tensor([[3, 9, 27, 5]])
@@ -74,3 +75,18 @@ def test_equal_layers_fuse_to_a_model_of_those_layers():
         layer.load_state_dict(stack.layers[0].state_dict())
     fused, anchored = (build_submodel(model, stack, GROUPS, fusion) for fusion in ("differential", "anchor"))
     assert torch.equal(fused(INPUT).logits, anchored(INPUT).logits)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_plain_architecture_reloads_as_the_submodel_that_was_saved(name):
+    model = tiny_model(name)
+    stack = find_layer_stack(model)
+    layers = sorted({stack.kinds.index(kind) for kind in stack.kinds})
+    groups = [[layer] for layer in layers[:-1]] + [list(range(layers[-1], len(stack)))]
+    assert reloads_alike(build_submodel(model, stack, groups, "anchor"))
+
+
+def test_an_architecture_that_makes_more_of_a_layers_number_is_known():
+    config = GPT2Config(n_layer=4, n_head=2, n_embd=16, vocab_size=64, scale_attn_by_inverse_layer_idx=True)
+    model = GPT2LMHeadModel(config)
+    assert not reloads_alike(build_submodel(model, find_layer_stack(model), [[0, 1], [2, 3]], "anchor"))

@@ -55,7 +55,7 @@ def test_text_classification_by_name_learns_the_labels_of_the_data(bert, tmp_pat
     assert model.config.id2label == {0: "bad", 1: "good", 2: "so-so"}
     assert "bert.pooler.dense" in trainer.peft_config.modules_to_save, "the checkpoint has none: it would be random"
     card = (tmp_path / "README.md").read_text()
-    labels = "id2label={0: 'bad', 1: 'good', 2: 'so-so'}"
+    labels = "id2label={0: 'bad', 1: 'good', 2: 'so-so'}, ignore_mismatched_sizes=True"
     assert f'AutoPeftModelForSequenceClassification.from_pretrained("{tmp_path}", {labels})' in card
     assert "pipeline_tag: text-classification" in card
     assert load_submodel(bert, tmp_path, stage=1).config.id2label == model.config.id2label
@@ -286,6 +286,13 @@ def test_a_head_of_another_size_is_trained_whole(tmp_path):
         str(tmp_path / "base"), tmp_path / "run", rows, LoraConfig(r=2, target_modules="all-linear"), **options
     )
     assert trainer.peft_config.modules_to_save == ["classifier"]
+    images = torch.zeros(1, 3, 8, 8)
+    loaded = load_submodel(str(tmp_path / "base"), tmp_path / "run", stage=1)
+    assert loaded(images).logits.shape == (1, 3)
+    imports, load = TASKS["image-classification"].snippet(str(tmp_path / "base"), ["a", "b", "c"])
+    there: dict = {}
+    exec(f"{imports}\n{load}".replace("LOCATION", f"{str(tmp_path / 'run')!r}"), there)
+    torch.testing.assert_close(there["model"].eval()(images).logits, trainer.model.eval()(images).logits)
 
 
 def test_a_start_that_the_model_adds_is_not_learned():

@@ -85,7 +85,9 @@ def activations(
     stack = find_layer_stack(model)
     times = _times(stack.kinds, stack.layers)
     names = stack.names.keeping(list(times))
-    model = _emptied(with_layers(model, stack, list(times)))
+    model, scale = _emptied(with_layers(model, stack, list(times))), 1.0
+    if any(parameter.dim() == 3 for parameter in model.parameters()):  # experts, of which torch knows bfloat16 alone
+        model, scale = model.to(torch.bfloat16), model.dtype.itemsize / 2
     keeping = _Keeping()
     # Not on the meta device, where attention takes a slower path that keeps its scores.
     with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(keeping.pack, lambda kept: kept.tensor):
@@ -101,10 +103,10 @@ def activations(
             layer.register_forward_hook(partial(keeping.pass_on, following))
         lengths, _ = watch_lengths(model, names)
         output = model(**example)
-        sizes = [size for key, size in keeping.sizes().items() if key not in ours]
+        sizes = [(scale * size, times) for key, (size, times) in keeping.sizes().items() if key not in ours]
         del output
     largest = max([moment, *(size for size, _ in sizes)])
-    return sum(size * times for size, times in sizes) + after + largest, lengths
+    return int(sum(size * times for size, times in sizes) + after + largest), lengths
 
 
 def _times(kinds: Sequence[Hashable], layers: Sequence[nn.Module]) -> dict[int, int]:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -118,13 +119,21 @@ def with_head(config: PeftConfig, base: PreTrainedModel) -> tuple[PeftConfig, st
     return config, name
 
 
-def own_adapted_weights(model: PeftModel) -> None:
+def own_adapted_weights(model: PeftModel, tied_only: bool = False) -> None:
     """Give the modules that have an adapter copies of their weights, in place, so that merging it changes no other
-    model's. Output embeddings with an adapter are then no longer tied to the input's."""
+    model's, nor another module of this one: output embeddings with an adapter are then no longer tied to the input's.
+
+    Args:
+        tied_only: copy just what another module of the model has, too; where no other model has any of it.
+    """
+    uses = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     for module in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
         base = module.get_base_layer()
         for name, weight in list(base.named_parameters(recurse=False)):
-            setattr(base, name, copy.deepcopy(weight))
+            if not tied_only or uses[id(weight)] > 1:
+                setattr(base, name, copy.deepcopy(weight))
+        if hasattr(getattr(base, "state", None), "SCB"):  # of 8-bit weights, which merging writes to
+            base.state = copy.copy(base.state)
 
 
 def shared_copy(model: PeftModel) -> PeftModel:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_devft.models.layer_stack import encoders_of, find_layer_stack
@@ -37,10 +38,7 @@ def flops_per_token(
     flops = []
     chosen = _chosen_experts(model)
     embeddings = _embeddings(model)
-    if embeddings is not None and not (
-        model.get_output_embeddings() is not None and getattr(model.config, "tie_word_embeddings", False)
-    ):
-        out.add(id(embeddings))
+    out |= _idle(model)
     for module in (*encoders, model):
         weights = [weight for weight in module.parameters() if id(weight) not in out]
         if module is not model:
@@ -79,6 +77,21 @@ def _base_of(model: torch.nn.Module) -> PreTrainedModel | None:
     return base if isinstance(base, PreTrainedModel) else None
 
 
+def _idle(model: torch.nn.Module) -> set[int]:
+    """The weights that no position is multiplied with: tables of embeddings that are not the head as well, and those
+    of modules in whose place a copy is trained (`modules_to_save`)."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    idle = {id(weight) for wrapper in wrappers for weight in wrapper.original_module.parameters()}
+    idle |= {id(weight) for name, weight in model.named_parameters() if "lora_embedding_A" in name}
+    if (embeddings := _embeddings(model)) is None:
+        return idle
+    head = model.get_output_embeddings()
+    is_apart = any(module in wrappers for module in (head, model.get_input_embeddings()))
+    if head is None or is_apart or not getattr(model.config, "tie_word_embeddings", False):
+        idle.add(id(embeddings))
+    return idle - {id(getattr(head, "weight", None))}
+
+
 def _embeddings(model: torch.nn.Module) -> torch.nn.Parameter | None:
     """The weight of its table of tokens, where it has one."""
     try:
@@ -95,7 +108,11 @@ def _chosen_experts(model: torch.nn.Module) -> dict[int, float]:
         config = config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = filter(None, (getattr(config, name, None) for name in names))
-    return {number: getattr(config, "num_experts_per_tok", number) / number for number in experts}
+    per_token = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+    return {
+        number: next((used for name in per_token if (used := getattr(config, name, None))), number) / number
+        for number in experts
+    }
 
 
 def _shape(weight: torch.Tensor) -> torch.Size:

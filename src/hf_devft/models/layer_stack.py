@@ -264,10 +264,11 @@ def with_layers(model: PreTrainedModel, stack: LayerStack, kept: Sequence[int]) 
 
 
 def shared_parts(model: nn.Module) -> dict[int, Any]:
-    """What a copy of a model shares with it, as `copy.deepcopy` takes it: parameters, buffers, and the state in which
-    bitsandbytes keeps the scales of 8-bit weights, which it takes from the parameter at the first use."""
+    """What a copy of a model shares with it, as `copy.deepcopy` takes it: parameters, buffers, and the states in which
+    bitsandbytes keeps the scales of quantised weights (of 8-bit ones, from the parameter's first use on)."""
     tensors = {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
     states = [module.state for module in model.modules() if hasattr(getattr(module, "state", None), "SCB")]
+    states += [module.quant_state for module in model.modules() if getattr(module, "quant_state", None) is not None]
     return tensors | {id(state): state for state in states}
 
 

@@ -20,7 +20,7 @@ from hf_devft.configuration import StageConfig
 from hf_devft.embedded import resolve_model_name
 from hf_devft.files import atomic_file
 from hf_devft.hub.download import fetch_adapter
-from hf_devft.models.adapter import attach_adapter
+from hf_devft.models.adapter import attach_adapter, own_adapted_weights
 from hf_devft.models.adapter_files import load_adapter
 from hf_devft.models.streaming import load_base
 from hf_devft.run.loading import load_submodel
@@ -76,6 +76,7 @@ def load_stage(
         model = load_submodel(whole, name_or_path, stage, token=token)
     else:
         model = attach_adapter(whole, *load_adapter(fetch_adapter(name_or_path, f"stage-{stage}", token=token)))
+        own_adapted_weights(model, tied_only=True)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     is_exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     return (model.merge_and_unload() if is_exact else model).eval().to(device)

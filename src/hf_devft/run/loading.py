@@ -1,5 +1,6 @@
 """Load what a run has left: a stage's compact submodel, from a folder or the Hub; and see whether it fits."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from hf_devft.models.layer_files import healed_path, read_healed
 from hf_devft.models.layer_stack import find_layer_stack
 from hf_devft.models.streaming import load_base
 from hf_devft.stages.fusion import FUSIONS
-from hf_devft.stages.submodel import build_submodel, layers_of
+from hf_devft.stages.submodel import build_submodel, layers_of, reloads_alike
 from hf_devft.stages.teaching.healing import load_taught_state
 from hf_devft.tasks import TASKS
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_submodel(
@@ -33,7 +37,7 @@ def load_submodel(
     """Load the submodel that a stage trained, with the adapter it trained, for devices that run only the small one.
 
     `.merge_and_unload()` makes it a plain transformers model, whose `save_pretrained` needs no code of ours to load;
-    not where it has bridges.
+    not where it has bridges, and a warning says where the architecture would make another model of it.
 
     Args:
         base: the run's base, by name (then only the layers of the submodel's groups are read, of the revision that
@@ -60,10 +64,7 @@ def load_submodel(
         )
     by_name = isinstance(base, str)
     if isinstance(base, str):
-        options: dict[str, Any] = {"id2label": dict(enumerate(config.labels))} if config.labels else {}
-        if base == config.base_model_name_or_path and config.base_model_revision and not Path(base).exists():
-            options["revision"] = config.base_model_revision
-        base = load_base(resolve_model_name(base), TASKS[config.task].auto_class, config.stack, **options)
+        base = _named_base(base, config)
     stack = find_layer_stack(base, config.stack)
     if len(stack) != config.full_layers:
         raise ValueError(
@@ -72,14 +73,28 @@ def load_submodel(
         )
     adapter = load_adapter(folder)
     submodel = build_submodel(base, stack, config.groups, config.fusion, config.fusion_beta)
+    if not config.has_bridges and not reloads_alike(submodel):
+        logger.warning(
+            f"{type(submodel).__name__} makes more of a layer's number than its place: saved by `save_pretrained`, "
+            "this submodel would be another model when it is loaded. Load it here."
+        )
     with naming(folder):
         if config.is_taught:
             state = read_healed(healed_path(folder, stage))
             load_taught_state(layers_of(submodel, stack, config.groups), state, bridges_only=not config.healing_steps)
         model = attach_adapter(submodel, *adapter).requires_grad_(False).eval()
-    if not by_name:
-        own_adapted_weights(model)
+    own_adapted_weights(model, tied_only=by_name)
     return model
+
+
+def _named_base(name: str, config: StageConfig) -> PreTrainedModel:
+    """Load a stage's base, of the revision that was trained on where that has this name."""
+    options: dict[str, Any] = {}
+    if config.labels:  # the adapter has the head
+        options = {"id2label": dict(enumerate(config.labels)), "ignore_mismatched_sizes": True}
+    if name == config.base_model_name_or_path and config.base_model_revision and not Path(name).exists():
+        options["revision"] = config.base_model_revision
+    return load_base(resolve_model_name(name), TASKS[config.task].auto_class, config.stack, **options)
 
 
 def compare_bases(old: str | PreTrainedModel, new: str | PreTrainedModel) -> BaseDifference:

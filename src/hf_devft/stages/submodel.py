@@ -1,6 +1,10 @@
 """Groups and a fusion rule -> a model of as many layers as there are groups."""
 
+import copy
+from typing import Any
+
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -38,6 +42,30 @@ def build_submodel(
         check_contiguous(groups)
         add_bridges(submodel, layers_of(submodel, stack, groups), groups)
     return submodel
+
+
+def reloads_alike(submodel: PreTrainedModel) -> bool:
+    """Whether transformers makes the same modules of a submodel's config: architectures that compute something of a
+    layer's number, or of how many layers there are, have that of the base in its layers. Quantised ones are not looked
+    at."""
+    if getattr(submodel.config, "quantization_config", None) is not None:
+        return True
+    with init_empty_weights():
+        fresh = type(submodel)(copy.deepcopy(submodel.config))
+    return {name: _made_of(module) for name, module in submodel.named_modules()} == {
+        name: _made_of(module) for name, module in fresh.named_modules()
+    }
+
+
+def _made_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A module's numbers, but for its place, and its parameters' shapes."""
+    places = ("training", "layer_idx", "layer_id", "gradient_checkpointing")
+    numbers = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float)) and name not in places and not name.startswith("_")
+    }
+    return numbers, {name: weight.shape for name, weight in module.named_parameters(recurse=False)}
 
 
 def layers_of(submodel: PreTrainedModel, stack: LayerStack, groups: Groups) -> list[nn.Module]:

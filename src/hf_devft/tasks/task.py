@@ -110,7 +110,7 @@ class Task:
     def snippet(self, base: str | None, labels: list[str] | None) -> tuple[str, str]:
         """Python that loads an adapter of this task from LOCATION with PEFT: imports, and the rest."""
         auto, processor = self.auto_class.__name__, self.processor_class.__name__
-        options = f", id2label={dict(enumerate(labels))}" if labels else ""
+        options = f", id2label={dict(enumerate(labels))}, ignore_mismatched_sizes=True" if labels else ""
         name = "tokenizer" if self.processor_class is AutoTokenizer else "processor"
         last = f"{name} = {processor}.from_pretrained(LOCATION)"
         folder, _, file = (base or "").rpartition("/")

@@ -108,6 +108,10 @@ class ActiveStage:
         if self.patched is not None:
             self.patched.set(residual)
 
+    def release(self) -> None:
+        """Let go of the submodels, which nobody trains any more."""
+        self.layers, self.earlier, self.patched, self.batched = [], {}, None, None
+
     @property
     def groups(self) -> list[list[int]]:
         """The layers of the base in each group."""

@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import DataCollator
+from transformers import DataCollator, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import align_special_tokens
 
 from hf_devft.configuration import DevFTConfig, StageConfig
@@ -64,6 +64,7 @@ else:
 
 
 logger = logging.getLogger(__name__)
+_WITH_TOKENS = (PreTrainedTokenizerBase, ProcessorMixin)  # whose special tokens `Trainer` aligns
 
 
 class DevFTMixin(Base):
@@ -242,7 +243,7 @@ class DevFTMixin(Base):
         run.check_start(checkpoint)
         run.healed.delete()
         if self.models.base is not None:
-            if self.processing_class is not None:  # `Trainer` has done so for a copy that `evaluate` has made
+            if isinstance(self.processing_class, _WITH_TOKENS):  # `Trainer` has done so for `evaluate`'s copy
                 align_special_tokens(self.models.base, self.processing_class)
             run.federation = run.active = None
             self.models.use_whole(run)  # where a run was interrupted

@@ -299,6 +299,7 @@ class TrainingSession:
         trainer, run, record = self.trainer, self.run, active.record
         best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
         compact = run.hand_on(Path(best) if best is not None else None)
+        active.release()
         self.models.release()
         if trainer.eval_dataset is not None:
             self.models.use_whole(run)
