@@ -263,7 +263,7 @@ def _extractor(processor: Any) -> Any:
 def _encode_sound(row: dict[str, Any], encoding: Encoding) -> dict[str, Any]:
     sound, extractor = row["audio"], _extractor(encoding.processor)
     most = getattr(extractor, "n_samples", math.inf)  # Whisper's 30 seconds, beyond which nothing is heard
-    if "text" in row and len(sound["array"]) > most:
+    if "label" not in row and len(sound["array"]) > most:
         raise RowError(
             f"a sound of {len(sound['array']) / sound['sampling_rate']:.0f} seconds is longer than the "
             f"{most / sound['sampling_rate']:.0f} that the model hears of it: leave it out, or cut it and its text."

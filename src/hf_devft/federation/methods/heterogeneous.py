@@ -49,10 +49,8 @@ class HeterogeneousRanks(FederatedMethod):
         return self._ranks[client % len(self._ranks)]
 
     def message_sizes(self, client: int) -> tuple[int, int]:
-        values = self._values[
-            HeterogeneousRanks.rank(self, client)
-        ]  # as configured, so that a resumed run plans the same
-        return values, values
+        rank = HeterogeneousRanks.rank(self, client)  # as configured, so that a resumed run plans the same
+        return self._values[rank], self._values[rank]
 
     def receive(self, client: int, start: torch.Tensor, payload: torch.Tensor) -> None:
         super().receive(client, start, self.from_exact(client, start, payload))
