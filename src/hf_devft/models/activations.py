@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from hf_devft.models.counted_logits import counts_logits, memory_of_loss
+from hf_devft.models.flops import chosen_experts
 from hf_devft.models.layer_stack import find_layer_stack, watch_lengths, with_layers
 
 
@@ -86,7 +87,8 @@ def activations(
     times = _times(stack.kinds, stack.layers)
     names = stack.names.keeping(list(times))
     model, scale = _emptied(with_layers(model, stack, list(times))), 1.0
-    if any(parameter.dim() == 3 for parameter in model.parameters()):  # experts, of which torch knows bfloat16 alone
+    experts = chosen_experts(model)
+    if any(p.dim() == 3 and p.shape[0] in experts for p in model.parameters()):  # torch knows these in bfloat16 alone
         model, scale = model.to(torch.bfloat16), model.dtype.itemsize / 2
     keeping = _Keeping()
     # Not on the meta device, where attention takes a slower path that keeps its scores.

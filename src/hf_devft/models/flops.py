@@ -36,7 +36,7 @@ def flops_per_token(
     out = {id(weight) for module in skipped for weight in module.parameters()}
     below = {id(weight) for layer in _layers_below(model) for weight in layer.parameters()}
     flops = []
-    chosen = _chosen_experts(model)
+    chosen = chosen_experts(model)
     embeddings = _embeddings(model)
     out |= _idle(model)
     for module in (*encoders, model):
@@ -100,7 +100,7 @@ def _embeddings(model: torch.nn.Module) -> torch.nn.Parameter | None:
         return None
 
 
-def _chosen_experts(model: torch.nn.Module) -> dict[int, float]:
+def chosen_experts(model: torch.nn.Module) -> dict[int, float]:
     """{number of a mixture's experts, which are the first of three dimensions: the part of them that a position goes
     through}."""
     config = getattr(model, "config", None)
