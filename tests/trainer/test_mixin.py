@@ -1047,6 +1047,7 @@ def test_a_best_round_whose_checkpoint_is_gone_is_not_claimed(make_trainer, eval
     make_trainer(**options, callbacks=[CopyAtSaves()]).train()
     folder = tmp_path / "run-at-2"
     shutil.rmtree(folder / "checkpoint-1")
+    make_trainer(**options | {"stage_rounds": [1]}).train()  # another run, where the first has left it
     resumed = make_trainer(output_dir=folder, **options)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert "round 1, the best of its stage so far, has no checkpoint" in caplog.text

@@ -38,6 +38,15 @@ def read_stages(folder: Path) -> list[StageConfig]:
     return read_record(folder / RUN_STATE, _RunFile).stages
 
 
+def is_of_run(folder: Path, ledger: Ledger) -> bool:
+    """Whether a folder is an earlier checkpoint of the run that has this ledger."""
+    try:
+        rounds = read_record(folder / LEDGER, list[RoundRecord])
+    except (OSError, ValueError):
+        return False
+    return rounds == ledger.rounds[: len(rounds)]
+
+
 def save_federation(folder: Path, state: State, is_private: bool) -> None:
     """Write what outlives a round, where there is anything.
 

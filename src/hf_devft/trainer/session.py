@@ -30,7 +30,7 @@ from hf_devft.files import atomic_folder, naming, note_checksum, write_json
 from hf_devft.models.adapter import chooses_layers
 from hf_devft.models.flops import flops_per_token
 from hf_devft.models.layout import State
-from hf_devft.run.checkpoint import SCHEDULE, Checkpoint, save_federation
+from hf_devft.run.checkpoint import SCHEDULE, Checkpoint, is_of_run, save_federation
 from hf_devft.run.claim import goes_on_in
 from hf_devft.run.client_batches import make_sampler
 from hf_devft.run.peak_memory import PeakMemory
@@ -359,7 +359,7 @@ class TrainingSession:
         trainer, state = self.trainer, self.trainer.state
         is_best = checkpoint.run.within and state.best_global_step == state.global_step  # whatever its name is now
         recorded = Path(state.best_model_checkpoint or "")
-        is_there = recorded.is_dir() and recorded.name == f"checkpoint-{state.best_global_step}"
+        is_there = recorded.name == f"checkpoint-{state.best_global_step}" and is_of_run(recorded, self.run.ledger)
         state.best_model_checkpoint = str(checkpoint.folder) if is_best else str(recorded) if is_there else None
         state.best_model_checkpoint = best_checkpoint(state, checkpoint.folder.parent)
         is_lost = checkpoint.run.within and state.best_global_step and state.best_model_checkpoint is None
