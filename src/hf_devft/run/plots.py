@@ -43,7 +43,7 @@ def plot_run(
         axes.plot(sent(full), losses, "k*", markersize=11, label="full depth")
     if axes.get_legend_handles_labels()[0]:  # a private run that evaluates nothing has no curve
         in_logarithms(axes)
-        axes.legend(fontsize="small", ncols=2)
+        axes.legend(fontsize="small", ncols=2, loc="upper right")  # where falling losses are not
     return figure
 
 
@@ -54,7 +54,7 @@ def plot_curves(curves: Mapping[str, Sequence[Point]], loss: float) -> Figure:
         axes.plot(*megabytes_and_losses(curve), marker=".", lw=2, label=name)
     axes.axhline(loss, color="0.5", lw=1, ls="--", label=f"loss {loss:.3f}")
     in_logarithms(axes)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper right")
     return figure
 
 
