@@ -17,7 +17,7 @@ from hf_devft.models.adapter_files import load_adapter
 from hf_devft.models.gguf import locate
 from hf_devft.models.streaming import empty_base, where_from
 from hf_devft.run.plan import RunPlan, plan_run
-from hf_devft.tasks import DEFAULT_TASK, TASKS, task_named
+from hf_devft.tasks import answers_prompts, task_named
 from hf_devft.tasks.data import load_datasets, load_files, tokenize, unconverted
 from hf_devft.trainer.devft_trainer import DevFTTrainer, add_placeholder_answers, with_labels
 from hf_devft.trainer.interface import ClientLink
@@ -192,7 +192,7 @@ def make_plan(recipe: RecipeArguments, args: DevFTConfig) -> RunPlan:
     clients = None
     if task.classes and recipe.train_file:
         options = with_labels(task, load_data(recipe, args)[0], path, options, args.is_private)
-    if not recipe.dataset_name and task is TASKS[DEFAULT_TASK] and recipe.trainer == "devft":
+    if not recipe.dataset_name and answers_prompts(args.task) and recipe.trainer == "devft":
         tokenizer = AutoTokenizer.from_pretrained(path, **where_from(options))
         clients = clients_of(args, load_data(recipe, args)[0])
         check_enough(args, len(clients.rows))

@@ -241,6 +241,16 @@ def _adapts_head(setup: Setup) -> bool:
     return head is not None and setup.layout is not None and any(f".{head}." in key for key in setup.layout.keys)
 
 
+def _placed(how: str, on_several: bool = False) -> Fact:
+    """That work is placed so, maybe on several processes."""
+    where = " on several processes" if on_several else ""
+    return Fact(
+        f'`client_placement="{how}"`{where}',
+        lambda s: s.args.client_placement == how and (s.args.world_size > 1 or not on_several),
+        _given("client_placement"),
+    )
+
+
 FACTS: dict[str, Fact] = {
     # the rules of a stage
     "rules that are not anchors": Fact(
@@ -576,26 +586,10 @@ FACTS: dict[str, Fact] = {
         lambda s: f"weight_decay={s.args.weight_decay} under DeepSpeed",
     ),
     "FSDP": Fact("FSDP", lambda s: os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"),
-    "client_parallel": Fact(
-        '`client_placement="client_parallel"`',
-        lambda s: s.args.client_placement == "client_parallel",
-        _given("client_placement"),
-    ),
-    "client_parallel processes": Fact(
-        '`client_placement="client_parallel"` on several processes',
-        lambda s: s.args.client_placement == "client_parallel" and s.args.world_size > 1,
-        _given("client_placement"),
-    ),
-    "data_parallel": Fact(
-        '`client_placement="data_parallel"`',
-        lambda s: s.args.client_placement == "data_parallel",
-        _given("client_placement"),
-    ),
-    "shared batches": Fact(
-        '`client_placement="data_parallel"` on several processes',
-        lambda s: s.args.client_placement == "data_parallel" and s.args.world_size > 1,
-        _given("client_placement"),
-    ),
+    "client_parallel": _placed("client_parallel"),
+    "client_parallel processes": _placed("client_parallel", on_several=True),
+    "data_parallel": _placed("data_parallel"),
+    "shared batches": _placed("data_parallel", on_several=True),
     "processes in step": Fact(
         '`client_placement="data_parallel"` on several processes, or DeepSpeed',
         lambda s: (

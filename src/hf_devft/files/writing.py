@@ -95,8 +95,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], listed: bool 
     own = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _listed(path) if listed else atomic_file(path) as temporary:
+    with _listed(path, listed) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # as all files have it; safetensors lets none but the owner read
         save_file(own, temporary, metadata={"format": "pt"})
@@ -104,13 +103,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], listed: bool 
 
 
 @contextmanager
-def _listed(path: Path) -> Iterator[Path]:
-    """`atomic_file`, of a file that is in the list of checksums."""
+def _listed(path: Path, listed: bool = True) -> Iterator[Path]:
+    """`atomic_file`, of a file that is in the list of checksums, or may not be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         yield temporary
         forget_checksum(path)
-    note_checksum(path)
+    if listed:
+        note_checksum(path)
 
 
 def _flush(folder: Path) -> None:

@@ -3,7 +3,6 @@
 devft push outputs/run me/run     # what a run could not push, or a run made without pushing
 """
 
-import hashlib
 import logging
 import re
 import shlex
@@ -22,6 +21,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from hf_devft.configuration import STAGE_CONFIG_NAME, StageConfig
 from hf_devft.configuration.stage_folder import CLIENTS, FEDERATION, SECRET, SUBMODEL
+from hf_devft.files.checksums import sha256
 from hf_devft.models.adapter_files import ADAPTER_WEIGHTS
 
 
@@ -221,10 +221,9 @@ class HubPusher:
 
 
 def _is_the_same(path: Path, there: RepoFile) -> bool:
-    content = path.read_bytes()
     if there.lfs is not None:
-        return there.lfs.sha256 == hashlib.sha256(content).hexdigest()
-    return there.blob_id == git_hash(content)
+        return there.lfs.sha256 == sha256(path)
+    return there.blob_id == git_hash(path.read_bytes())
 
 
 def _first_line(error: Exception) -> str:

@@ -89,7 +89,8 @@ def activations(
     model, scale = _emptied(with_layers(model, stack, list(times))), 1.0
     experts = chosen_experts(model)
     if any(p.dim() == 3 and p.shape[0] in experts for p in model.parameters()):  # torch knows these in bfloat16 alone
-        model, scale = model.to(torch.bfloat16), model.dtype.itemsize / 2
+        scale = model.dtype.itemsize / 2
+        model = model.to(torch.bfloat16)
     keeping = _Keeping()
     # Not on the meta device, where attention takes a slower path that keeps its scores.
     with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(keeping.pack, lambda kept: kept.tensor):

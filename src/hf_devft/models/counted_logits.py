@@ -8,7 +8,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -168,12 +168,12 @@ class _CountedLogits:
     @property
     def _trains_head(self) -> bool:
         """Whether anything between the decoder and the logits is trained."""
-        inside = {id(parameter) for parameter in self.base.get_decoder().parameters()}
-        head = {id(parameter) for parameter in self.base.get_output_embeddings().parameters()}  # which may be tied
-        return any(
-            parameter.requires_grad and (id(parameter) in head or id(parameter) not in inside)
-            for parameter in self.base.parameters()
-        )
+        return any(parameter.requires_grad for module in self._beside for parameter in module.parameters())
+
+    @cached_property
+    def _beside(self) -> list[nn.Module]:
+        """The modules beside the decoder, which are few: they are asked in every pass."""
+        return _beside(self.base, self.base.get_decoder())
 
     def after_decoder(self, decoder: nn.Module, args: tuple, output: ModelOutput) -> None:
         """Keep the hidden states."""
@@ -238,6 +238,15 @@ class _CountedLogits:
             del decoder.forward
             if forward is not None:
                 decoder.forward = forward
+
+
+def _beside(whole: nn.Module, part: nn.Module) -> list[nn.Module]:
+    """The largest modules of a module that neither have a part of it nor lie in it."""
+    if whole is part:
+        return []
+    if part not in whole.modules():
+        return [whole]
+    return [module for child in whole.children() for module in _beside(child, part)]
 
 
 def _losses_into_exponentials(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

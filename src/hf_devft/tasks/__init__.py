@@ -7,11 +7,13 @@ from hf_devft.tasks.task import (
     Task,
     answers_prompts,
     label_options,
+    named_labels,
     task_named,
     task_of,
 )
 
 
 __all__ = [
-    "DEFAULT_TASK", "TASKS", "Encoding", "Task", "answers_prompts", "label_options", "task_named", "task_of",
+    "DEFAULT_TASK", "TASKS", "Encoding", "Task", "answers_prompts", "label_options", "named_labels", "task_named",
+    "task_of",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ Tasks have the names of transformers' pipelines. A new one is one entry in `TASK
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from numbers import Integral
@@ -188,7 +188,11 @@ def label_options(dataset: Dataset, column: str) -> dict[str, Any]:
                 f"column {column!r} holds {given}: labels are classes, named by texts or numbered from 0 on."
             )
         names = sorted(known) if kinds == {str} else list(range(max(known) + 1))
-    names = list(map(str, names))
+    return named_labels(list(map(str, names)))
+
+
+def named_labels(names: Sequence[str]) -> dict[str, Any]:
+    """The options of a model for classes of these names, in their order."""
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),

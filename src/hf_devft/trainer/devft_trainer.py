@@ -29,7 +29,7 @@ from hf_devft.models.gguf import check_unpacked, locate
 from hf_devft.models.layout import State
 from hf_devft.models.streaming import load_base, where_from
 from hf_devft.models.supported import check_adapter
-from hf_devft.tasks import TASKS, Encoding, Task, label_options, task_of
+from hf_devft.tasks import TASKS, Encoding, Task, label_options, named_labels, task_of
 from hf_devft.tasks.data import IGNORED, TAKEN_FOR_LABELS, first_rows, map_datasets
 from hf_devft.tasks.generation import check_prompts
 from hf_devft.trainer.mixin import DevFTMixin
@@ -300,7 +300,7 @@ def with_labels(task: Task, dataset: Dataset, name: str, options: dict[str, Any]
         return options
     says_them = isinstance(getattr(feature, "feature", feature), ClassLabel)
     if is_private and not says_them and "num_labels" in options and all(map(str.isdigit, names)):
-        return _numbered(options["num_labels"]) | options
+        return named_labels(list(map(str, range(options["num_labels"])))) | options
     if is_private and not says_them:
         raise ValueError(
             "the labels were found in the clients' rows, and would be published without noise: name them, as by "
@@ -308,12 +308,6 @@ def with_labels(task: Task, dataset: Dataset, name: str, options: dict[str, Any]
             "column's type (ClassLabel)."
         )
     return found | options
-
-
-def _numbered(count: int) -> dict[str, Any]:
-    """A model's options for labels that are numbers."""
-    names = {number: str(number) for number in range(count)}
-    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
 def add_placeholder_answers(task: Task, rows: Any, args: DevFTConfig) -> Any:

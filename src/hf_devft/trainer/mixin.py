@@ -28,6 +28,7 @@ from hf_devft.models.weights import is_stored
 from hf_devft.run.checkpoint import Checkpoint
 from hf_devft.run.claim import claim, goes_on_in
 from hf_devft.run.progress import leaving_bars, show_rounds
+from hf_devft.tasks import answers_prompts
 from hf_devft.trainer.evaluation import (
     each_batch_alone,
     early_stopping_waits,
@@ -121,7 +122,7 @@ class DevFTMixin(Base):
             model=model, args=args, train_dataset=self.clients.dataset, eval_dataset=eval_dataset, **kwargs
         )
         self.clients = self.remap_client_rows(self.clients)
-        if args.task not in (None, "text-generation"):
+        if not answers_prompts(args.task):
             # Most of these models take `num_items_in_batch` and ignore it: their losses are means over the batch.
             self.model_accepts_loss_kwargs = False
         self.placement = Placement(args.client_placement, args.process_index, args.world_size)
